@@ -1,0 +1,155 @@
+"""The only source of randomness while decoding.
+
+`Seeded` derives every number from (seed, row, how many were asked for before): a row's text depends neither on its batch nor on the
+device. `Scripted` walks every branch of the real code path, so that a test can add up the exact law of what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations, product
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Chance(Protocol):
+    """B rows; every call advances all of them by the same amount."""
+
+    def bernoulli(self, p: Tensor) -> Tensor:
+        """[B, ...] probabilities -> [B, ...] bool."""
+        ...
+
+    def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
+        """[B, W, V] laws -> [B, W, k] token ids in the order they were drawn."""
+        ...
+
+
+class Seeded:
+    """Counter-based randomness: one stream a row, keyed by (seed, row id)."""
+
+    def __init__(self, seed: int, rows: Tensor) -> None:
+        """rows: [B] int64, the id of each row's stream (prompt index, sample index, ... as one number)."""
+        self.key = _mix(_mix(rows.long() + 1) ^ _mix(torch.full_like(rows.long(), seed)))  # [B]
+        self.count = torch.zeros_like(self.key)  # [B] numbers used so far
+
+    def select(self, rows: Tensor) -> Seeded:
+        """The streams of these rows, where they stand now."""
+        part = object.__new__(Seeded)
+        part.key, part.count = self.key[rows], self.count[rows]
+        return part
+
+    def join(self, other: Seeded) -> Seeded:
+        """This batch's streams followed by the other's."""
+        both = object.__new__(Seeded)
+        both.key, both.count = torch.cat([self.key, other.key]), torch.cat([self.count, other.count])
+        return both
+
+    def uniform(self, *shape: int) -> Tensor:
+        """[B, *shape] fp64 in [0, 1), 53 bits."""
+        size = 1
+        for extent in shape:
+            size *= extent
+        index = self.count[:, None] + torch.arange(size, device=self.key.device)
+        bits = _mix(self.key[:, None] + index * _GOLDEN)
+        self.count = self.count + size
+        return ((bits >> 11) & _MASK53).double().mul_(2.0**-53).view(-1, *shape)
+
+    def bernoulli(self, p: Tensor) -> Tensor:
+        return self.uniform(*p.shape[1:]) < p
+
+    def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
+        if replace:
+            return inverse_cdf(law, self.uniform(*law.shape[1:-1], k))
+        drawn = []
+        for _ in range(k):
+            drawn.append(inverse_cdf(law, self.uniform(*law.shape[1:-1], 1)))
+            law = law.scatter(-1, drawn[-1], 0.0)
+        return torch.cat(drawn, -1)
+
+
+def inverse_cdf(law: Tensor, u: Tensor) -> Tensor:
+    """[..., V] non-negative weights and [..., k] uniforms -> [..., k] ids; a token of weight 0 is never drawn."""
+    total = law.double().cumsum(-1)
+    point = u * total[..., -1:]
+    return torch.searchsorted(total, point.contiguous(), right=True).clamp_max(law.shape[-1] - 1)
+
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MASK53 = (1 << 53) - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer (Steele et al., 2014) on int64, with logical shifts."""
+    x = x + _GOLDEN
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+class Scripted:
+    """Replays one branch for the watched row and remembers its probability; the other rows draw from `others`.
+
+    Use `branches` to walk all of them. The script is a list of outcome indices; past its end the first possible outcome is taken.
+    """
+
+    def __init__(self, script: list[int], others: Chance, watch: int = 0) -> None:
+        self.script, self.others, self.watch = script, others, watch
+        self.taken: list[tuple[int, int]] = []  # (outcome, number of outcomes) of each choice so far
+        self.probability = 1.0
+
+    def bernoulli(self, p: Tensor) -> Tensor:
+        out = self.others.bernoulli(p)
+        ours = p[self.watch].clamp(0, 1)
+        flat = [bool(self._choose([1 - float(x), float(x)])) for x in ours.reshape(-1)]
+        out[self.watch] = torch.tensor(flat).view(ours.shape)
+        return out
+
+    def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
+        out = self.others.draw(law, k, replace)
+        rows = law[self.watch].double().reshape(-1, law.shape[-1])
+        drawn = [self._draw_one((row / row.sum()).tolist(), k, replace) for row in rows]
+        out[self.watch] = torch.tensor(drawn).view(*law.shape[1:-1], k)
+        return out
+
+    def _draw_one(self, row: list[float], k: int, replace: bool) -> tuple[int, ...]:
+        support = [t for t, w in enumerate(row) if w > 0]
+        if replace:
+            outcomes = list(product(support, repeat=k))
+        else:  # where the law has fewer than k tokens, the rest comes with probability 0: any fixed order will do
+            filler = tuple(t for t in range(len(row)) if t not in support)[: max(0, k - len(support))]
+            outcomes = [drawn + filler for drawn in permutations(support, min(k, len(support)))]
+        return outcomes[self._choose([_sequence_weight(row, seq, replace) for seq in outcomes])]
+
+    def _choose(self, weights: list[float]) -> int:
+        step = len(self.taken)
+        outcome = self.script[step] if step < len(self.script) else next(i for i, w in enumerate(weights) if w > 0)
+        following = [i for i, w in enumerate(weights) if w > 0 and i > outcome]
+        self.taken.append((outcome, following[0] if following else -1))
+        self.probability *= weights[outcome]
+        return outcome
+
+    def next_script(self) -> list[int] | None:
+        """The script of the next branch in depth-first order; None after the last."""
+        for step in reversed(range(len(self.taken))):
+            if self.taken[step][1] >= 0:
+                return [outcome for outcome, _ in self.taken[:step]] + [self.taken[step][1]]
+        return None
+
+
+def _sequence_weight(row: list[float], sequence: tuple[int, ...], replace: bool) -> float:
+    weight, left = 1.0, 1.0
+    for token in sequence:
+        weight *= row[token] / left if left > 1e-12 else 1.0  # nothing left: the filler
+        left = left if replace else left - row[token]
+    return weight
+
+
+def branches(others: Chance, watch: int = 0) -> Iterator[Scripted]:
+    """Every branch in turn: run the code with each yielded chance, then read its `probability`."""
+    script: list[int] | None = []
+    while script is not None:
+        chance = Scripted(script, others, watch)
+        yield chance
+        script = chance.next_script()

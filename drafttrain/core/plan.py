@@ -1,0 +1,105 @@
+"""What a round may draft: the tree's shape, how siblings are drawn, when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from drafttrain.core.config import Config
+from drafttrain.core.tree import Draws
+
+Path = tuple[int, ...]
+
+
+class Chain(Config):
+    """One token after the other."""
+
+    shape: Literal["chain"] = "chain"
+    length: int = Field(default=4, ge=1)
+    """Drafted tokens a round (K)."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple((0,) * depth for depth in range(1, self.length + 1))
+
+    @property
+    def nodes(self) -> int:
+        return self.length
+
+    @property
+    def depth(self) -> int:
+        return self.length
+
+
+class Static(Config):
+    """The same tree every round, as a list of paths or as children per level."""
+
+    shape: Literal["static"] = "static"
+    children: tuple[int, ...] = ()
+    """Children of every node, level by level: [4, 2, 2] drafts 4 + 8 + 16 nodes."""
+    choices: tuple[Path, ...] = ()
+    """Explicit nodes: [1, 0] is the likeliest child of the second likeliest first token. Every prefix must be listed too."""
+
+    @field_validator("choices")
+    @classmethod
+    def _closed(cls, choices: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in choices:
+            if len(path) == 0 or (len(path) > 1 and path[:-1] not in choices):
+                raise ValueError(f"path {list(path)} has no parent in the list; add {list(path[:-1])}")
+            if path[-1] > 0 and (*path[:-1], path[-1] - 1) not in choices:
+                raise ValueError(f"path {list(path)} skips a sibling; add {[*path[:-1], path[-1] - 1]}")
+        return tuple(sorted(set(choices), key=lambda path: (len(path), path)))
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        if self.choices:
+            return self.choices
+        level: list[Path] = [()]
+        out: list[Path] = []
+        for width in self.children:
+            level = [(*path, rank) for path in level for rank in range(width)]
+            out += level
+        return tuple(out)
+
+    @property
+    def nodes(self) -> int:
+        return len(self.paths)
+
+    @property
+    def depth(self) -> int:
+        return max((len(path) for path in self.paths), default=0)
+
+
+class Dynamic(Config):
+    """Best-first with rerank (EAGLE-2, Li et al., 2024, arXiv:2406.16858): each level expands the `beam` likeliest nodes into `top_k`
+    children, and the `nodes` likeliest of all that was seen are kept. Point draws only: tokens are dropped after being seen."""
+
+    shape: Literal["dynamic"] = "dynamic"
+    depth: int = Field(default=6, ge=1)
+    """Levels, and drafter calls, a round."""
+    beam: int = Field(default=8, ge=1)
+    """Nodes expanded at each level after the first."""
+    top_k: int = Field(default=8, ge=1)
+    """Children considered for each expanded node."""
+    nodes: int = Field(default=32, ge=1)
+    """Drafted nodes kept for the target."""
+
+
+Shape = Annotated[Chain | Static | Dynamic, Field(discriminator="shape")]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round's licence to draft. `stop(level)` sees only what is known before that level is drawn."""
+
+    shape: Chain | Static | Dynamic
+    draws: Draws = "point"
+    temperature: float | None = None
+    """The drafter's own temperature; None takes the target's."""
+    stop: Callable[[int], Tensor] | None = None
+    """level -> [B] bool: rows that draw nothing from this level on (their nodes are dead)."""

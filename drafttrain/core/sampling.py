@@ -1,0 +1,69 @@
+"""The law a token is drawn from: temperature, then top-k, then top-p, applied alike to target and drafter.
+
+p target's law, q drafter's law; both are what stands after this file, in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from drafttrain.core.errors import UserError
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn. The default is greedy decoding."""
+
+    temperature: float = 0.0
+    """0 is greedy (the argmax, lowest id on ties)."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens that holds at least this mass; 1 keeps all."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def check(self) -> Sampling:
+        """Itself, or a `UserError` that names the value out of range."""
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature} is negative; use 0 for greedy decoding, or a positive value")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} is negative; use 0 to keep every token")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is outside (0, 1]; use 1 to keep every token")
+        return self
+
+    def law(self, logits: Tensor) -> Tensor:
+        """[..., V] logits -> [..., V] probabilities in fp32 that sum to 1."""
+        if self.greedy:
+            return one_hot(logits.argmax(-1), logits.shape[-1])
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            threshold = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < threshold, float("-inf"))
+        law = logits.softmax(-1)
+        return law if self.top_p >= 1 else nucleus(law, self.top_p)
+
+
+def one_hot(tokens: Tensor, vocab: int) -> Tensor:
+    """[...] ids -> [..., V] fp32."""
+    return F.one_hot(tokens, vocab).float()
+
+
+def nucleus(law: Tensor, top_p: float) -> Tensor:
+    """The smallest set of likeliest tokens that holds `top_p`, renormalised: [..., V] -> [..., V]. Ties keep the lower id."""
+    ranked, order = law.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens
+    kept = ranked.masked_fill(before >= top_p, 0.0)
+    return normalise(torch.zeros_like(law).scatter_(-1, order, kept))
+
+
+def normalise(weights: Tensor) -> Tensor:
+    """[..., V] non-negative -> [..., V] summing to 1; an all-zero row (an event of probability 0) becomes uniform."""
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights / total.clamp_min(1e-38), 1.0 / weights.shape[-1])

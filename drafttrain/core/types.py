@@ -1,0 +1,90 @@
+"""What passes between target, drafter, rule and trainer. B rows, N nodes, V vocabulary, D depth, T time.
+
+Feature names: `last`, the target's hidden state after its final norm (what its output head reads), and `aux`, raw residual-stream states
+of several layers concatenated (`AUX_LAYERS`). A feature at position t was computed after reading token t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.sampling import Sampling
+
+FeatureName = Literal["last", "aux"]
+Features = dict[str, Tensor]
+
+
+@dataclass
+class Scored:
+    """The target's answer to one layout. Laws are computed when first read: greedy rules never need them."""
+
+    logits: Tensor  # [B, N, V]
+    sampling: Sampling
+    features: Features = field(default_factory=dict)  # name -> [B, N, ...]
+
+    @cached_property
+    def top(self) -> Tensor:
+        """[B, N] the target's argmax at each node."""
+        return self.logits.argmax(-1)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """[B, N, V] fp32: the target's law at each node, after sampling options."""
+        return self.sampling.law(self.logits)
+
+
+@dataclass
+class Verdict:
+    """Which drafted nodes stand."""
+
+    path: Tensor  # [B, D] accepted nodes from the root's child down, padded with 0; the root itself always stands
+    length: Tensor  # [B] how many of them
+    next: Tensor | None  # [B] the token after them, drawn by the rule; None where the rule leaves it open
+
+
+@dataclass
+class Committed:
+    """Tokens that just entered the target's cache: the root, then the accepted nodes. The next root is not among them."""
+
+    tokens: Tensor  # [B, T], padded at the end
+    count: Tensor  # [B] how many are real
+    features: Features = field(default_factory=dict)  # name -> [B, T, ...], the target's, at these tokens
+    nodes: Tensor | None = None  # [B, T] where they stood in the tree the drafter proposed; None if it proposed none
+
+
+@dataclass
+class Batch:
+    """Training rows: documents packed one after another, never attending to each other."""
+
+    tokens: Tensor  # [B, T] int64
+    mask: Tensor  # [B, T] bool: the token is part of an answer (a label, if the drafter could have guessed it: see `labels`)
+    document: Tensor  # [B, T] int64: number of the document within its row, -1 for padding
+    position: Tensor  # [B, T] int64: position within the document
+    features: Features = field(default_factory=dict)  # name -> [B, T, ...]
+    progress: float = 1.0
+    """How much of the training is done, 0 to 1: losses with a curriculum read it."""
+
+    def to(self, device: torch.device) -> Batch:
+        move = {name: value.to(device, non_blocking=True) for name, value in self.features.items()}
+        own = [value.to(device, non_blocking=True) for value in (self.tokens, self.mask, self.document, self.position)]
+        return Batch(*own, features=move, progress=self.progress)
+
+    def ahead(self, offset: int) -> tuple[Tensor, Tensor]:
+        """The tokens `offset` positions later, [B, T], and where they are labels, [B, T] bool.
+
+        A label is an answer token of the same document whose predecessor is an answer token too: the first token of an answer comes
+        from the target's prefill and is never drafted (pitfall P3).
+        """
+        T = self.tokens.shape[1]
+        index = torch.arange(T, device=self.tokens.device) + offset
+        inside = index < T
+        index = index.clamp_max(T - 1)
+        drafted = torch.zeros_like(self.mask)
+        drafted[:, 1:] = self.mask[:, 1:] & self.mask[:, :-1] & (self.document[:, 1:] == self.document[:, :-1])
+        same = (self.document[:, index] == self.document) & (self.document >= 0)
+        return self.tokens[:, index], drafted[:, index] & same & inside

@@ -1,0 +1,16 @@
+"""Drafter families, one file each. `DRAFTERS` is the whole list: a new family adds its line here."""
+
+from __future__ import annotations
+
+from drafttrain.drafters.base import Drafter, DrafterConfig
+from drafttrain.drafters.eagle3 import Eagle3
+from drafttrain.drafters.medusa import Medusa
+from drafttrain.drafters.small_lm import SmallLM
+from drafttrain.target.files import TargetShape
+
+DRAFTERS: dict[str, type[Drafter]] = {"small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3}
+
+
+def build(config: DrafterConfig, target: TargetShape) -> Drafter:
+    """A fresh drafter of the family that `config.name` names."""
+    return DRAFTERS[config.name](config, target)

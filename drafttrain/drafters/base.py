@@ -1,0 +1,117 @@
+"""What every drafter family is: a configuration, a loss, and a proposal.
+
+A family is one file beside this one and one line in `DRAFTERS` (`drafters/__init__.py`). The loop owns the state; the module holds
+none. Borrowed weights (the target's embedding and head) come in as `head` and never enter a state dict.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.core.chance import Chance
+from drafttrain.core.config import Config
+from drafttrain.core.plan import Plan
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.target.files import TargetShape
+from drafttrain.target.head import TargetHead
+
+
+class DrafterConfig(Config):
+    """Base of the families' configurations; `name` is the key in `DRAFTERS`."""
+
+    name: str
+
+
+@dataclass
+class Loss:
+    """One batch's loss, unreduced across processes: the loop divides `sum` by the global `count`."""
+
+    sum: Tensor  # scalar
+    count: Tensor  # scalar: supervised labels
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # `x` with `x_count`: the loop logs sum(x) / sum(x_count)
+
+
+class DrafterState(ABC):
+    """One batch of rows as a drafter remembers them; what it holds is the family's own affair."""
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> DrafterState:
+        """Only these rows, in this order ([R] int64)."""
+
+    @abstractmethod
+    def join(self, other: DrafterState) -> DrafterState:
+        """These rows followed by the other's."""
+
+
+class Drafter(nn.Module, ABC):
+    """Guesses the target's next tokens."""
+
+    Config: ClassVar[type[DrafterConfig]]
+    config: DrafterConfig
+    needs: frozenset[str] = frozenset()  # features the target must hand over, decoding and training alike
+
+    def __init__(self, config: DrafterConfig, target: TargetShape) -> None:
+        super().__init__()
+        self.config, self.target = config, target
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        """Features that only `loss` reads; `last` wherever the teacher's law is."""
+        return frozenset({"last"})
+
+    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:  # noqa: B027
+        """Initialise from the frozen target before training.
+
+        layers: the target's decoder layers' weights by name (`self_attn.q_proj.weight`, ...), last one last; counts: [V] how often each
+        token stands in the training answers.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+        """Sum of the losses over the batch's labels, how many there were, and what to log."""
+
+    @abstractmethod
+    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
+        """Teacher-forced chains: [B, T, length], the drafter's greedy guesses for the `length` tokens that follow token t + 1.
+
+        Guess k at t is what greedy drafting would propose at depth k + 1 in a round whose root is token t + 1, if the guesses before
+        it were right. `runtime.replay` turns guesses into the accepted length that decoding would measure.
+        """
+
+    @abstractmethod
+    def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> DrafterState:
+        """A state for rows whose prompts ([B, P], right-padded, lengths [B]) stand in the target's cache, with the features there.
+
+        capacity: positions a row may reach at most (prompt, new tokens and one tree).
+        """
+
+    @abstractmethod
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+        """One tree a row, below `roots` ([B], the last committed tokens)."""
+
+    @abstractmethod
+    def observe(self, state: DrafterState, committed: Committed) -> None:
+        """Learn what was committed: the root and the accepted nodes, with the target's features there."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """What goes into `model.safetensors`."""
+        return {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+
+    def weight_bytes(self) -> int:
+        """Bytes of parameters one call reads."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def save_extra(self, folder: Path) -> None:  # noqa: B027
+        """Files a family writes besides config.json and model.safetensors."""
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))

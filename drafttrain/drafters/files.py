@@ -1,0 +1,84 @@
+"""A drafter on disk: config.json (family, options, which target) and model.safetensors. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from drafttrain.core.config import parse
+from drafttrain.core.errors import UserError, nearest
+from drafttrain.drafters import DRAFTERS
+from drafttrain.drafters.base import Drafter
+from drafttrain.target.files import TargetShape
+
+FORMAT = 1
+
+
+def save_drafter(drafter: Drafter, folder: Path, notes: dict[str, Any] | None = None) -> Path:
+    """Writes the drafter; an older one in the same folder stays until the new one is complete.
+
+    notes: anything JSON can hold that readers should know (training figures, versions).
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        config = {
+            "format": FORMAT,
+            "drafter": drafter.config.model_dump(mode="json"),
+            "target": drafter.target.to_json(),
+            "notes": notes or {},
+        }
+        (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        save_file(drafter.stored(), partial / "model.safetensors", metadata={"format": "pt"})
+        drafter.save_extra(partial)
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """`new` takes the place of `old`: at any moment one of them stands whole."""
+    if old.exists():
+        aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".old-{old.name}-"))
+        os.replace(old, aside / "folder")
+        os.replace(new, old)
+        shutil.rmtree(aside)
+    else:
+        os.replace(new, old)
+
+
+def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
+    """The drafter in `folder`, in eval mode.
+
+    fingerprint: the target it is to draft for. Raises `UserError` where the drafter was trained on another target, or the files are
+    missing, truncated, or of an unknown family.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"drafter '{folder}': no config.json; give the folder of a trained drafter (RUN/drafter) or its run")
+    try:
+        config = json.loads(path.read_text())
+        family, shape = config["drafter"]["name"], TargetShape.from_json(config["target"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"drafter '{folder}': config.json is not a drafttrain drafter's ({error!r}); export or train it again") from error
+    if family not in DRAFTERS:
+        raise UserError(f"drafter '{folder}': unknown family '{family}'{nearest(family, DRAFTERS)}; known: {', '.join(DRAFTERS)}")
+    if fingerprint is not None and shape.fingerprint != fingerprint:
+        raise UserError(
+            f"drafter '{folder}' was trained for target {shape.fingerprint}, but this target is {fingerprint}; "
+            f"decode with its own target, or train a drafter for this one"
+        )
+    drafter = DRAFTERS[family](parse(DRAFTERS[family].Config, config["drafter"], str(path)), shape)
+    try:
+        drafter.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise UserError(f"drafter '{folder}': model.safetensors is missing, truncated or of another shape ({str(error).splitlines()[0]})") from error
+    return drafter.eval()

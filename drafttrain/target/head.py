@@ -1,0 +1,160 @@
+"""The frozen embedding, final norm and output head alone, read from the safetensors without loading the target.
+
+Training from captured features needs nothing more of the target than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from drafttrain.core.errors import UserError
+from drafttrain.target.files import load_config, text_config
+
+
+class TargetHead:
+    """Borrowed weights. Drafters get it as an argument and never keep it in a state dict."""
+
+    def __init__(self, embedding: Tensor, output: Tensor, bias: Tensor | None, norm: Tensor | None, config: object) -> None:
+        """embedding, output: [V, D]; norm: [D] the final norm's weight; config: the target's text configuration."""
+        self.embedding, self.output, self.bias, self.norm = embedding, output, bias, norm
+        self.finish = finisher(config)
+        self.layer_weights: Callable[[int], dict[str, Tensor]] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.output.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.output.device
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[...] ids -> [..., D], without any multiplier of the target's own."""
+        return F.embedding(tokens, self.embedding)
+
+    def logits(self, last: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[..., D] normed hidden states -> [..., V] the target's logits, or only the vocabulary `rows`."""
+        weight = self.output if rows is None else self.output[rows]
+        bias = None if self.bias is None else (self.bias if rows is None else self.bias[rows])
+        return self.finish(F.linear(last.to(weight.dtype), weight, bias))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TargetHead:
+        """The same head elsewhere; a tied head stays one tensor."""
+        embedding = self.embedding.to(device, dtype)
+        tied = self.output.data_ptr() == self.embedding.data_ptr()
+        moved = object.__new__(TargetHead)
+        moved.embedding, moved.output = embedding, embedding if tied else self.output.to(device, dtype)
+        moved.bias = None if self.bias is None else self.bias.to(device, dtype)
+        moved.norm = None if self.norm is None else self.norm.to(device, dtype)
+        moved.finish, moved.layer_weights = self.finish, self.layer_weights
+        return moved
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> TargetHead:
+        """Shares the tensors of a loaded causal LM."""
+        output, backbone = model.get_output_embeddings(), model.base_model
+        norm = final_norm(backbone)
+        head = cls(
+            model.get_input_embeddings().weight,
+            output.weight,
+            output.bias,
+            None if norm is None else norm.weight,
+            text_config(model.config),
+        )
+        _, layers = layer_list(backbone)
+        head.layer_weights = lambda index: {name: p.detach() for name, p in layers[index].named_parameters()}
+        return head
+
+    @classmethod
+    def from_folder(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TargetHead:
+        """Reads only the embedding, the head and the final norm; a layer's weights when asked for them.
+
+        Raises `UserError` where a file is truncated or a tensor is missing.
+        """
+        config = load_config(folder)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        names = {id(p): name for name, p in skeleton.named_parameters()}
+        output, norm = skeleton.get_output_embeddings(), final_norm(skeleton.base_model)
+        files = SafetensorsFolder(folder)
+
+        def read(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else files.read(names[id(parameter)]).to(device, dtype)
+
+        embedding = read(skeleton.get_input_embeddings().weight)
+        tied = output.weight is skeleton.get_input_embeddings().weight
+        head = cls(
+            embedding,
+            embedding if tied else read(output.weight),
+            read(output.bias),
+            None if norm is None else read(norm.weight),
+            text_config(config),
+        )
+        path, layers = layer_list(skeleton.base_model)
+        prefix = f"{skeleton.base_model_prefix}.{path}"
+        head.layer_weights = lambda index: {
+            name: files.read(f"{prefix}.{index % len(layers)}.{name}") for name, _ in layers[index].named_parameters()
+        }
+        return head
+
+
+class SafetensorsFolder:
+    """Tensors by name from the shards of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.where: dict[str, Path] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(shard, "pt") as file:
+                    self.where.update(dict.fromkeys(file.keys(), shard))
+            except SafetensorError as error:
+                raise UserError(f"{shard}: truncated or corrupt ({error}); download or write it again") from error
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.where:
+            raise UserError(f"target '{self.folder}': tensor '{name}' is missing from its safetensors; is the model complete?")
+        with safe_open(self.where[name], "pt") as file:
+            return file.get_tensor(name)
+
+
+def finisher(config: object) -> Callable[[Tensor], Tensor]:
+    """What a model family does to its logits after the output matrix (Cohere, Granite: a scale; Gemma: a soft cap)."""
+    known = config.to_dict()  # type: ignore[attr-defined]
+    scale = known.get("logit_scale") or 1.0
+    divisor = known.get("logits_scaling") or 1.0
+    cap = known.get("final_logit_softcapping")
+    factor = scale / divisor
+
+    def finish(logits: Tensor) -> Tensor:
+        if factor != 1.0:
+            logits = logits * factor
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return finish
+
+
+def layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The backbone's list of decoder layers and the attribute that holds it."""
+    depth = text_config(backbone.config).num_hidden_layers
+    for name, child in backbone.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            return name, child
+    raise UserError(f"{type(backbone).__name__}: found no list of {depth} decoder layers; this architecture is not supported")
+
+
+def final_norm(backbone: nn.Module) -> nn.Module | None:
+    """The norm after the last layer: the backbone's own child with a weight of one dimension."""
+    found = None
+    for child in backbone.children():
+        weight = dict(child.named_parameters(recurse=False)).get("weight")
+        if weight is not None and weight.dim() == 1:
+            found = child
+    return found

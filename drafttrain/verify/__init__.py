@@ -1,0 +1,15 @@
+"""Verification rules, one file each. `RULES` is the whole list: a new rule adds its line here."""
+
+from __future__ import annotations
+
+from drafttrain.verify.base import Rule, RuleConfig
+from drafttrain.verify.greedy import Greedy
+from drafttrain.verify.recursive import Recursive
+from drafttrain.verify.rejection import Rejection
+
+RULES: dict[str, type[Rule]] = {"greedy": Greedy, "rejection": Rejection, "recursive": Recursive}
+
+
+def build(config: RuleConfig) -> Rule:
+    """The rule that `config.name` names."""
+    return RULES[config.name](config)

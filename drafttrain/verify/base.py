@@ -1,0 +1,63 @@
+"""What every verification rule is: how a tree is laid out for the target, and which of its nodes stand.
+
+A rule is one file beside this one and one line in `RULES` (`verify/__init__.py`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from drafttrain.core.chance import Chance
+from drafttrain.core.config import Config
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Plan
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Layout, Tree
+from drafttrain.core.types import Scored, Verdict
+
+
+class RuleConfig(Config):
+    """Base of the rules' configurations; `name` is the key in `RULES`."""
+
+    name: str
+
+
+class Rule(ABC):
+    """Decides which drafted tokens stand."""
+
+    Config: ClassVar[type[RuleConfig]]
+    lossless: ClassVar[bool] = True
+    accepts: ClassVar[frozenset[tuple[str, str]]]
+    """Pairs of (draws, topology) for which the rule keeps the target's law."""
+    temperatures: ClassVar[str] = "any"
+    """`zero` where the rule decodes greedily only."""
+
+    def __init__(self, config: RuleConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Target features the rule reads."""
+        return frozenset()
+
+    def layout(self, tree: Tree) -> Layout:
+        """What the target scores; a rule may append tokens of its own after the tree's nodes."""
+        return tree.layout()
+
+    @abstractmethod
+    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+        """The nodes that stand, batch-first, without waiting for the host."""
+
+    def check(self, plan: Plan, sampling: Sampling) -> None:
+        """A `UserError` where this rule would not keep the target's law on such trees."""
+        topology = "chain" if plan.shape.shape == "chain" else "tree"
+        name = self.config.name
+        if self.temperatures == "zero" and not sampling.greedy:
+            raise UserError(f"rule '{name}' decodes greedily, but temperature is {sampling.temperature}; use 'rejection' or 'recursive'")
+        if (plan.draws, topology) not in self.accepts:
+            fits = ", ".join(f"{draws} {shape}" for draws, shape in sorted(self.accepts))
+            raise UserError(
+                f"rule '{name}' is not exact for {plan.draws} draws in a {topology}; it takes {fits}. "
+                f"Choose another rule, or set runtime.draws to 'point', which every tree rule verifies exactly"
+            )
