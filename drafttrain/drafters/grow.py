@@ -1,0 +1,203 @@
+"""Growing a tree level by level, for every family that can give a next-token law at a node.
+
+B rows, W frontier nodes, F nodes fed so far, V vocabulary, Vd draft vocabulary. A drafter gives `step`; what is drawn, in which order and
+with which record of laws is decided here, once for all families. Draws kept exact: static shapes any, dynamic ones `point` only (they
+drop tokens after seeing them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.chance import Chance
+from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+
+
+@dataclass
+class Frontier:
+    """The nodes to be expanded next. Feeding order is: frontier after frontier."""
+
+    level: int  # depth of these nodes; 0 is the root's
+    tokens: Tensor  # [B, W]
+    parent: Tensor  # [B, W] index of each node's parent in the previous frontier
+    mask: Tensor  # [B, W, F] bool over all nodes fed so far, these included: itself and what stands above it
+
+    def below(self, tokens: Tensor, parent: Tensor) -> Frontier:
+        """The next frontier: `tokens` [B, W'] under the nodes `parent` [B, W'] of this one."""
+        above = self.mask.gather(1, parent[..., None].expand(-1, -1, self.mask.shape[-1]))
+        return Frontier(self.level + 1, tokens, parent, torch.cat([above, _itself(tokens)], -1))
+
+
+@dataclass
+class Growth:
+    """A tree, and where each of its nodes came in feeding order ([B, N]; -1: never fed), for drafters with a cache."""
+
+    tree: Tree
+    fed: Tensor
+
+
+Step = Callable[[Frontier], Tensor]
+"""Frontier -> logits [B, W, Vd] of the token after each of its nodes."""
+
+
+def grow(
+    step: Step, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None = None, size: int = 0
+) -> Growth:
+    """A tree below `roots` [B] as `plan` wants it.
+
+    sampling: the target's; the drafter's law uses `plan.temperature` where given. vocab: [Vd] ascending target ids of the draft vocabulary,
+    None where it is the target's own; size: V, read only with a draft vocabulary.
+    """
+    if isinstance(plan.shape, Dynamic):
+        assert plan.draws == "point", "best-first trees drop tokens after seeing them: only point draws stay exact"
+        return _best_first(step, roots, plan.shape, plan, vocab)
+    if plan.temperature is not None:
+        sampling = sampling._replace(temperature=plan.temperature)
+    return _static(step, roots, plan.shape, plan, sampling, chance, vocab, size)
+
+
+def _static(
+    step: Step, roots: Tensor, shape: Chain | Static, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None, size: int
+) -> Growth:
+    B, device = len(roots), roots.device
+    stages, parents, fed, law_of = _stages(shape, device)
+    tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
+    laws: list[Tensor] = []
+    frontier = Frontier(0, roots[:, None], torch.zeros(B, 1, dtype=torch.long, device=device), _itself(roots[:, None]))
+    for level, stage in enumerate(stages):
+        if level:
+            frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1))
+        logits = step(frontier)
+        if plan.draws == "point":
+            drawn = likeliest(logits, stage.width)
+            real = torch.ones_like(drawn, dtype=torch.bool)
+        else:
+            law = sampling.law(logits)
+            drawn = chance.draw(law, stage.width, replace=plan.draws == "iid")
+            real = law.gather(-1, drawn) > 0  # a law of fewer tokens than siblings
+            laws.append(law if vocab is None else widen(law, vocab, size))
+        drawn = drawn if vocab is None else vocab[drawn]
+        tokens.append(drawn[:, stage.slot, stage.rank])
+        alive = real[:, stage.slot, stage.rank]
+        live.append(alive if plan.stop is None else alive & ~plan.stop(level)[:, None])
+    tree = Tree(
+        torch.cat(tokens, 1), parents.expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=len(stages),
+        max_children=max(stage.width for stage in stages),
+        law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of.expand(B, -1) if laws else None,
+    )
+    return Growth(tree, fed.expand(B, -1))
+
+
+def _best_first(step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Tensor | None) -> Growth:
+    B, device = len(roots), roots.device
+    frontier = Frontier(0, roots[:, None], torch.zeros(B, 1, dtype=torch.long, device=device), _itself(roots[:, None]))
+    number = torch.zeros(B, 1, dtype=torch.long, device=device)  # [B, W] the frontier's candidate numbers; the root is 0
+    score = torch.zeros(B, 1, device=device)  # [B, W] log probability of the path
+    tokens, scores, parents, fed = [roots[:, None]], [], [number], [number]
+    seen, placed = 1, 1  # candidates and fed nodes so far
+    for level in range(shape.depth):
+        logits = step(frontier).float()
+        best = logits.topk(min(shape.top_k, logits.shape[-1]), -1)
+        k = best.indices.shape[-1]
+        reach = score[..., None] + best.values - logits.logsumexp(-1, keepdim=True)  # [B, W, k]
+        if plan.stop is not None:
+            reach = reach.masked_fill(plan.stop(level)[:, None, None], float("-inf"))
+        drawn = (best.indices if vocab is None else vocab[best.indices]).flatten(1)  # [B, W * k]
+        tokens.append(drawn)
+        scores.append(reach.flatten(1))
+        parents.append(number.repeat_interleave(k, 1))
+        fed.append(torch.full_like(drawn, -1))
+        if level + 1 < shape.depth:
+            score, chosen = scores[-1].topk(min(shape.beam, drawn.shape[1]), -1)  # [B, W]
+            frontier = frontier.below(drawn.gather(1, chosen), chosen // k)
+            number = seen + chosen
+            fed[-1] = fed[-1].scatter(1, chosen, placed + _ranks(chosen))
+            placed += chosen.shape[1]
+        seen += drawn.shape[1]
+    return _rerank(tokens, scores, parents, fed, shape)
+
+
+def _rerank(tokens: list[Tensor], scores: list[Tensor], parents: list[Tensor], fed: list[Tensor], shape: Dynamic) -> Growth:
+    """The likeliest candidates, parents before children: a stable sort keeps a parent ahead of a child of equal score."""
+    score = torch.cat(scores, 1)
+    B, C = score.shape
+    kept = score.sort(dim=1, descending=True, stable=True).indices[:, : shape.nodes].sort(dim=1).values + 1
+    kept = torch.cat([torch.zeros_like(kept[:, :1]), kept], 1)  # [B, N] candidate numbers, the root first
+    place = torch.zeros(B, C + 1, dtype=torch.long, device=score.device).scatter(1, kept, _ranks(kept))
+    live = torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept) > float("-inf")
+    above = place.gather(1, torch.cat(parents, 1).gather(1, kept))
+    tree = Tree(
+        torch.cat(tokens, 1).gather(1, kept), torch.where(live, above, 0), live, "point", max_depth=shape.depth, max_children=shape.top_k
+    )
+    return Growth(tree, torch.cat(fed, 1).gather(1, kept))
+
+
+def likeliest(logits: Tensor, k: int) -> Tensor:
+    """[..., Vd] -> [..., k] ids, the likeliest first."""
+    return logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k, -1).indices
+
+
+def widen(law: Tensor, vocab: Tensor, size: int) -> Tensor:
+    """A law over the draft vocabulary as one over the target's: [..., Vd] -> [..., V]."""
+    wide = law.new_zeros(*law.shape[:-1], size)
+    wide[..., vocab] = law
+    return wide
+
+
+def _itself(tokens: Tensor) -> Tensor:
+    """[B, W] -> [B, W, W] bool: every node sees itself."""
+    return torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
+
+
+def _ranks(index: Tensor) -> Tensor:
+    """[B, W] -> [B, W] holding 0, 1, 2, ... in each row."""
+    return torch.arange(index.shape[1], device=index.device).expand_as(index)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One level of a static shape, as index tensors."""
+
+    nodes: Tensor  # [W] which nodes of the level above are expanded
+    parent: Tensor  # [W] index of each one's parent in the previous frontier
+    slot: Tensor  # [n] the frontier node each new node hangs from
+    rank: Tensor  # [n] which of its children it is
+    width: int  # children drawn a frontier node
+
+
+@lru_cache(maxsize=64)
+def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, ...], Tensor, Tensor, Tensor]:
+    """Stages, parents [N], feeding order [N] and law row [N] of a static shape."""
+    paths = [(), *shape.paths]
+    place = {path: index for index, path in enumerate(paths)}
+    inner = {path[:-1] for path in paths[1:]}
+    levels = [[path for path in paths if len(path) == depth] for depth in range(shape.depth + 1)]
+    frontiers = [[path for path in level if path in inner] for level in levels[:-1]]
+    order = {path: index for index, path in enumerate(path for frontier in frontiers for path in frontier)}
+
+    def index(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    stages = []
+    for depth, frontier in enumerate(frontiers):
+        above = frontiers[depth - 1] if depth else []
+        stages.append(
+            Stage(
+                nodes=index([levels[depth].index(path) for path in frontier]),
+                parent=index([above.index(path[:-1]) if depth else 0 for path in frontier]),
+                slot=index([frontier.index(path[:-1]) for path in levels[depth + 1]]),
+                rank=index([path[-1] for path in levels[depth + 1]]),
+                width=max(path[-1] for path in levels[depth + 1]) + 1,
+            )
+        )
+    parents = index([0] + [place[path[:-1]] for path in paths[1:]])
+    fed = index([order.get(path, -1) for path in paths])
+    law_of = index([0] + [order[path[:-1]] for path in paths[1:]])
+    return tuple(stages), parents, fed, law_of
