@@ -1,0 +1,163 @@
+"""Transformer parts that drafter families share: RMS norm, rotary positions, a gated MLP, attention over an unrolled draft.
+
+B rows, T time, H heads, d head size, D hidden, J unrolled steps before this one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in fp32 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Rotary(nn.Module):
+    """Rotary positions with the half-split layout of Llama (Su et al., 2021, arXiv:2104.09864); plain frequencies only."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] positions -> cos, sin [B, 1, T, d] fp32."""
+        angle = position[:, None, :, None].float() * self.frequency  # [B, 1, T, d / 2]
+        angle = torch.cat([angle, angle], -1)
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[B, H, T, d] -> the same, turned to its positions."""
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    """[B, T, count * d] -> [B, count, T, d]."""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Key-value heads for every query head: [B, Hkv, T, d] -> [B, Hkv * times, T, d]."""
+    return x if times == 1 else x.repeat_interleave(times, 1)
+
+
+def unrolled_attention_plain(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *own: Tensor) -> Tensor:
+    """Attention of one unrolled draft step, written out: every row sees the first step's keys under `bias`, and of the later steps only
+    what the draft that started at this very row left behind.
+
+    query, keys, values: [B, H, T, d]; bias: additive [B, 1, T, T]; own: keys and values of steps 1.., alternating, [B, H, T, d] each.
+    Returns [B, H, T, d]. Scores and sums are fp32.
+    """
+    scale = query.shape[-1] ** -0.5
+    scores = [query.float() @ keys.float().transpose(-1, -2) * scale + bias.float()]
+    scores += [(query.float() * key.float()).sum(-1, keepdim=True) * scale for key in own[::2]]
+    weight = torch.cat(scores, -1).softmax(-1)
+    T = keys.shape[2]
+    out = weight[..., :T] @ values.float()
+    for step, value in enumerate(own[1::2]):
+        out = out + weight[..., T + step, None] * value.float()
+    return out.to(query.dtype)
+
+
+def unrolled_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *own: Tensor) -> Tensor:
+    """`unrolled_attention_plain` through the fused kernel: no [T, T] scores ever stand in memory."""
+    return _UnrolledAttention.apply(query, keys, values, bias, *own)
+
+
+class _UnrolledAttention(torch.autograd.Function):
+    """The fused kernel gives the first step's output and its log-sum-exp; the few own scores are merged in. Backwards, the kernel is
+    handed the merged output and the merged log-sum-exp, which makes it compute the exact gradient of its share of one softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *own: Tensor) -> Tensor:
+        scale = query.shape[-1] ** -0.5
+        shared, lse, extra = _fused_forward(query, keys, values, bias, scale)
+        scores = [(query * key).sum(-1, dtype=torch.float32) * scale for key in own[::2]]  # each [B, H, T]
+        total = torch.stack([lse, *scores]).logsumexp(0)
+        out = shared * (lse - total).exp()[..., None]
+        for score, value in zip(scores, own[1::2], strict=True):
+            out = out + value * (score - total).exp()[..., None]
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, keys, values, bias, out, total, *own)
+        ctx.extra = extra
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, keys, values, bias, out, total, *own = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        grad = grad.contiguous()
+        d_query, d_keys, d_values = _fused_backward(grad, query, keys, values, bias, out, total, ctx.extra, scale)
+        delta = (grad * out).sum(-1, dtype=torch.float32)  # [B, H, T]
+        d_own: list[Tensor] = []
+        for key, value in zip(own[::2], own[1::2], strict=True):
+            weight = ((query * key).sum(-1, dtype=torch.float32) * scale - total).exp()
+            d_score = (weight * ((grad * value).sum(-1, dtype=torch.float32) - delta) * scale)[..., None]
+            d_query = d_query + (d_score * key).to(query.dtype)
+            d_own += [(d_score * query).to(key.dtype), (weight[..., None] * grad).to(value.dtype)]
+        return d_query, d_keys, d_values, None, *d_own
+
+
+def _fused_forward(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Output [B, H, T, d], log-sum-exp [B, H, T] fp32, and what the kernel wants back."""
+    if query.is_cuda:
+        wide = bias.expand(query.shape[0], query.shape[1], -1, -1)
+        out, lse, seed, offset = torch.ops.aten._scaled_dot_product_efficient_attention(query, keys, values, wide, True, scale=scale)
+        return out, lse[..., : query.shape[2]], (seed, offset)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, attn_mask=bias, scale=scale)
+    return out, lse, None
+
+
+def _fused_backward(
+    grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, out: Tensor, lse: Tensor,
+    extra: tuple[Tensor, Tensor] | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if extra is not None:
+        wide = bias.expand(query.shape[0], query.shape[1], -1, -1)
+        padded = F.pad(lse, (0, -lse.shape[-1] % 32))  # the kernel's own layout
+        d_query, d_keys, d_values, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, keys, values, wide, out, padded, *extra, 0.0, [True, True, True, False], scale=scale
+        )
+        return d_query, d_keys, d_values
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, keys, values, out, lse, 0.0, False, attn_mask=bias, scale=scale
+    )
+
+
+def document_bias(document: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T] document numbers (-1: padding) -> additive causal mask [B, 1, T, T] that keeps documents apart; padding sees itself."""
+    T = document.shape[1]
+    order = torch.arange(T, device=document.device)
+    seen = (document[:, :, None] == document[:, None, :]) & (order[:, None] >= order)
+    seen = (seen & (document >= 0)[:, :, None]) | (order[:, None] == order)
+    bias = torch.zeros(seen.shape, dtype=dtype, device=document.device)
+    return bias.masked_fill_(~seen, -math.inf)[:, None]

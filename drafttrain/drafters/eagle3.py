@@ -1,0 +1,364 @@
+"""EAGLE-3: one decoder layer over fused target features, trained as it drafts (Li et al., 2025, arXiv:2503.01840).
+
+Pair p joins the embedding of token x[p+1] with the target's feature g[p] and predicts x[p+2]. Drafting on, step k >= 1 takes the drafter's
+own last state in place of a feature it cannot have; training unrolls the same steps ("training-time test"), so that both meet the same
+inputs. B rows, T time, D hidden, V vocabulary, Vd draft vocabulary, A captured layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from drafttrain.core.chance import Chance
+from drafttrain.core.layers import (
+    GatedMLP,
+    RMSNorm,
+    Rotary,
+    document_bias,
+    heads,
+    repeat_heads,
+    rotate,
+    unrolled_attention,
+)
+from drafttrain.core.losses import LossMix, distill
+from drafttrain.core.plan import Plan
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.core.vocab import draft_vocab
+from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss
+from drafttrain.drafters.grow import Frontier, grow
+from drafttrain.target.files import TargetShape
+from drafttrain.target.head import TargetHead
+
+
+class Eagle3Config(DrafterConfig):
+    """Sizes follow the target's where they are not given."""
+
+    name: Literal["eagle3"] = "eagle3"
+    draft_vocab_size: int | None = Field(default=None, ge=2)
+    """Tokens the drafter can propose, the most frequent of the training answers; None: all of the target's."""
+    intermediate_size: int | None = None
+    """Width of the gated MLP."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_key_value_heads: int | None = None
+    """Key-value heads."""
+    unroll: int = Field(default=7, ge=1)
+    """Draft steps unrolled in training; about the longest chain the drafter is good for."""
+    unroll_ramp: tuple[float, float] = (0.0, 0.0)
+    """The share of training at which unrolling begins to grow from one step, and where it reaches `unroll`."""
+    step_decay: float = Field(default=0.8, gt=0, le=1)
+    """Step k's loss weighs `step_decay ** k`."""
+    loss: LossMix = LossMix()
+    """What each step learns from the target's law."""
+    loss_chunk: int = Field(default=1024, ge=1)
+    """Labels whose [V] logits stand in memory at once."""
+    recompute: bool = False
+    """Recompute each step's activations in the backward pass: less memory, a third more work."""
+    norm_features: bool = False
+    """Normalise each captured layer before fusing them (`fc_norm` in the engines' formats)."""
+
+
+class Eagle3Layer(nn.Module):
+    """One decoder layer whose attention reads [embedding, feature] and whose residual stream is the feature."""
+
+    def __init__(self, size: int, inner: int, query_heads: int, kv_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.query_heads, self.kv_heads = query_heads, kv_heads
+        self.input_layernorm = RMSNorm(size, eps)
+        self.hidden_norm = RMSNorm(size, eps)
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(2 * size, query_heads * head_dim, bias=False),
+                "k_proj": nn.Linear(2 * size, kv_heads * head_dim, bias=False),
+                "v_proj": nn.Linear(2 * size, kv_heads * head_dim, bias=False),
+                "o_proj": nn.Linear(query_heads * head_dim, size, bias=False),
+            }
+        )
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = GatedMLP(size, inner)
+
+    def attend(self, embedded: Tensor, feature: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] each -> query [B, H, T, d], key and value [B, Hkv, T, d]."""
+        both = torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)  # [B, T, 2 D]
+        query = rotate(heads(self.self_attn["q_proj"](both), self.query_heads), cos, sin)
+        key = rotate(heads(self.self_attn["k_proj"](both), self.kv_heads), cos, sin)
+        return query, key, heads(self.self_attn["v_proj"](both), self.kv_heads)
+
+    def finish(self, feature: Tensor, mixed: Tensor) -> Tensor:
+        """The feature [B, T, D] and what attention read [B, H, T, d] -> the layer's output [B, T, D]."""
+        hidden = feature + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    @property
+    def groups(self) -> int:
+        return self.query_heads // self.kv_heads
+
+
+@dataclass
+class Eagle3State(DrafterState):
+    """The layer's cache over committed pairs, and what was committed since the last proposal."""
+
+    head: TargetHead
+    keys: Tensor  # [B, Hkv, M, d]
+    values: Tensor  # [B, Hkv, M, d]
+    lengths: Tensor  # [B] committed pairs
+    pending: Committed | None
+
+    def select(self, rows: Tensor) -> Eagle3State:
+        waiting = None if self.pending is None else _select(self.pending, rows)
+        return Eagle3State(self.head, self.keys[rows], self.values[rows], self.lengths[rows], waiting)
+
+    def join(self, other: DrafterState) -> Eagle3State:
+        assert isinstance(other, Eagle3State) and (self.pending is None) == (other.pending is None)
+        both = None if self.pending is None or other.pending is None else _join(self.pending, other.pending)
+        slots = max(self.keys.shape[2], other.keys.shape[2])
+        keys = [F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in (self.keys, other.keys)]
+        values = [F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in (self.values, other.values)]
+        return Eagle3State(self.head, torch.cat(keys), torch.cat(values), torch.cat([self.lengths, other.lengths]), both)
+
+
+class Eagle3(Drafter):
+    """See the module."""
+
+    Config = Eagle3Config
+    config: Eagle3Config
+    needs = frozenset({"aux"})
+
+    def __init__(self, config: Eagle3Config, target: TargetShape) -> None:
+        super().__init__(config, target)
+        size, known = target.hidden_size, target.text_config
+        eps = float(known.get("rms_norm_eps") or 1e-5)
+        query_heads = config.num_attention_heads or int(known["num_attention_heads"])
+        kv_heads = config.num_key_value_heads or int(known.get("num_key_value_heads") or query_heads)
+        self.head_dim = int(known.get("head_dim") or size // query_heads)
+        inner = config.intermediate_size or int(known.get("intermediate_size") or 4 * size)
+        self.fc = nn.Linear(size * len(target.aux_layers), size, bias=False)
+        if config.norm_features:
+            self.fc_norm = nn.ModuleList(RMSNorm(size, eps) for _ in target.aux_layers)
+        self.midlayer = Eagle3Layer(size, inner, query_heads, kv_heads, self.head_dim, eps)
+        self.norm = RMSNorm(size, eps)
+        draft_size = min(config.draft_vocab_size or target.vocab_size, target.vocab_size)
+        self.lm_head = nn.Linear(size, draft_size, bias=False)
+        self.register_buffer("vocab", torch.arange(draft_size))  # [Vd] ascending target ids
+        self.rotary = Rotary(self.head_dim, rope_theta(known))
+        self.calls = 0  # forwards of the layer while decoding: tests count them
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """[Vd] target ids of the draft vocabulary; None where it is the target's own."""
+        return self.vocab if len(self.vocab) < self.target.vocab_size else None
+
+    # -- start ------------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
+        """Head, norm and draft vocabulary from the target; attention over features and the MLP from its last layer, where they fit."""
+        self.vocab.copy_(draft_vocab(counts, len(self.vocab), list(self.target.eos_ids)))
+        self.lm_head.weight.copy_(head.output[self.vocab])
+        if head.norm is not None and head.norm.shape == self.norm.weight.shape:
+            self.norm.weight.copy_(head.norm)
+        size = self.target.hidden_size
+        self.fc.weight.zero_()
+        self.fc.weight[:, -size:].copy_(torch.eye(size))  # the highest captured layer, as it is
+        own = {name: p for name, p in self.midlayer.named_parameters() if name != "input_layernorm.weight"}
+        borrowed = dict(layers[-1])
+        borrowed["hidden_norm.weight"] = borrowed.get("input_layernorm.weight", own["hidden_norm.weight"])
+        for name, parameter in own.items():
+            source = borrowed.get(name)
+            if source is None or name.endswith("bias"):
+                continue
+            if parameter.shape == source.shape:
+                parameter.copy_(source)
+            elif parameter.shape == (source.shape[0], 2 * source.shape[1]):  # [embedding, feature]
+                parameter[:, :size].mul_(0.5)
+                parameter[:, size:].copy_(source)
+
+    # -- training ---------------------------------------------------------------------------------------------------------------------
+
+    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+        """The layer's output [B, T, D] at draft step 0, 1, ..., every row a start of its own and fed the true tokens."""
+        feature = self._fuse(batch.features["aux"])
+        cos, sin = self.rotary(batch.position)
+        bias: Tensor | None = None
+        first: tuple[Tensor, Tensor] | None = None
+        own: list[Tensor] = []
+        for step in range(steps):
+            embedded = head.embed(batch.ahead(step + 1)[0]).to(feature.dtype)
+            if step:
+                cos, sin = self.rotary(batch.position + step)
+
+            def run(embedded: Tensor, feature: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                nonlocal bias
+                query, key, value = self.midlayer.attend(embedded, feature, cos, sin)
+                key, value = repeat_heads(key, self.midlayer.groups), repeat_heads(value, self.midlayer.groups)
+                bias = document_bias(batch.document, query.dtype) if bias is None else bias
+                keys, values = first or (key, value)
+                later = [*own, key, value] if first else []
+                mixed = unrolled_attention(query, keys, values, bias, *later)
+                return self.midlayer.finish(feature, mixed), key, value
+
+            if self.config.recompute and torch.is_grad_enabled():
+                feature, key, value = checkpoint(run, embedded, feature, cos, sin, use_reentrant=False)
+            else:
+                feature, key, value = run(embedded, feature, cos, sin)
+            if first:
+                own = [*own, key, value]
+            else:
+                first = (key, value)
+            yield feature
+
+    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+        steps = self._steps_at(batch.progress)
+        total = batch.tokens.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, Tensor] = {}
+        weights = [self.config.step_decay**step for step in range(steps)]
+        count = total
+        for step, hidden in enumerate(self.unrolled(batch, head, steps)):
+            labels, supervised = batch.ahead(step + 2)
+            rows = supervised.nonzero(as_tuple=True)
+            teacher = batch.features["last"][rows[0], rows[1] + step + 1]  # the state that gives x[p + 2 + step]
+            loss, hits = distill(
+                self.norm(hidden[rows]), self.lm_head.weight, teacher, head, labels[rows], self.config.loss, self.draft_ids, self.config.loss_chunk
+            )
+            here = supervised.sum()
+            total = total + loss * (weights[step] / sum(weights))
+            count = here.float() if step == 0 else count
+            metrics |= {f"alpha_{step}": hits, f"alpha_{step}_count": here.float()}
+        return Loss(total, count, metrics)
+
+    @torch.no_grad()
+    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
+        guesses = [self._guess(hidden) for hidden in self.unrolled(batch, head, length)]
+        return torch.stack(guesses, -1)
+
+    def _guess(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T] the likeliest token, rows in turn so that [T, Vd] logits of one row stand in memory."""
+        best = torch.stack([self._logits(row).argmax(-1) for row in hidden])
+        return best if self.draft_ids is None else self.draft_ids[best]
+
+    def _steps_at(self, progress: float) -> int:
+        start, end = self.config.unroll_ramp
+        if progress >= end:
+            return self.config.unroll
+        share = max(0.0, (progress - start) / (end - start))
+        return 1 + int(share * (self.config.unroll - 1))
+
+    def _fuse(self, aux: Tensor) -> Tensor:
+        """[..., A * D] captured states -> [..., D]."""
+        aux = aux.to(self.fc.weight.dtype)
+        if self.config.norm_features:
+            parts = aux.unflatten(-1, (len(self.fc_norm), -1))
+            aux = torch.cat([norm(parts[..., index, :]) for index, norm in enumerate(self.fc_norm)], -1)
+        return self.fc(aux)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(self.norm(hidden))
+
+    # -- decoding ---------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> Eagle3State:
+        B, P = prompts.shape
+        storage = torch.zeros(B, self.midlayer.kv_heads, capacity + P, self.head_dim, device=prompts.device, dtype=self.fc.weight.dtype)
+        state = Eagle3State(head, storage, torch.zeros_like(storage), torch.zeros_like(lengths), None)
+        if P > 1:  # all pairs but the last, which waits for the first root
+            slots = torch.arange(P - 1, device=prompts.device).expand(B, -1)
+            causal = slots[0][:, None] >= torch.arange(storage.shape[2], device=prompts.device)
+            self._run(state, prompts[:, 1:], self._fuse(features["aux"][:, :-1]), slots, causal.expand(B, -1, -1))
+        state.lengths = lengths - 1
+        last = (lengths - 1)[:, None]
+        aux = features["aux"].gather(1, last[..., None].expand(-1, -1, features["aux"].shape[-1]))
+        state.pending = Committed(prompts.gather(1, last), torch.ones_like(lengths), {"aux": aux})
+        return state
+
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+        assert isinstance(state, Eagle3State)
+        hidden = self._refresh(state, roots)  # [B, 1, D]
+
+        def step(frontier: Frontier) -> Tensor:
+            nonlocal hidden
+            if frontier.level:
+                above = hidden.gather(1, frontier.parent[..., None].expand(-1, -1, hidden.shape[-1]))
+                hidden = self._draft(state, frontier, above)
+            return self._logits(hidden)
+
+        return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size).tree
+
+    def observe(self, state: DrafterState, committed: Committed) -> None:
+        assert isinstance(state, Eagle3State)
+        if state.pending is not None:  # proposed nothing in between: the next committed token completes what waited
+            self._refresh(state, committed.tokens[:, 0])
+        state.pending = committed
+
+    def _refresh(self, state: Eagle3State, roots: Tensor) -> Tensor:
+        """Pairs of what was committed, with the target's features: writes them, returns the newest one's output [B, 1, D]."""
+        pending = state.pending
+        assert pending is not None, "propose comes after begin or observe"
+        T = pending.tokens.shape[1]
+        order = torch.arange(T, device=roots.device)
+        last = (pending.count - 1).clamp_min(0)[:, None]
+        following = torch.cat([pending.tokens[:, 1:], roots[:, None]], 1).scatter(1, last, roots[:, None])
+        slots = state.lengths[:, None] + order
+        seen = torch.arange(state.keys.shape[2], device=roots.device) <= slots[:, :, None]
+        hidden = self._run(state, following, self._fuse(pending.features["aux"]), slots, seen)
+        state.lengths, state.pending = state.lengths + pending.count, None
+        return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _draft(self, state: Eagle3State, frontier: Frontier, above: Tensor) -> Tensor:
+        """One level: nodes [B, W] with their parents' outputs [B, W, D] -> their own outputs [B, W, D]."""
+        fed = frontier.mask.shape[-1] - 1  # the root's pair stands among the committed ones
+        base = state.lengths[:, None]
+        slots = base + torch.arange(fed, device=above.device)  # [B, fed]
+        place = torch.arange(state.keys.shape[2], device=above.device)
+        seen = (place < base)[:, None, :].repeat(1, above.shape[1], 1)
+        seen.scatter_(2, slots[:, None, :].expand(-1, above.shape[1], -1), frontier.mask[..., 1:])
+        position = base - 1 + frontier.level
+        return self._run(state, frontier.tokens, above, slots[:, -above.shape[1] :], seen, position.expand_as(frontier.tokens))
+
+    def _run(
+        self, state: Eagle3State, tokens: Tensor, feature: Tensor, slots: Tensor, seen: Tensor, position: Tensor | None = None
+    ) -> Tensor:
+        """The layer over [B, W] pairs written at `slots`, each seeing `seen` [B, W, M] -> [B, W, D]."""
+        self.calls += 1
+        cos, sin = self.rotary(slots if position is None else position)
+        query, key, value = self.midlayer.attend(state.head.embed(tokens).to(feature.dtype), feature, cos, sin)
+        index = slots[:, None, :, None].expand_as(key)
+        state.keys.scatter_(2, index, key)
+        state.values.scatter_(2, index, value)
+        groups = self.midlayer.groups
+        mixed = F.scaled_dot_product_attention(
+            query, repeat_heads(state.keys, groups), repeat_heads(state.values, groups), attn_mask=seen[:, None]
+        )
+        return self.midlayer.finish(feature, mixed)
+
+
+def rope_theta(config: dict[str, Any]) -> float:
+    """The target's rotary base; long-context scalings keep their base (drafts see positions as the target's plain frequencies would)."""
+    parameters = config.get("rope_parameters") or {}
+    nested = parameters.get("full_attention", parameters)
+    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def _select(committed: Committed, rows: Tensor) -> Committed:
+    features = {name: value[rows] for name, value in committed.features.items()}
+    return Committed(committed.tokens[rows], committed.count[rows], features)
+
+
+def _join(one: Committed, other: Committed) -> Committed:
+    T = max(one.tokens.shape[1], other.tokens.shape[1])
+
+    def stack(a: Tensor, b: Tensor) -> Tensor:
+        widened = [F.pad(part, (0, 0) * (part.dim() - 2) + (0, T - part.shape[1])) for part in (a, b)]
+        return torch.cat(widened)
+
+    features = {name: stack(value, other.features[name]) for name, value in one.features.items()}
+    return Committed(stack(one.tokens, other.tokens), torch.cat([one.count, other.count]), features)
