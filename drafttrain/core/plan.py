@@ -35,6 +35,11 @@ class Chain(Config):
     def depth(self) -> int:
         return self.length
 
+    @property
+    def slots(self) -> int:
+        """Cache slots a round may fill at most, in the target's cache or a drafter's."""
+        return self.length + 1
+
 
 class Static(Config):
     """The same tree every round, as a list of paths or as children per level."""
@@ -74,6 +79,11 @@ class Static(Config):
     def depth(self) -> int:
         return max((len(path) for path in self.paths), default=0)
 
+    @property
+    def slots(self) -> int:
+        """See `Chain.slots`."""
+        return self.nodes + 1
+
 
 class Dynamic(Config):
     """Best-first with rerank (EAGLE-2, Li et al., 2024, arXiv:2406.16858): each level expands the `beam` likeliest nodes into `top_k`
@@ -89,6 +99,11 @@ class Dynamic(Config):
     nodes: int = Field(default=32, ge=1)
     """Drafted nodes kept for the target."""
 
+    @property
+    def slots(self) -> int:
+        """See `Chain.slots`."""
+        return max(self.nodes, self.depth, self.beam * (self.depth - 1)) + 1
+
 
 Shape = Annotated[Chain | Static | Dynamic, Field(discriminator="shape")]
 
@@ -99,6 +114,7 @@ class Plan:
 
     shape: Chain | Static | Dynamic
     draws: Draws = "point"
+    """How siblings are drawn."""
     temperature: float | None = None
     """The drafter's own temperature; None takes the target's."""
     stop: Callable[[int], Tensor] | None = None

@@ -61,6 +61,7 @@ class Drafter(nn.Module, ABC):
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:
         super().__init__()
         self.config, self.target = config, target
+        self.calls = 0  # forwards while decoding: tests and statistics count them
 
     @property
     def teacher_needs(self) -> frozenset[str]:

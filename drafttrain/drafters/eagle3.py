@@ -151,7 +151,6 @@ class Eagle3(Drafter):
         self.lm_head = nn.Linear(size, draft_size, bias=False)
         self.register_buffer("vocab", torch.arange(draft_size))  # [Vd] ascending target ids
         self.rotary = Rotary(self.head_dim, rope_theta(known))
-        self.calls = 0  # forwards of the layer while decoding: tests count them
 
     @property
     def draft_ids(self) -> Tensor | None:
@@ -268,7 +267,7 @@ class Eagle3(Drafter):
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> Eagle3State:
         B, P = prompts.shape
-        storage = torch.zeros(B, self.midlayer.kv_heads, capacity + P, self.head_dim, device=prompts.device, dtype=self.fc.weight.dtype)
+        storage = torch.zeros(B, self.midlayer.kv_heads, capacity, self.head_dim, device=prompts.device, dtype=self.fc.weight.dtype)
         state = Eagle3State(head, storage, torch.zeros_like(storage), torch.zeros_like(lengths), None)
         if P > 1:  # all pairs but the last, which waits for the first root
             slots = torch.arange(P - 1, device=prompts.device).expand(B, -1)

@@ -11,9 +11,9 @@ from typing import ClassVar
 from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
-from drafttrain.core.plan import Plan
+from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Layout, Tree
+from drafttrain.core.tree import Draws, Layout, Tree
 from drafttrain.core.types import Scored, Verdict
 
 
@@ -49,15 +49,15 @@ class Rule(ABC):
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         """The nodes that stand, batch-first, without waiting for the host."""
 
-    def check(self, plan: Plan, sampling: Sampling) -> None:
+    def check(self, shape: Shape, draws: Draws, sampling: Sampling) -> None:
         """A `UserError` where this rule would not keep the target's law on such trees."""
-        topology = "chain" if plan.shape.shape == "chain" else "tree"
+        topology = "chain" if shape.shape == "chain" else "tree"
         name = self.config.name
         if self.temperatures == "zero" and not sampling.greedy:
             raise UserError(f"rule '{name}' decodes greedily, but temperature is {sampling.temperature}; use 'rejection' or 'recursive'")
-        if (plan.draws, topology) not in self.accepts:
-            fits = ", ".join(f"{draws} {shape}" for draws, shape in sorted(self.accepts))
+        if (draws, topology) not in self.accepts:
+            fits = ", ".join(f"{drawn} {form}" for drawn, form in sorted(self.accepts))
             raise UserError(
-                f"rule '{name}' is not exact for {plan.draws} draws in a {topology}; it takes {fits}. "
-                f"Choose another rule, or set runtime.draws to 'point', which every tree rule verifies exactly"
+                f"rule '{name}' is not exact for {draws} draws in a {topology}; it takes {fits}. "
+                f"Choose another rule, or set runtime.treat_as to 'point', which is exact for every tree"
             )

@@ -1,0 +1,1 @@
+"""Decoding: the round, policies, statistics, offline replay, and the Python inference API."""

@@ -1,0 +1,268 @@
+"""The Python inference API: `SpeculativeDecoder` generates and streams with a target, a drafter and a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from drafttrain.core.config import Config
+from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.plan import Chain, Plan, Shape
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Draws
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.files import load_drafter
+from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
+from drafttrain.runtime.policy import POLICIES
+from drafttrain.runtime.stats import Statistics
+from drafttrain.target.adapter import Target
+from drafttrain.target.files import TargetConfig
+from drafttrain.verify import RULES
+from drafttrain.verify.base import Rule
+
+Prompt = str | list[dict[str, str]] | list[int]
+"""A user's message (wrapped in the chat template where there is one), a conversation, or token ids as they are."""
+
+REFUSED = {
+    "repetition_penalty": "it changes the target's law with every token, drafted ones included",
+    "presence_penalty": "it changes the target's law with every token, drafted ones included",
+    "frequency_penalty": "it changes the target's law with every token, drafted ones included",
+    "no_repeat_ngram_size": "it changes the target's law with every token, drafted ones included",
+    "min_p": "no verification rule here is proven with it",
+    "typical_p": "no verification rule here is proven with it",
+    "num_beams": "a beam is not a sample of the target's law",
+    "logits_processor": "an arbitrary change of the law cannot be verified exactly",
+}
+
+
+class RuntimeConfig(Config):
+    """How to draft and verify."""
+
+    shape: Shape = Chain()
+    """The tree of a round: `chain`, `static` or `dynamic`."""
+    draws: Draws | Literal["auto"] = "auto"
+    """How siblings are drawn. `auto`: `point` at temperature 0 and in dynamic trees, `iid` in chains, `without_replacement` in static
+    trees."""
+    rule: str = "auto"
+    """Verification rule. `auto`: `greedy` at temperature 0, else `rejection` for chains and `recursive` for trees."""
+    policy: str = "fixed"
+    """What makes the plans of rounds."""
+    treat_as: Literal["point"] | None = None
+    """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
+    drafter_temperature: float | None = Field(default=None, gt=0)
+    """The drafter's own temperature; by default the target's."""
+    prefill_chunk: int = Field(default=512, ge=1)
+    """Prompt tokens read in one forward."""
+
+    def fitted(self, sampling: Sampling) -> tuple[Rule, Plan]:
+        """The rule and the plan for these sampling options, or a `UserError` where they would not be exact."""
+        draws: Draws = _auto_draws(self.shape.shape, sampling) if self.draws == "auto" else self.draws
+        if self.shape.shape == "dynamic" and draws != "point":
+            raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'point' draws stay exact")
+        name = _auto_rule(self.shape.shape, sampling) if self.rule == "auto" else self.rule
+        if name not in RULES:
+            raise UserError(f"runtime.rule '{name}' is unknown{nearest(name, RULES)}; known: auto, {', '.join(RULES)}")
+        if self.policy not in POLICIES:
+            raise UserError(f"runtime.policy '{self.policy}' is unknown{nearest(self.policy, POLICIES)}; known: {', '.join(POLICIES)}")
+        rule = RULES[name](RULES[name].Config(name=name))
+        rule.check(self.shape, self.treat_as or draws, sampling)
+        return rule, Plan(self.shape, draws, self.drafter_temperature)
+
+
+@dataclass
+class Generation:
+    """One sample of one prompt."""
+
+    tokens: list[int]
+    text: str
+    origins: list[int]  # of each token: 1 the drafter's, 0 the target's
+    finish: Literal["eos", "stop", "length"]
+    statistics: Statistics
+
+
+@dataclass
+class Piece:
+    """A stretch of streamed text from one origin."""
+
+    text: str
+    origin: int
+
+
+class SpeculativeDecoder:
+    """Decodes a target's own text faster, with a drafter; without one, plainly and by the same loop."""
+
+    def __init__(self, target: Target, drafter: Drafter | None = None, runtime: RuntimeConfig | None = None) -> None:
+        self.target = target
+        self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
+        self.runtime = runtime or RuntimeConfig()
+
+    @classmethod
+    def from_pretrained(
+        cls, target: str | TargetConfig | Target, drafter: str | Path | None = None, runtime: RuntimeConfig | None = None, **options: Any
+    ) -> SpeculativeDecoder:
+        """Loads both.
+
+        target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter or of the
+        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`. Raises `UserError` where the drafter was
+        trained on another target.
+        """
+        if isinstance(target, str):
+            target = TargetConfig(model=target, **options)
+        loaded = Target.load(target) if isinstance(target, TargetConfig) else target
+        return cls(loaded, None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint), runtime)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int = 0, stop: Sequence[str] = (), n: int = 1, batch_size: int = 16, on_round: RoundHook | None = None, **refused: Any,
+    ) -> list[Generation]:
+        """`n` samples of each prompt, prompt after prompt.
+
+        The same seed gives the same texts, whatever the batch size. stop: strings that end a text, themselves left out. Raises `UserError`
+        for an empty or too long prompt, for options out of range, and for options that no rule can honour exactly.
+        """
+        requests = self._requests(prompts, max_new_tokens, n)
+        out: list[Generation] = []
+        for start in range(0, len(requests), batch_size):
+            group = requests[start : start + batch_size]
+            batch = self._batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round, refused)
+            origins: list[list[int]] = [[] for _ in group]
+            for emissions in _run(batch, group):
+                for gained in emissions:
+                    origins[gained.row] += _origins(gained)
+            for written, origin, statistics in zip(batch.written, origins, batch.statistics(), strict=True):
+                out.append(self._generation(written, origin, tuple(stop), max_new_tokens, statistics))
+        return out
+
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+        stop: Sequence[str] = (), on_round: RoundHook | None = None, **refused: Any,
+    ) -> Iterator[Piece]:
+        """One sample as it is written. After the last piece, `statistics` holds what it took."""
+        request = self._requests([prompt], max_new_tokens, 1)
+        batch = self._batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round, refused)
+        tokens: list[int] = []
+        shown = ""
+        for emissions in _run(batch, request):
+            for gained in emissions:
+                for token, origin in zip(gained.tokens, _origins(gained), strict=True):
+                    tokens.append(token)
+                    text = self._text(tokens, tuple(stop))
+                    if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
+                        yield Piece(text[len(shown) :], origin)
+                        shown = text
+        self.statistics = batch.statistics()[0]
+
+    def _requests(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
+        if n < 1:
+            raise UserError(f"n {n}: at least one sample a prompt is needed")
+        tokenized = [self._tokenize(prompt) for prompt in _as_list(prompts)]
+        room = self.target.max_context - max_new_tokens
+        for prompt in tokenized:
+            if len(prompt) > room:
+                raise UserError(
+                    f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the target's context of "
+                    f"{self.target.max_context}; shorten the prompt or lower max_new_tokens"
+                )
+        return [Request(prompt, index * n + sample, max_new_tokens) for index, prompt in enumerate(tokenized) for sample in range(n)]
+
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        tokenizer = self.target.tokenizer
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return [int(token) for token in prompt]  # type: ignore[call-overload]
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise UserError("an empty prompt: give a message, a conversation or token ids")
+        if tokenizer is None:
+            raise UserError("this target has no tokenizer: give prompts as token ids")
+        if isinstance(prompt, str) and not tokenizer.chat_template:
+            return list(tokenizer(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _batch(self, sampling: Sampling, seed: int, stop: tuple[str, ...], hook: RoundHook | None, refused: dict[str, Any]) -> Batch:
+        for name in refused:
+            known = ", ".join(REFUSED)
+            raise UserError(
+                f"option '{name}' is refused: {REFUSED[name]}" if name in REFUSED else f"unknown option '{name}' (refused by name: {known})"
+            )
+        rule, plan = self.runtime.fitted(sampling.check())
+        if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
+            rule, plan = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive").fitted(sampling)
+        stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
+        return Batch(
+            self.target, self.drafter, rule, POLICIES[self.runtime.policy](plan), sampling, seed, self.runtime.treat_as, stopper, hook,
+            self.runtime.prefill_chunk,
+        )
+
+    def _keep(self, tokens: list[int], stop: tuple[str, ...]) -> int:
+        """The fewest tokens whose text holds a stop string, or all."""
+        if self._stop_at(self._decode(tokens), stop) < 0:
+            return len(tokens)
+        return next(count for count in range(1, len(tokens) + 1) if self._stop_at(self._decode(tokens[:count]), stop) >= 0)
+
+    def _generation(
+        self, tokens: list[int], origins: list[int], stop: tuple[str, ...], limit: int, statistics: Statistics
+    ) -> Generation:
+        finish: Literal["eos", "stop", "length"] = "length"
+        if tokens and tokens[-1] in self.target.eos_ids:
+            finish = "eos"
+        elif stop and self._stop_at(self._decode(tokens), stop) >= 0:
+            finish = "stop"
+        return Generation(tokens, self._text(tokens, stop), origins, finish, statistics)
+
+    def _text(self, tokens: list[int], stop: tuple[str, ...]) -> str:
+        text = self._decode(tokens)
+        cut = self._stop_at(text, stop)
+        return text if cut < 0 else text[:cut]
+
+    def _decode(self, tokens: list[int]) -> str:
+        tokenizer = self.target.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @staticmethod
+    def _stop_at(text: str, stop: tuple[str, ...]) -> int:
+        """Where the earliest stop string begins; -1 for nowhere."""
+        return min((at for at in (text.find(word) for word in stop) if at >= 0), default=-1)
+
+
+def find_drafter(folder: Path) -> Path:
+    """The drafter's folder, given it or the run that trained it."""
+    inner = folder / "drafter"
+    return inner if (inner / "config.json").exists() else folder
+
+
+def _run(batch: Batch, requests: list[Request]) -> Iterator[list[Emission]]:
+    yield batch.start(requests)
+    while not batch.done:
+        yield batch.step()
+
+
+def _origins(gained: Emission) -> list[int]:
+    return [1] * gained.accepted + [0] * (len(gained.tokens) - gained.accepted)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several: a lone conversation or a lone list of ids is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], (dict, int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _auto_draws(shape: str, sampling: Sampling) -> Draws:
+    if sampling.greedy or shape == "dynamic":
+        return "point"
+    return "iid" if shape == "chain" else "without_replacement"
+
+
+def _auto_rule(shape: str, sampling: Sampling) -> str:
+    if sampling.greedy:
+        return "greedy"
+    return "rejection" if shape == "chain" else "recursive"

@@ -1,0 +1,248 @@
+"""The round: propose, score, verify, cut, commit, observe. Everything else in this project serves these lines.
+
+B rows, N nodes, D depth, V vocabulary. A round waits for the host once, to hand out tokens and learn which rows are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from drafttrain.core.chance import Seeded
+from drafttrain.core.plan import Plan
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Draws, Tree, root_only
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.drafters.base import Drafter, DrafterState
+from drafttrain.runtime.policy import Policy
+from drafttrain.runtime.stats import Clock, Statistics, Tally
+from drafttrain.target.adapter import Target
+from drafttrain.verify.base import Rule
+
+
+@dataclass
+class Request:
+    """One row to decode."""
+
+    prompt: list[int]
+    stream: int  # number of its random stream: equal requests with equal streams get equal texts
+    max_new_tokens: int
+
+
+@dataclass
+class Kept:
+    """A verdict after EOS and the length limit cut it."""
+
+    verdict: Verdict
+    tokens: Tensor  # [B, D + 1] the row's new tokens, padded
+    count: Tensor  # [B] how many are real; 0 for finished rows
+    alive: Tensor  # [B] bool: the row goes on
+
+
+@dataclass
+class Emission:
+    """What one row gained in a round."""
+
+    row: int  # index of the request
+    tokens: list[int]
+    accepted: int  # the first so many are the drafter's, the rest is the target's
+    done: bool
+
+
+RoundHook = Callable[[Tree, Scored, Verdict], None]
+"""Called after each round's verdict, before anything is cut."""
+
+Stopper = Callable[[int, list[int]], int]
+"""(request, its tokens so far) -> how many of them to keep, for stop strings."""
+
+
+class Batch:
+    """Rows being decoded together."""
+
+    def __init__(
+        self, target: Target, drafter: Drafter | None, rule: Rule, policy: Policy, sampling: Sampling, seed: int,
+        treat_as: Draws | None = None, stopper: Stopper | None = None, on_round: RoundHook | None = None, prefill_chunk: int = 512,
+    ) -> None:
+        """drafter: None decodes plainly, by the same loop. stopper: see `Stopper`; it moves the round's wait before the commit."""
+        self.target, self.drafter, self.rule, self.policy, self.sampling = target, drafter, rule, policy, sampling
+        self.seed, self.treat_as, self.stopper, self.on_round, self.prefill_chunk = seed, treat_as, stopper, on_round, prefill_chunk
+        self.needs = rule.needs | (drafter.needs if drafter else frozenset())
+        self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
+        self.history, self.clock = Statistics(), Clock(target.device)
+        self.calls_before = (target.forwards, drafter.calls if drafter else 0)
+
+    @torch.inference_mode()
+    def start(self, requests: Sequence[Request]) -> list[Emission]:
+        """Reads the prompts (equal ones once) and draws each row's first token."""
+        self.clock.start()
+        device = self.target.device
+        distinct, copies = _distinct([request.prompt for request in requests])
+        prompts = pad_sequence([torch.tensor(prompt, device=device) for prompt in distinct], batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        capacity = longest + self.policy.plan(self.history).shape.slots + 1
+        self.cache = self.target.new_cache(len(distinct), capacity)
+        read = self.target.prefill(self.cache, prompts, lengths, self.needs, self.prefill_chunk)
+
+        rows = torch.tensor(copies, device=device)
+        self.cache = self.cache.select(rows) if len(distinct) < len(requests) else self.cache
+        self.row_ids = list(range(len(requests)))  # [B] the request each row decodes
+        self.written: list[list[int]] = [[] for _ in requests]
+        self.lengths = [len(request.prompt) for request in requests]  # [B] committed tokens, as the host knows them
+        self.cache.settle(self.lengths)
+        self.left = torch.tensor([request.max_new_tokens for request in requests], device=device)
+        self.alive = torch.ones(len(requests), dtype=torch.bool, device=device)
+        self.tally, self.request_of = Tally(len(requests), device), torch.arange(len(requests), device=device)
+        self.chance = Seeded(self.seed, torch.tensor([request.stream for request in requests], device=device))
+        self.roots = self._first(read.logits[rows])
+        self.state: DrafterState | None = None
+        if self.drafter:
+            features = {name: value[rows] for name, value in read.features.items()}
+            self.state = self.drafter.begin(prompts[rows], lengths[rows], features, self.target.head, capacity)
+        nothing = torch.zeros_like(self.roots)
+        kept = self._limit(Verdict(nothing[:, None], nothing, self.roots), torch.stack([self.roots, nothing], 1))
+        fetched = self._fetch(kept)
+        if self.stopper:
+            kept = self._stop(kept, fetched)
+        out = self._hand_out(kept, fetched)
+        self._drop_finished()
+        self.clock.lap("prefill")
+        return out
+
+    @torch.inference_mode()
+    def step(self) -> list[Emission]:
+        """One round for every row that is not done."""
+        self.clock.start()
+        tree = self._propose(self.policy.plan(self.history))
+        self.clock.lap("draft")
+        scored = self.target.score(self.cache, self.rule.layout(tree), self.sampling, self.needs)
+        self.clock.lap("score")
+        verdict = self.rule(tree, scored, self.chance)
+        if self.on_round:
+            self.on_round(tree, scored, verdict)
+        kept = self._cut(tree, verdict)
+        self.clock.lap("verify")
+        fetched = self._fetch(kept) if self.stopper else None  # stop strings need the host before the commit
+        if fetched:
+            kept = self._stop(kept, fetched)
+        committed = self.target.commit(self.cache, tree, scored, kept.verdict, kept.count > 0)
+        if self.drafter and self.state:
+            self.drafter.observe(self.state, committed)
+        self._count(tree, kept)
+        self.clock.lap("commit")
+        fetched = fetched or self._fetch(kept)
+        self.lengths = [length + count for length, (*_, count, _, _) in zip(self.lengths, fetched, strict=True)]
+        self.cache.settle(self.lengths)
+        out = self._hand_out(kept, fetched)
+        self._drop_finished()
+        self.clock.lap("other")
+        return out
+
+    @property
+    def done(self) -> bool:
+        return not self.row_ids
+
+    def statistics(self) -> list[Statistics]:
+        """Each request's counts; times and calls, which rows share, stand with the first."""
+        rows = [self.tally.row(index) for index in range(len(self.written))]
+        rows[0].seconds = self.clock.seconds()
+        rows[0].target_forwards = self.target.forwards - self.calls_before[0]
+        rows[0].drafter_calls = self.drafter.calls - self.calls_before[1] if self.drafter else 0
+        rows[0].syncs = self.history.syncs
+        return rows
+
+    def _first(self, logits: Tensor) -> Tensor:
+        """[B, V] after the prompts -> [B] the token the prefill gives."""
+        if self.sampling.greedy:
+            return logits.argmax(-1)
+        return self.chance.draw(self.sampling.law(logits)[:, None], 1, replace=True)[:, 0, 0]
+
+    def _propose(self, plan: Plan) -> Tree:
+        if self.drafter is None or self.state is None:
+            return root_only(self.roots)
+        tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.chance)
+        return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
+
+    def _cut(self, tree: Tree, verdict: Verdict) -> Kept:
+        """The round's new tokens up to the first EOS and the row's limit."""
+        drafted = tree.tokens.gather(1, verdict.path)  # [B, D]
+        tokens = torch.cat([drafted, torch.zeros_like(self.roots)[:, None]], 1)
+        if verdict.next is not None:
+            tokens = tokens.scatter(1, verdict.length[:, None], verdict.next[:, None])
+        return self._limit(verdict, tokens)
+
+    def _limit(self, verdict: Verdict, tokens: Tensor) -> Kept:
+        written = verdict.length + int(verdict.next is not None)
+        count = torch.where(self.alive, torch.minimum(written, self.left), 0)
+        order = torch.arange(tokens.shape[1], device=tokens.device)
+        ends = torch.isin(tokens, self.ends) & (order < count[:, None])  # [B, D + 1]
+        ended = ends.any(1)
+        count = torch.where(ended, ends.long().argmax(1) + 1, count)
+        alive = self.alive & ~ended & (self.left > count)
+        return Kept(replace(verdict, length=torch.minimum(verdict.length, count)), tokens, count, alive)
+
+    def _stop(self, kept: Kept, fetched: list[list[int]]) -> Kept:
+        """Cuts at stop strings, which only the host can read; `fetched` is corrected in place."""
+        assert self.stopper is not None
+        for request, values in zip(self.row_ids, fetched, strict=True):
+            *tokens, count, accepted, alive = values
+            before = len(self.written[request])
+            allowed = max(0, self.stopper(request, self.written[request] + tokens[:count]) - before) if count else 0
+            values[-3:] = [min(count, allowed), min(accepted, allowed), int(alive and allowed >= count)]
+        count, accepted, alive = torch.tensor([values[-3:] for values in fetched], device=kept.count.device).unbind(1)
+        return replace(kept, count=count, alive=alive.bool(), verdict=replace(kept.verdict, length=accepted))
+
+    def _fetch(self, kept: Kept) -> list[list[int]]:
+        """The round's one wait for the device: each row's tokens, count, how many the drafter wrote, whether it goes on."""
+        self.history.syncs += 1
+        marks = torch.stack([kept.count, kept.verdict.length, kept.alive.long()], 1)
+        return torch.cat([kept.tokens, marks], 1).tolist()
+
+    def _count(self, tree: Tree, kept: Kept) -> None:
+        """alpha's attempts: every depth reached, and one more where the last node had a child that could have stood."""
+        accepted = kept.verdict.length
+        tip = kept.verdict.path.gather(1, (accepted - 1).clamp_min(0)[:, None])
+        tip = torch.where(accepted[:, None] > 0, tip, 0)
+        below = (tree.parents == tip) & tree.live
+        below[:, 0] = False
+        tried = accepted + (below.any(1) & (kept.count > accepted))
+        self.tally.add(self.request_of, kept.count, accepted, tried, tree.max_depth)
+
+    def _hand_out(self, kept: Kept, fetched: list[list[int]]) -> list[Emission]:
+        """Moves the rows on and says what each gained."""
+        last = (kept.count - 1).clamp_min(0)[:, None]
+        self.roots = torch.where(kept.count > 0, kept.tokens.gather(1, last)[:, 0], self.roots)
+        self.left, self.alive = self.left - kept.count, kept.alive
+        out = []
+        for request, (*tokens, count, accepted, alive) in zip(self.row_ids, fetched, strict=True):
+            self.written[request] += tokens[:count]
+            out.append(Emission(request, tokens[:count], accepted, not alive))
+        self.running = [bool(values[-1]) for values in fetched]
+        return [emission for emission, (*_, count, _, alive) in zip(out, fetched, strict=True) if count or not alive]
+
+    def _drop_finished(self) -> None:
+        """Leaves finished rows behind once they are half of the batch: what goes on gets smaller at most log2(B) times."""
+        going = [place for place, runs in enumerate(self.running) if runs]
+        if len(going) * 2 > len(self.row_ids):
+            return
+        self.row_ids = [self.row_ids[place] for place in going]
+        if not going:
+            return
+        rows = torch.tensor(going, device=self.roots.device)
+        self.lengths = [self.lengths[place] for place in going]
+        self.cache = self.cache.select(rows)
+        self.cache.settle(self.lengths)
+        self.state = self.state.select(rows) if self.state else None
+        self.chance, self.request_of = self.chance.select(rows), self.request_of[rows]
+        self.roots, self.left, self.alive = self.roots[rows], self.left[rows], self.alive[rows]
+
+
+def _distinct(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The different prompts in order, and for each prompt which of them it is."""
+    place: dict[tuple[int, ...], int] = {}
+    copies = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
+    return [list(prompt) for prompt in place], copies

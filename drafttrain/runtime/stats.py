@@ -1,0 +1,130 @@
+"""What decoding measured: rounds, accepted lengths, conditional acceptance, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PHASES = ("prefill", "draft", "score", "verify", "commit", "other")
+
+
+@dataclass
+class Statistics:
+    """Counts over any number of prompts; add them up with `+`."""
+
+    rounds: int = 0
+    tokens: int = 0
+    """Tokens kept in rounds, the bonus token included; the prefill's token is not counted."""
+    attempts: list[int] = field(default_factory=list)
+    """attempts[k]: rounds in which a node at depth k + 1 could have stood, because its parent did."""
+    accepts: list[int] = field(default_factory=list)
+    """accepts[k]: rounds in which one did."""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    target_forwards: int = 0
+    drafter_calls: int = 0
+    syncs: int = 0
+    """Times the host waited for the device during rounds."""
+
+    @property
+    def tau(self) -> float:
+        """Accepted length: tokens per round, pooled; plain decoding is 1."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def alpha(self) -> list[float]:
+        """alpha[k]: share of nodes at depth k + 1 that stood, given their parent did."""
+        return [yes / all_ if all_ else 0.0 for yes, all_ in zip(self.accepts, self.attempts, strict=True)]
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time of the rounds, prefill left out."""
+        return sum(self.seconds.values()) - self.seconds["prefill"]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        depth = max(len(self.attempts), len(other.attempts))
+
+        def both(a: list[int], b: list[int]) -> list[int]:
+            return [x + y for x, y in zip(a + [0] * (depth - len(a)), b + [0] * (depth - len(b)), strict=True)]
+
+        return Statistics(
+            self.rounds + other.rounds,
+            self.tokens + other.tokens,
+            both(self.attempts, other.attempts),
+            both(self.accepts, other.accepts),
+            {phase: self.seconds[phase] + other.seconds[phase] for phase in PHASES},
+            self.target_forwards + other.target_forwards,
+            self.drafter_calls + other.drafter_calls,
+            self.syncs + other.syncs,
+        )
+
+
+class Tally:
+    """Per-row counts of a running batch, kept on the device: [B] rounds and tokens, [B, K] attempts and accepts."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rounds = torch.zeros(rows, dtype=torch.long, device=device)
+        self.tokens = torch.zeros_like(self.rounds)
+        self.attempts = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self.accepts = torch.zeros_like(self.attempts)
+
+    def add(self, rows: Tensor, kept: Tensor, accepted: Tensor, tried: Tensor, depth: int) -> None:
+        """One round of the batch's `rows` [R]: tokens kept, nodes that stood, depths tried ([R] each; 0 everywhere where a row is done)."""
+        missing = depth - self.attempts.shape[1]
+        if missing > 0:
+            more = torch.zeros(len(self.rounds), missing, dtype=torch.long, device=rows.device)
+            self.attempts, self.accepts = torch.cat([self.attempts, more], 1), torch.cat([self.accepts, more], 1)
+        level = torch.arange(self.attempts.shape[1], device=rows.device)
+        self.rounds.index_add_(0, rows, (kept > 0).long())
+        self.tokens.index_add_(0, rows, kept)
+        self.attempts.index_add_(0, rows, (level < tried[:, None]).long())
+        self.accepts.index_add_(0, rows, (level < accepted[:, None]).long())
+
+    def row(self, index: int) -> Statistics:
+        """One row's counts (waits for the device)."""
+        attempts, accepts = self.attempts[index].tolist(), self.accepts[index].tolist()
+        return Statistics(int(self.rounds[index]), int(self.tokens[index]), attempts, accepts)
+
+
+class Clock:
+    """Laps by phase. On CUDA they are events, read once at the end: timing makes nothing wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.laps: list[tuple[str, float | torch.cuda.Event]] = []
+        self.start()
+
+    def start(self) -> None:
+        """Begins a new run of laps; what passed since the last one counts nowhere."""
+        self.laps.append(("", self._now()))
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last mark belongs to `phase`."""
+        self.laps.append((phase, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds a phase so far; forgets the laps."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        total = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in zip(self.laps, self.laps[1:], strict=False):
+            if phase:
+                total[phase] += _elapsed(before, after)
+        self.laps = self.laps[-1:]
+        return total
+
+
+def _elapsed(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, float) and isinstance(after, float):
+        return after - before
+    assert isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event)
+    return before.elapsed_time(after) / 1e3
