@@ -1,0 +1,154 @@
+"""What a drafter learns: distances between the target's law p and its own q, unreduced, and their sum over rows in chunks.
+
+R rows (labels), D hidden, V vocabulary, Vd draft vocabulary. With a reduced vocabulary p is the target's law restricted to it and
+renormalised; labels outside it are skipped by the label's cross entropy and count as misses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from drafttrain.core.config import Config
+from drafttrain.core.vocab import draft_index
+
+
+class OutputHead(Protocol):
+    """The target's frozen output head (`target.head.TargetHead`)."""
+
+    def logits(self, last: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[..., D] normed states -> [..., V] logits, or those of the vocabulary `rows` alone."""
+        ...
+
+
+def soft_cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
+    """-sum p log q, the forward KL but for p's own entropy: [..., V] -> [...]."""
+    return -(p * log_q).sum(-1)
+
+
+def forward_kl(p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q): [..., V] -> [...]."""
+    return torch.special.xlogy(p, p).sum(-1) + soft_cross_entropy(p, log_q)
+
+
+def reverse_kl(p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p): [..., V] -> [...]; p is floored where it is 0."""
+    return (log_q.exp() * (log_q - p.clamp_min(1e-12).log())).sum(-1)
+
+
+def tv(p: Tensor, log_q: Tensor) -> Tensor:
+    """Total variation, 1 - sum min(p, q): one minus the acceptance probability: [..., V] -> [...]."""
+    return 1 - torch.minimum(p, log_q.exp()).sum(-1)
+
+
+def label_cross_entropy(index: Tensor, inside: Tensor, log_q: Tensor) -> Tensor:
+    """-log q of the label, 0 where it is outside the draft vocabulary: [...] and [..., V] -> [...]."""
+    return -log_q.gather(-1, index[..., None])[..., 0] * inside
+
+
+class LossMix(Config):
+    """Weights of the distances that make up a loss."""
+
+    forward_kl: float = Field(default=1.0, ge=0)
+    """KL(p || q): learn the whole law (the usual distillation)."""
+    reverse_kl: float = Field(default=0.0, ge=0)
+    """KL(q || p): prefer the law's modes."""
+    tv: float = Field(default=0.0, ge=0)
+    """Total variation: one minus the acceptance probability itself."""
+    ce: float = Field(default=0.0, ge=0)
+    """Cross entropy of the token the target wrote."""
+
+    @model_validator(mode="after")
+    def _some(self) -> LossMix:
+        if self.forward_kl + self.reverse_kl + self.tv + self.ce == 0:
+            raise ValueError("every weight is 0; give at least one of forward_kl, reverse_kl, tv, ce")
+        return self
+
+    def of(self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None) -> Tensor:
+        """[R, Vd] drafter's and teacher's logits, [R] labels -> [R]."""
+        log_q, p = logits.float().log_softmax(-1), teacher.float().softmax(-1)
+        loss = torch.zeros_like(log_q[:, 0])
+        if self.forward_kl:
+            loss = loss + self.forward_kl * forward_kl(p, log_q)
+        if self.reverse_kl:
+            loss = loss + self.reverse_kl * reverse_kl(p, log_q)
+        if self.tv:
+            loss = loss + self.tv * tv(p, log_q)
+        if self.ce:
+            loss = loss + self.ce * label_cross_entropy(*draft_index(labels, vocab), log_q)
+        return loss
+
+
+def distill_plain(
+    hidden: Tensor, weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`distill`, with all [R, Vd] logits in memory at once."""
+    logits = F.linear(hidden, weight)
+    with torch.no_grad():
+        theirs = head.logits(teacher, vocab)
+        hits = _hits(logits, labels, vocab)
+    return mix.of(logits, theirs, labels, vocab).sum(), hits
+
+
+def distill(
+    hidden: Tensor, weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of `mix` over R rows, and how many rows' likeliest token is the label; logits of `chunk` rows stand in memory at a time.
+
+    hidden: [R, D] the drafter's states; weight: [Vd, D] its output matrix; teacher: [R, D] the target's normed states whose law is
+    learnt; labels: [R] the tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all.
+    """
+    return _Distill.apply(hidden, weight, teacher, head, labels, mix, vocab, chunk)
+
+
+class _Distill(torch.autograd.Function):
+    """Takes the gradient while a chunk's logits are there, so that none has to be kept or computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
+        vocab: Tensor | None, chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+        matrix = weight.detach().to(dtype).requires_grad_(wants_weight)
+        total = torch.zeros((), device=hidden.device)
+        hits = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
+            part = hidden[rows].detach().to(dtype).requires_grad_(wants_hidden)
+            with torch.enable_grad():
+                logits = F.linear(part, matrix)
+                with torch.no_grad():
+                    theirs = head.logits(teacher[rows], vocab)
+                    hits += _hits(logits, labels[rows], vocab)
+                loss = mix.of(logits, theirs, labels[rows], vocab).sum()
+            total += loss.detach()
+            wanted = [x for x, wants in ((part, wants_hidden), (matrix, wants_weight)) if wants]
+            grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
+            if d_hidden is not None:
+                d_hidden[rows] = grads.pop(0).to(d_hidden.dtype)
+            if d_weight is not None:
+                d_weight += grads.pop(0)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
+        d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None, None, None, None
+
+
+def _hits(logits: Tensor, labels: Tensor, vocab: Tensor | None) -> Tensor:
+    """How many rows' argmax is their label: [R, Vd], [R] -> scalar fp32."""
+    guess = logits.argmax(-1)
+    return ((guess if vocab is None else vocab[guess]) == labels).sum().float()
