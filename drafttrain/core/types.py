@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.sampling import Sampling
+from drafttrain.core.sampling import Sampling, likeliest
 
 FeatureName = Literal["last", "aux"]
 Features = dict[str, Tensor]
@@ -30,7 +30,7 @@ class Scored:
     @cached_property
     def top(self) -> Tensor:
         """[B, N] the target's argmax at each node."""
-        return self.logits.argmax(-1)
+        return likeliest(self.logits)
 
     @cached_property
     def p(self) -> Tensor:

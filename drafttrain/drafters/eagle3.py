@@ -286,8 +286,8 @@ class Eagle3(Drafter):
         def step(frontier: Frontier) -> Tensor:
             nonlocal hidden
             if frontier.level:
-                above = hidden.gather(1, frontier.parent[..., None].expand(-1, -1, hidden.shape[-1]))
-                hidden = self._draft(state, frontier, above)
+                row = torch.arange(len(roots), device=roots.device)[:, None]
+                hidden = self._draft(state, frontier, hidden[row, frontier.parent])
             return self._logits(hidden)
 
         return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size).tree
@@ -330,9 +330,9 @@ class Eagle3(Drafter):
         self.calls += 1
         cos, sin = self.rotary(slots if position is None else position)
         query, key, value = self.midlayer.attend(state.head.embed(tokens).to(feature.dtype), feature, cos, sin)
-        index = slots[:, None, :, None].expand_as(key)
-        state.keys.scatter_(2, index, key)
-        state.values.scatter_(2, index, value)
+        row = torch.arange(len(slots), device=slots.device)[:, None]
+        state.keys[row, :, slots] = key.transpose(1, 2)  # indexed: [B, W, Hkv, d]
+        state.values[row, :, slots] = value.transpose(1, 2)
         groups = self.midlayer.groups
         mixed = F.scaled_dot_product_attention(
             query, repeat_heads(state.keys, groups), repeat_heads(state.values, groups), attn_mask=seen[:, None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
-from drafttrain.core.sampling import Sampling
+from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Tree
 
 
@@ -76,7 +76,7 @@ def _static(
             frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1))
         logits = step(frontier)
         if plan.draws == "point":
-            drawn = likeliest(logits, stage.width)
+            drawn = top(logits, stage.width)
             real = torch.ones_like(drawn, dtype=torch.bool)
         else:
             law = sampling.law(logits)
@@ -139,9 +139,9 @@ def _rerank(tokens: list[Tensor], scores: list[Tensor], parents: list[Tensor], f
     return Growth(tree, torch.cat(fed, 1).gather(1, kept))
 
 
-def likeliest(logits: Tensor, k: int) -> Tensor:
+def top(logits: Tensor, k: int) -> Tensor:
     """[..., Vd] -> [..., k] ids, the likeliest first."""
-    return logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k, -1).indices
+    return likeliest(logits)[..., None] if k == 1 else logits.topk(k, -1).indices
 
 
 def widen(law: Tensor, vocab: Tensor, size: int) -> Tensor:

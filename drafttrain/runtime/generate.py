@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Plan
-from drafttrain.core.sampling import Sampling
+from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Draws, Tree, root_only
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter, DrafterState
@@ -158,7 +158,7 @@ class Batch:
     def _first(self, logits: Tensor) -> Tensor:
         """[B, V] after the prompts -> [B] the token the prefill gives."""
         if self.sampling.greedy:
-            return logits.argmax(-1)
+            return likeliest(logits)
         return self.chance.draw(self.sampling.law(logits)[:, None], 1, replace=True)[:, 0, 0]
 
     def _propose(self, plan: Plan) -> Tree:

@@ -139,7 +139,8 @@ class Target:
         kept = verdict.length + 1 if verdict.next is not None else verdict.length
         kept = torch.where(alive, kept, 0)
         cache.commit(nodes, kept, moved=tree.topology == "tree")
-        at = {name: value.gather(1, nodes[..., None].expand(-1, -1, value.shape[-1])) for name, value in scored.features.items()}
+        row = torch.arange(len(nodes), device=nodes.device)[:, None]
+        at = {name: value[row, nodes] for name, value in scored.features.items()}
         return Committed(tree.tokens.gather(1, nodes), kept, at, nodes)
 
     @torch.inference_mode()

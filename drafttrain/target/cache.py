@@ -46,9 +46,9 @@ class TreeLayer(CacheLayerMixin):
             self.keys[:, :, owner.start : stop] = key_states
             self.values[:, :, owner.start : stop] = value_states
         else:
-            index = owner.slots[:, None, :, None]  # [B, 1, N, 1]
-            self.keys.scatter_(2, index.expand_as(key_states), key_states)
-            self.values.scatter_(2, index.expand_as(value_states), value_states)
+            row = torch.arange(len(owner.slots), device=key_states.device)[:, None]
+            self.keys[row, :, owner.slots] = key_states.transpose(1, 2)  # indexed: [B, N, H, d]
+            self.values[row, :, owner.slots] = value_states.transpose(1, 2)
         return self.keys[:, :, : owner.visible], self.values[:, :, : owner.visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -116,12 +116,11 @@ class TreeCache(Cache):
         """
         if moved:
             B, T = nodes.shape
+            row = torch.arange(B, device=nodes.device)[:, None]
             source = self.lengths[:, None] + nodes
             goal = (self.lengths[:, None] + torch.arange(T, device=nodes.device)).clamp_max(self.capacity - 1)
-            for part in self.storage:
-                L, _, H, _, d = part.shape
-                gathered = part.gather(3, source.view(1, B, 1, T, 1).expand(L, B, H, T, d))
-                part.scatter_(3, goal.view(1, B, 1, T, 1).expand(L, B, H, T, d), gathered)
+            for part in self.storage:  # [L, B, H, M, d]: all layers at once
+                part[:, row, :, goal] = part[:, row, :, source]
         self.lengths = self.lengths + kept
         self.exact = False
 
