@@ -187,34 +187,26 @@ class Eagle3(Drafter):
     def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
         """The layer's output [B, T, D] at draft step 0, 1, ..., every row a start of its own and fed the true tokens."""
         feature = self._fuse(batch.features["aux"])
-        cos, sin = self.rotary(batch.position)
-        bias: Tensor | None = None
-        first: tuple[Tensor, Tensor] | None = None
-        own: list[Tensor] = []
+        bias = document_bias(batch.document, feature.dtype)
+        seen: tuple[Tensor, ...] = ()  # keys and values of step 0, which rows share, then of the later ones, which they don't
         for step in range(steps):
             embedded = head.embed(batch.ahead(step + 1)[0]).to(feature.dtype)
-            if step:
-                cos, sin = self.rotary(batch.position + step)
-
-            def run(embedded: Tensor, feature: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                nonlocal bias
-                query, key, value = self.midlayer.attend(embedded, feature, cos, sin)
-                key, value = repeat_heads(key, self.midlayer.groups), repeat_heads(value, self.midlayer.groups)
-                bias = document_bias(batch.document, query.dtype) if bias is None else bias
-                keys, values = first or (key, value)
-                later = [*own, key, value] if first else []
-                mixed = unrolled_attention(query, keys, values, bias, *later)
-                return self.midlayer.finish(feature, mixed), key, value
-
+            given = (embedded, feature, batch.position + step, bias, *seen)
             if self.config.recompute and torch.is_grad_enabled():
-                feature, key, value = checkpoint(run, embedded, feature, cos, sin, use_reentrant=False)
+                feature, key, value = checkpoint(self._unrolled_step, *given, use_reentrant=False)
             else:
-                feature, key, value = run(embedded, feature, cos, sin)
-            if first:
-                own = [*own, key, value]
-            else:
-                first = (key, value)
+                feature, key, value = self._unrolled_step(*given)
+            seen = (*seen, key, value)
             yield feature
+
+    def _unrolled_step(
+        self, embedded: Tensor, feature: Tensor, position: Tensor, bias: Tensor, *seen: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.midlayer.attend(embedded, feature, *self.rotary(position))
+        key, value = repeat_heads(key, self.midlayer.groups), repeat_heads(value, self.midlayer.groups)
+        shared, own = (seen[:2], (*seen[2:], key, value)) if seen else ((key, value), ())
+        mixed = unrolled_attention(query, *shared, bias.to(query.dtype), *own)
+        return self.midlayer.finish(feature, mixed), key, value
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
         steps = self._steps_at(batch.progress)

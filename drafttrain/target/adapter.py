@@ -143,7 +143,7 @@ class Target:
         at = {name: value[row, nodes] for name, value in scored.features.items()}
         return Committed(tree.tokens.gather(1, nodes), kept, at, nodes)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: drafters train on what comes out
     def encode(self, tokens: Tensor, position: Tensor, document: Tensor, features: Iterable[str]) -> Features:
         """One plain pass over packed rows [B, T]: features at every token, documents kept apart."""
         same = (document[:, :, None] == document[:, None, :]) & (position[:, :, None] >= position[:, None, :])

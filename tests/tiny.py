@@ -1,0 +1,48 @@
+"""Tiny random targets and drafters that tests build in milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
+from drafttrain.target.adapter import Target
+
+VOCAB = 64
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A random Llama of 3 layers; weights are large enough that its greedy text does not fall into one token."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "tie_word_embeddings": False,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **changes})).eval()
+
+
+def tiny_target(seed: int = 0, **changes: Any) -> Target:
+    """`tiny_llama` as a target in fp32."""
+    return Target(tiny_llama(seed, **changes))
+
+
+def tiny_eagle3(target: Target, seed: int = 0, scale: float = 1.0, **options: Any) -> Drafter:
+    """A random EAGLE-3 drafter that starts from the target's head, so that it is right now and then."""
+    torch.manual_seed(seed)
+    drafter = Eagle3(Eagle3Config(**options), target.shape)
+    layer = target.head.layer_weights
+    assert layer is not None
+    drafter.start_from(target.head, [layer(target.config.num_hidden_layers - 1)], torch.arange(target.vocab_size))
+    return drafter.eval()
+
+
+def greedy_text(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:
+    """What the model itself writes: one plain forward over everything for each token."""
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
