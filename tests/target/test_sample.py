@@ -20,7 +20,7 @@ def target() -> Target:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=7, initializer_range=0.2,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=36, initializer_range=0.2,
     )
     return Target(LlamaForCausalLM(config))
 
@@ -107,7 +107,7 @@ def test_finished_rows_are_replaced_at_once(target: Target) -> None:
 
 
 def test_a_step_waits_for_the_host_once(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = 0
+    work, waits = jobs(16), 0
 
     def counting(name: str) -> None:
         plain = getattr(torch.Tensor, name)
@@ -122,7 +122,7 @@ def test_a_step_waits_for_the_host_once(target: Target, monkeypatch: pytest.Monk
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         counting(name)
     sampler = Sampler(target, 4, 64)
-    finished = list(sampler.run(jobs(16), ("last",)))
+    finished = list(sampler.run(work, ("last",)))
     assert len(finished) == 16
     assert waits == sampler.steps
 

@@ -1,0 +1,235 @@
+"""Plain batched generation without drafts: a continuous batch, in which a finished row makes room at once.
+
+Used by regeneration. A step waits for the host once. Each job draws from a random stream of its own, so that its text does
+not depend on which jobs share the batch.
+B rows, P tokens of a prompt, T tokens of a conversation, V vocabulary, F numbers of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from drafttrain.core.chance import Seeded
+from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import root_only
+from drafttrain.core.types import Features
+from drafttrain.target.adapter import Target
+from drafttrain.target.cache import TreeCache
+
+SHRINK = 0.75  # a batch that nothing refills is rebuilt when this share of its rows, or less, is left
+
+
+@dataclass
+class Job:
+    """One answer to write."""
+
+    id: int  # also the number of its random stream
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass
+class Finished:
+    """A job done."""
+
+    id: int
+    tokens: list[int]  # prompt and answer
+    prompt_len: int
+    ended: bool  # the target ended it; otherwise it ran into its limit
+    features: Features  # name -> [T, F]; zero at the last token, which the target never read
+
+
+class Sampler:
+    """Writes answers, `batch` at a time."""
+
+    def __init__(self, target: Target, batch: int, capacity: int, seed: int = 0, prefill_chunk: int = 512) -> None:
+        """capacity: tokens of the longest prompt with its answer; batch and capacity set the cache's size."""
+        self.target, self.batch, self.capacity, self.seed = target, batch, capacity, seed
+        self.prefill_chunk = prefill_chunk
+        self.running_tokens = 0  # of the rows now in the batch, prompts included
+        self.steps = 0
+
+    @torch.inference_mode()
+    def run(self, jobs: Iterable[Job], features: Iterable[str] = ()) -> Iterator[Finished]:
+        """Answers in the order they are finished; a job is taken from the iterable when there is room for it.
+
+        features: captured from the same passes. Raises `UserError` for an empty prompt or one that does not fit.
+        """
+        waiting, rows = iter(jobs), _Rows(self, tuple(features))
+        while True:
+            rows.admit(list(islice(waiting, self.batch - rows.alive)))
+            if not rows.alive:
+                return
+            finished = rows.step()
+            self.steps, self.running_tokens = self.steps + 1, rows.tokens
+            yield from finished
+
+    def check(self, job: Job) -> None:
+        """A `UserError` where a job cannot be done."""
+        limit = min(self.capacity, self.target.max_context)
+        if not job.prompt:
+            raise UserError(f"prompt {job.id} is empty; give at least one token, or drop it")
+        if len(job.prompt) + job.max_new_tokens > limit:
+            raise UserError(
+                f"prompt {job.id}: {len(job.prompt)} tokens and {job.max_new_tokens} new ones exceed the {limit} there is "
+                f"room for; shorten or drop the prompt, or lower max_new_tokens"
+            )
+
+
+@dataclass
+class _Row:
+    job: Job
+    cached: int  # tokens the target has read
+    written: list[int] = field(default_factory=list)  # empty until the step after the prefill tells the first token
+
+    def write(self, tokens: list[int], ends: Sequence[int]) -> bool:
+        """Appends what the host just learnt; True where that ends the answer."""
+        for token in tokens:
+            self.written.append(token)
+            if token in ends or len(self.written) == self.job.max_new_tokens:
+                return True
+        return False
+
+
+class _Rows:
+    """The rows of the running batch; a place without a job is None."""
+
+    def __init__(self, sampler: Sampler, features: tuple[str, ...]) -> None:
+        self.sampler, self.target, self.names = sampler, sampler.target, features
+        self.rows: list[_Row | None] = []
+        self.cache: TreeCache
+        self.roots: Tensor  # [B] tokens the target reads next
+        self.chance: Seeded
+        self.kept: Features = {}  # name -> [B, capacity, F] features so far
+
+    @property
+    def alive(self) -> int:
+        return sum(row is not None for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.job.prompt) + len(row.written) for row in self.rows if row)
+
+    def admit(self, jobs: list[Job]) -> None:
+        """Reads the prompts of new jobs into vacant places, and draws their first tokens."""
+        for job in jobs:
+            self.sampler.check(job)
+        if not jobs:
+            return self._shrink()
+        device, target = self.target.device, self.target
+        if not self.rows:
+            self._open(len(jobs))
+        prompts = pad_sequence([torch.tensor(job.prompt, device=device) for job in jobs], batch_first=True)
+        lengths = torch.tensor([len(job.prompt) for job in jobs], device=device)
+        cache = target.new_cache(len(jobs), prompts.shape[1])
+        read = target.prefill(cache, prompts, lengths, self.names, self.sampler.prefill_chunk)
+
+        vacant = [place for place, row in enumerate(self.rows) if row is None][: len(jobs)]
+        places = torch.tensor(vacant, device=device)
+        self.cache.put(places, cache)
+        for place, job in zip(vacant, jobs, strict=True):
+            self.rows[place] = _Row(job, len(job.prompt))
+        self._settle()
+        for name, value in read.features.items():
+            self._keep(name, value.shape[-1])[places, : value.shape[1]] = value
+        streams = Seeded(self.sampler.seed, torch.tensor([job.id for job in jobs], device=device))
+        self.roots[places] = draw(read.logits, streams, alike([job.sampling for job in jobs], device))
+        self.chance.key[places], self.chance.count[places] = streams.key, streams.count
+        self._sort()
+
+    def step(self) -> list[Finished]:
+        """One token for every row, and the answers that it finished."""
+        scored = self.target.score(self.cache, root_only(self.roots).layout(), Sampling(), self.names)
+        place = torch.arange(len(self.rows), device=self.target.device)
+        for name, value in scored.features.items():
+            self._keep(name, value.shape[-1])[place, self.cache.lengths] = value[:, 0]
+        read, self.roots = self.roots, draw(scored.logits[:, 0], self.chance, self.drawn)
+        self.cache.commit(torch.zeros_like(place)[:, None], self.live.long(), moved=False)
+        return self._hand_out(torch.stack([read, self.roots], 1).tolist())  # the step's one wait
+
+    def _hand_out(self, fetched: list[list[int]]) -> list[Finished]:
+        done = []
+        for place, row in enumerate(self.rows):
+            if row is None:
+                continue
+            row.cached += 1
+            if row.write(fetched[place][1:] if row.written else fetched[place], self.target.eos_ids):
+                done.append(self._finish(place, row))
+        self._settle()
+        if done:
+            self._sort()
+        return done
+
+    def _settle(self) -> None:
+        self.cache.settle([row.cached if row else 0 for row in self.rows])
+
+    def _finish(self, place: int, row: _Row) -> Finished:
+        tokens = row.job.prompt + row.written
+        features = {name: value[place, : len(tokens)].clone() for name, value in self.kept.items()}
+        for value in features.values():
+            value[-1] = 0  # an answer of one token was fed before the host saw that it was the last
+        self.rows[place] = None
+        ended = row.written[-1] in self.target.eos_ids
+        return Finished(row.job.id, tokens, len(row.job.prompt), ended, features)
+
+    def _open(self, batch: int) -> None:
+        device = self.target.device
+        self.rows = [None] * batch
+        self.cache = self.target.new_cache(batch, self.sampler.capacity)
+        self.roots = torch.zeros(batch, dtype=torch.long, device=device)
+        self.chance = Seeded(self.sampler.seed, self.roots)
+
+    def _shrink(self) -> None:
+        """Fewer rows, once nothing is left to fill them with."""
+        left = [place for place, row in enumerate(self.rows) if row]
+        if not left or len(left) > SHRINK * len(self.rows):
+            return
+        places = torch.tensor(left, device=self.target.device)
+        self.rows = [self.rows[place] for place in left]
+        self.cache, self.roots, self.chance = self.cache.select(places), self.roots[places], self.chance.select(places)
+        self.kept = {name: value[places] for name, value in self.kept.items()}
+        self._sort()
+
+    def _sort(self) -> None:
+        """Groups rows by how they are drawn, whenever the rows have changed."""
+        device = self.target.device
+        self.drawn = alike([row.job.sampling if row else Sampling() for row in self.rows], device)
+        self.live = torch.tensor([row is not None for row in self.rows], device=device)
+
+    def _keep(self, name: str, width: int) -> Tensor:
+        """[B, capacity, F] where a feature of the running rows is collected."""
+        if name not in self.kept:
+            shape = (len(self.rows), self.cache.capacity, width)
+            self.kept[name] = torch.zeros(shape, dtype=self.target.dtype, device=self.target.device)
+        return self.kept[name]
+
+
+Alike = list[tuple[Sampling, Tensor]]
+"""Sampled (not greedy) rows with the same options: the options, and the rows' places [R]."""
+
+
+def alike(options: Sequence[Sampling], device: torch.device) -> Alike:
+    """Rows grouped by how they are drawn; greedy ones are left out."""
+    groups: dict[Sampling, list[int]] = {}
+    for place, sampling in enumerate(options):
+        if not sampling.greedy:
+            groups.setdefault(sampling, []).append(place)
+    return [(sampling, torch.tensor(places, device=device)) for sampling, places in groups.items()]
+
+
+def draw(logits: Tensor, chance: Seeded, sampled: Alike) -> Tensor:
+    """[B, V] -> [B] next tokens, each row in its own way. Only the streams of sampled rows move."""
+    tokens = logits.argmax(-1)
+    for sampling, places in sampled:
+        part = chance.select(places)
+        tokens[places] = part.draw(sampling.law(logits[places])[:, None], 1, replace=True)[:, 0, 0]
+        chance.count[places] = part.count
+    return tokens
