@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from drafttrain.core.types import Batch
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
 from drafttrain.target.adapter import Target
@@ -30,13 +31,31 @@ def tiny_target(seed: int = 0, **changes: Any) -> Target:
     return Target(tiny_llama(seed, **changes))
 
 
-def tiny_eagle3(target: Target, seed: int = 0, scale: float = 1.0, **options: Any) -> Drafter:
+def tiny_eagle3(target: Target, seed: int = 0, **options: Any) -> Drafter:
     """A random EAGLE-3 drafter that starts from the target's head, so that it is right now and then."""
     torch.manual_seed(seed)
     drafter = Eagle3(Eagle3Config(**options), target.shape)
     layer = target.head.layer_weights
     assert layer is not None
     drafter.start_from(target.head, [layer(target.config.num_hidden_layers - 1)], torch.arange(target.vocab_size))
+    return drafter.eval()
+
+
+def fitted(drafter: Drafter, target: Target, prompts: list[list[int]], new_tokens: int = 28, steps: int = 60) -> Drafter:
+    """The drafter after a few steps on the target's own greedy texts: right often enough that much is accepted."""
+    texts = [prompt + greedy_text(target.model, prompt, new_tokens) for prompt in prompts]
+    tokens = torch.tensor([[token for text in texts for token in text]])
+    number = torch.tensor([[index for index, text in enumerate(texts) for _ in text]])
+    position = torch.tensor([[place for text in texts for place in range(len(text))]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    batch = Batch(tokens, mask, number, position, target.encode(tokens, position, number, {"aux", "last"}))
+    drafter.train()
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
+    for _ in range(steps):
+        loss = drafter.loss(batch, target.head)
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return drafter.eval()
 
 

@@ -1,0 +1,176 @@
+"""The loop: rows, limits, ends, counts. Exactness of rules is in tests/contract."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target
+
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic, Static
+from drafttrain.drafters.base import Drafter
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+
+SHAPES = [Chain(length=4), Static(children=(3, 2)), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
+PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
+
+
+def decoder(shape: Any, seed: int = 0, **target_options: Any) -> SpeculativeDecoder:
+    target = tiny_target(seed, **target_options)
+    return SpeculativeDecoder(target, fitted_eagle3(seed), RuntimeConfig(shape=shape))
+
+
+@lru_cache
+def fitted_eagle3(seed: int) -> Drafter:
+    target = tiny_target(seed)
+    return fitted(tiny_eagle3(target, seed, unroll=4), target, PROMPTS)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
+def test_greedy_text_is_the_models_own_for_every_shape_alone_and_in_a_batch(shape: Any) -> None:
+    speculative = decoder(shape)
+    expected = [greedy_text(speculative.target.model, prompt, 24) for prompt in PROMPTS]
+    together = speculative.generate(PROMPTS, max_new_tokens=24)
+    alone = [speculative.generate(prompt, max_new_tokens=24)[0] for prompt in PROMPTS]
+    assert [one.tokens for one in together] == expected
+    assert [one.tokens for one in alone] == expected
+    assert sum(one.statistics.tokens for one in together) > sum(one.statistics.rounds for one in together)  # something was accepted
+
+
+def test_a_round_takes_one_target_forward_one_wait_and_a_chain_of_k_takes_k_drafter_calls() -> None:
+    speculative = decoder(Chain(length=3))
+    statistics = speculative.generate(PROMPTS[0], max_new_tokens=20)[0].statistics
+    assert statistics.target_forwards == statistics.rounds + 1  # the prefill
+    assert statistics.syncs == statistics.rounds + 1
+    assert statistics.drafter_calls == 3 * statistics.rounds + 1  # one over the prompt
+
+
+def test_sampled_text_does_not_depend_on_the_batch() -> None:
+    speculative = decoder(Chain(length=3))
+    together = speculative.generate(PROMPTS, max_new_tokens=16, temperature=1.0, seed=3, n=2)
+    one_by_one = speculative.generate(PROMPTS, max_new_tokens=16, temperature=1.0, seed=3, n=2, batch_size=1)
+    assert [one.tokens for one in together] == [one.tokens for one in one_by_one]
+    assert together[0].tokens != together[1].tokens  # two samples of a prompt are drawn apart
+
+
+def test_end_token_inside_an_accepted_block_cuts_exactly_there() -> None:
+    plain = decoder(Chain(length=4))
+    text = plain.generate(PROMPTS[0], max_new_tokens=24)[0].tokens
+    cut = 0
+    for end in set(text):
+        speculative = decoder(Chain(length=4), eos_token_id=end)
+        got = speculative.generate(PROMPTS[0], max_new_tokens=24)[0]
+        assert got.tokens == text[: text.index(end) + 1]
+        assert got.finish == "eos"
+        cut += got.origins[-1] == 1  # the drafter wrote the end token
+    assert cut > 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_the_length_limit_holds_to_the_token(limit: int) -> None:
+    got = decoder(Dynamic(depth=3, beam=3, top_k=3, nodes=8)).generate(PROMPTS, max_new_tokens=limit)
+    assert [len(one.tokens) for one in got] == [limit] * 3
+    assert {one.finish for one in got} == {"length"}
+
+
+def test_statistics_add_up_to_the_tokens_after_the_first() -> None:
+    got = decoder(Static(children=(3, 2))).generate(PROMPTS, max_new_tokens=17)
+    for one in got:
+        assert one.statistics.tokens == len(one.tokens) - 1
+        assert one.statistics.accepts[0] <= one.statistics.attempts[0] <= one.statistics.rounds
+        assert sum(one.origins) == sum(one.statistics.accepts)
+
+
+def test_options_that_no_rule_honours_are_refused_by_name() -> None:
+    speculative = decoder(Chain(length=2))
+    with pytest.raises(UserError, match="repetition_penalty"):
+        speculative.generate(PROMPTS[0], repetition_penalty=1.1)
+    with pytest.raises(UserError, match="unknown option 'temprature'"):
+        speculative.generate(PROMPTS[0], temprature=1.0)
+    with pytest.raises(UserError, match="temperature -1"):
+        speculative.generate(PROMPTS[0], temperature=-1.0)
+
+
+def test_a_prompt_beyond_the_context_and_an_empty_one_are_refused() -> None:
+    speculative = decoder(Chain(length=2))
+    with pytest.raises(UserError, match="context of 256"):
+        speculative.generate([1] * 250, max_new_tokens=20)
+    with pytest.raises(UserError, match="empty prompt"):
+        speculative.generate([[]])
+
+
+def test_draws_that_a_shape_cannot_keep_exact_are_refused() -> None:
+    with pytest.raises(UserError, match="dynamic trees"):
+        decoder(SHAPES[2]).runtime.model_copy(update={"draws": "iid"}).fitted(sampling=_at(1.0))
+
+
+def _at(temperature: float) -> Any:
+    from drafttrain.core.sampling import Sampling
+
+    return Sampling(temperature)
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    chat_template = None
+    eos_token_id = None
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("0") + token) for token in tokens)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - ord("0") for letter in text]}
+
+
+def test_a_stop_string_ends_the_text_before_it_wherever_it_falls_in_a_block() -> None:
+    speculative = decoder(Chain(length=4))
+    speculative.target.tokenizer = Letters()
+    whole = speculative.generate(PROMPTS[0], max_new_tokens=24)[0]
+    for at in range(1, 20):
+        stop = whole.text[at : at + 2]
+        got = speculative.generate(PROMPTS[0], max_new_tokens=24, stop=[stop])[0]
+        assert got.text == whole.text[: whole.text.index(stop)]
+        assert got.finish == "stop"
+
+
+def test_streamed_pieces_join_to_the_generated_text_with_both_origins() -> None:
+    speculative = decoder(Chain(length=4))
+    speculative.target.tokenizer = Letters()
+    pieces = list(speculative.stream(PROMPTS[0], max_new_tokens=24))
+    assert "".join(piece.text for piece in pieces) == speculative.generate(PROMPTS[0], max_new_tokens=24)[0].text
+    assert {piece.origin for piece in pieces} == {0, 1}
+    assert speculative.statistics.tokens == 23
+
+
+def test_a_hook_sees_every_round_before_it_is_cut() -> None:
+    seen = []
+    speculative = decoder(Chain(length=3))
+    got = speculative.generate(PROMPTS[0], max_new_tokens=20, on_round=lambda tree, scored, verdict: seen.append(verdict.length))
+    assert len(seen) == got[0].statistics.rounds
+
+
+def test_committed_tokens_are_never_fed_to_the_target_again() -> None:
+    speculative = decoder(Chain(length=3))
+    widths: list[int] = []
+    forward = speculative.target.backbone.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    speculative.target.backbone.forward = counted  # type: ignore[method-assign]
+    speculative.generate(PROMPTS[0], max_new_tokens=20)
+    assert widths[0] == len(PROMPTS[0])
+    assert set(widths[1:]) == {4}  # the root and three drafted tokens, never more
+
+
+def test_plain_decoding_goes_through_the_same_loop() -> None:
+    target = tiny_target()
+    plain = SpeculativeDecoder(target).generate(PROMPTS, max_new_tokens=16)
+    assert [one.tokens for one in plain] == [greedy_text(target.model, prompt, 16) for prompt in PROMPTS]
+    assert plain[0].statistics.tau == 1.0
+    assert torch.tensor(plain[0].tokens).max() < VOCAB
