@@ -7,9 +7,11 @@ none. Borrowed weights (the target's embedding and head) come in as `head` and n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +53,41 @@ class DrafterState(ABC):
         """These rows followed by the other's."""
 
 
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+AnyDrafter = TypeVar("AnyDrafter", bound="Drafter")
+
+
+def bare_forward(
+    method: Callable[Concatenate[AnyDrafter, Params], Result],
+) -> Callable[Concatenate[AnyDrafter, Params], Result]:
+    """Marks a method as model arithmetic without bookkeeping (layers and head; no masks, no growing): `evaluation` times it alone.
+
+    While `drafter.watcher` is set, it gets every outermost marked call, done already, as a function that does it again: a
+    second call must find the same shapes and leave the same result (writing the same cache slots is fine).
+    """
+
+    @wraps(method)
+    def call(self: AnyDrafter, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        watcher, self.watcher = self.watcher, None  # marked calls inside belong to this one
+        try:
+            result = method(self, *args, **kwargs)
+            if watcher is not None:
+                watcher(partial(method, self, *args, **kwargs))
+        finally:
+            self.watcher = watcher
+        return result
+
+    return call
+
+
 class Drafter(nn.Module, ABC):
     """Guesses the target's next tokens."""
 
     Config: ClassVar[type[DrafterConfig]]
     config: DrafterConfig
     needs: frozenset[str] = frozenset()  # features the target must hand over, decoding and training alike
+    watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
 
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.core.vocab import draft_vocab
-from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss
+from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -244,6 +244,7 @@ class Eagle3(Drafter):
         share = max(0.0, (progress - start) / (end - start))
         return 1 + int(share * (self.config.unroll - 1))
 
+    @bare_forward
     def _fuse(self, aux: Tensor) -> Tensor:
         """[..., A * D] captured states -> [..., D]."""
         aux = aux.to(self.fc.weight.dtype)
@@ -252,6 +253,7 @@ class Eagle3(Drafter):
             aux = torch.cat([norm(parts[..., index, :]) for index, norm in enumerate(self.fc_norm)], -1)
         return self.fc(aux)
 
+    @bare_forward
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(self.norm(hidden))
 
@@ -315,6 +317,7 @@ class Eagle3(Drafter):
         position = base - 1 + frontier.level
         return self._run(state, frontier.tokens, above, slots[:, -above.shape[1] :], seen, position.expand_as(frontier.tokens))
 
+    @bare_forward
     def _run(
         self, state: Eagle3State, tokens: Tensor, feature: Tensor, slots: Tensor, seen: Tensor, position: Tensor | None = None
     ) -> Tensor:

@@ -161,7 +161,7 @@ class SpeculativeDecoder:
             raise UserError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
         if n < 1:
             raise UserError(f"n {n}: at least one sample a prompt is needed")
-        tokenized = [self._tokenize(prompt) for prompt in _as_list(prompts)]
+        tokenized = [self.tokenize(prompt) for prompt in _as_list(prompts)]
         room = self.target.max_context - max_new_tokens
         for prompt in tokenized:
             if len(prompt) > room:
@@ -171,7 +171,8 @@ class SpeculativeDecoder:
                 )
         return [Request(prompt, index * n + sample, max_new_tokens) for index, prompt in enumerate(tokenized) for sample in range(n)]
 
-    def _tokenize(self, prompt: Prompt) -> list[int]:
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The ids that stand in the cache before the first new token."""
         tokenizer = self.target.tokenizer
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return [int(token) for token in prompt]  # type: ignore[call-overload]
