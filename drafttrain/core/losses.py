@@ -83,6 +83,32 @@ class LossMix(Config):
         return loss
 
 
+    def with_gradient(self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of `of` over the rows, and its gradient by the logits ([R, Vd], in their dtype)."""
+        if self.forward_kl and not (self.reverse_kl or self.tv or self.ce):
+            total, gradient = forward_kl_with_gradient(logits, teacher)
+            return total * self.forward_kl, gradient.mul_(self.forward_kl)
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            total = self.of(leaf, teacher, labels, vocab).sum()
+            return total.detach(), torch.autograd.grad(total, leaf)[0]
+
+
+def forward_kl_with_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of KL(p || q) and its gradient by the drafter's logits, q - p: [R, Vd] each -> scalar, [R, Vd].
+
+    On a CPU a few rows at a time, so that a block stays in the cache through all of its passes.
+    """
+    total, gradient = torch.zeros((), device=logits.device), torch.empty_like(logits)
+    for rows in torch.arange(len(logits), device=logits.device).split(len(logits) if logits.is_cuda else 32):
+        x, t = logits[rows].float(), teacher[rows].float()
+        lse_x, lse_t = x.logsumexp(-1, keepdim=True), t.logsumexp(-1, keepdim=True)
+        p = (t - lse_t).exp_()
+        total += (p * t.sub_(x)).sum() + (lse_x - lse_t).sum()
+        gradient[rows] = x.sub_(lse_x).exp_().sub_(p).to(gradient.dtype)
+    return total, gradient
+
+
 def distill_plain(
     hidden: Tensor, weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -115,26 +141,21 @@ class _Distill(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-        matrix = weight.detach().to(dtype).requires_grad_(wants_weight)
+        matrix = weight.detach().to(dtype)
         total = torch.zeros((), device=hidden.device)
         hits = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            part = hidden[rows].detach().to(dtype).requires_grad_(wants_hidden)
-            with torch.enable_grad():
-                logits = F.linear(part, matrix)
-                with torch.no_grad():
-                    theirs = head.logits(teacher[rows], vocab)
-                    hits += _hits(logits, labels[rows], vocab)
-                loss = mix.of(logits, theirs, labels[rows], vocab).sum()
-            total += loss.detach()
-            wanted = [x for x, wants in ((part, wants_hidden), (matrix, wants_weight)) if wants]
-            grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
+            part = hidden[rows].detach().to(dtype)
+            logits, theirs = F.linear(part, matrix), head.logits(teacher[rows], vocab)
+            hits += _hits(logits, labels[rows], vocab)
+            loss, d_logits = mix.with_gradient(logits, theirs, labels[rows], vocab)
+            total += loss
             if d_hidden is not None:
-                d_hidden[rows] = grads.pop(0).to(d_hidden.dtype)
+                d_hidden[rows] = (d_logits @ matrix).to(d_hidden.dtype)
             if d_weight is not None:
-                d_weight += grads.pop(0)
+                d_weight += d_logits.T @ part
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(hits)

@@ -1,7 +1,7 @@
 """Plain batched generation without drafts: a continuous batch, in which a finished row makes room at once.
 
-Used by regeneration. A step waits for the host once. Each job draws from a random stream of its own, so that its text does
-not depend on which jobs share the batch.
+Used by regeneration. A step waits for the host once. Each job draws from a random stream of its own, so that its text
+does not depend on which jobs share the batch.
 B rows, P tokens of a prompt, T tokens of a conversation, V vocabulary, F numbers of a feature.
 """
 
@@ -79,8 +79,8 @@ class Sampler:
             raise UserError(f"prompt {job.id} is empty; give at least one token, or drop it")
         if len(job.prompt) + job.max_new_tokens > limit:
             raise UserError(
-                f"prompt {job.id}: {len(job.prompt)} tokens and {job.max_new_tokens} new ones exceed the {limit} there is "
-                f"room for; shorten or drop the prompt, or lower max_new_tokens"
+                f"prompt {job.id}: {len(job.prompt)} tokens and {job.max_new_tokens} new ones exceed the {limit} "
+                f"there is room for; shorten or drop the prompt, or lower max_new_tokens"
             )
 
 
