@@ -1,0 +1,1 @@
+"""The instrument claims are read from: suites, interleaved runs, result rows, tables."""

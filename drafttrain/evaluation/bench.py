@@ -1,0 +1,253 @@
+"""`evaluate`: plain decoding and every contender on the same prompts, one after the other for each prompt, in one process.
+
+Batch 1, warmed up, the order of the runners turning from prompt to prompt. Every item is journaled once it is done, so that a run that
+was stopped goes on where it was; its rows enter results.jsonl together at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
+from drafttrain.drafters.files import load_drafter
+from drafttrain.evaluation.efficiency import Efficiency, measure
+from drafttrain.evaluation.journal import Journal, append_whole, parse_lines
+from drafttrain.evaluation.loops import loops
+from drafttrain.evaluation.machine import commit, device_name, versions
+from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows
+from drafttrain.evaluation.runners import PLAIN, Contender, Runner, shape_name
+from drafttrain.evaluation.suites import Item, Suite
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
+from drafttrain.target.adapter import Target
+
+EFFICIENCY_PROMPTS = 6
+WARM_UP_TOKENS = 32
+
+
+class ContenderConfig(Config):
+    """A further way of decoding, compared with the recipe's own in the same run."""
+
+    label: str = Field(min_length=1)
+    """Its name in tables."""
+    drafter: str | None = None
+    """Folder of another drafter of the same target, or of the run that trained it; by default the recipe's own."""
+    runtime: RuntimeConfig | None = None
+    """How it drafts and verifies; by default as the recipe's `runtime` section says."""
+
+
+class EvaluationConfig(Config):
+    """What `drafttrain eval` measures."""
+
+    suite: str = "builtin"
+    """`builtin`, or the path of a JSONL file with `id`, `task` and one of `prompt`, `turns`, `messages`."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the suite to run; none named: all."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items of each task to run; by default all."""
+    turns: int = Field(default=1, ge=1)
+    """Turns of each item to run, with plain decoding's answers in between."""
+    max_new_tokens: int = Field(default=128, ge=2)
+    """Tokens written for each prompt at most."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Keep the smallest set of likeliest tokens with this mass."""
+    seed: int = 0
+    """Of all sampling."""
+    repeats: int = Field(default=1, ge=1)
+    """Times the whole suite is run; sampled texts differ between them."""
+    warmup: int = Field(default=2, ge=0)
+    """Prompts decoded untimed by every contender before the first one counts."""
+    contenders: tuple[ContenderConfig, ...] = ()
+    """More drafters and settings to compare."""
+    efficiency: bool = True
+    """Measure the loop efficiency too: a few prompts are decoded again while bare forwards are replayed."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def chosen(self, suite: Suite) -> Suite:
+        """The part of the suite that this configuration asks for."""
+        return suite.select(self.tasks, self.limit, self.turns)
+
+
+def contenders(target: Target, drafter: Path, runtime: RuntimeConfig, config: EvaluationConfig) -> list[Contender]:
+    """The recipe's own drafter under its `runtime`, then those of `config.contenders`.
+
+    drafter: its folder, or that of the run that trained it. Raises `UserError` where a drafter is missing or another target's.
+    """
+    wanted = [(None, drafter, runtime)]
+    wanted += [(one.label, Path(one.drafter or drafter), one.runtime or runtime) for one in config.contenders]  # type: ignore[misc]
+    out = []
+    for label, path, how in wanted:
+        folder = find_drafter(path)
+        decoder = SpeculativeDecoder(target, load_drafter(folder, target.fingerprint), how)
+        assert decoder.drafter is not None
+        out.append(Contender(label or f"{decoder.drafter.config.name} {shape_name(how.shape)}", decoder, folder))
+    return out
+
+
+def evaluate(target: Target, runs: Sequence[Runner], suite: Suite, config: EvaluationConfig, out_path: Path) -> list[Row]:
+    """Plain decoding and `runs` over the suite; the new rows, which then also stand at the end of `out_path`.
+
+    suite: whole; `config` chooses the part. out_path: results.jsonl; single decodings are kept in `measurements/` beside it, and a run
+    that was stopped there goes on. Raises `UserError` before any decoding where a prompt or a setting cannot be honoured.
+    """
+    suite = config.chosen(suite)
+    runners: list[Runner] = [Contender(PLAIN, SpeculativeDecoder(target)), *runs]
+    facts = {runner.label: runner.facts(config.sampling.check()) for runner in runners}
+    if len(facts) < len(runners):
+        raise UserError(f"labels of contenders must differ, and none is '{PLAIN}': got {', '.join(run.label for run in runs)}")
+    bench = Bench(target, runners, config)
+    bench.check(suite)
+    setting = bench.setting(suite, out_path, facts)
+    journal = Journal(out_path.parent / "measurements" / f"{setting.run}.jsonl")
+    done = {(entry["repeat"], entry["item"]) for entry in journal.entries if "item" in entry}
+    units = [(repeat, place, item) for repeat in range(config.repeats) for place, item in enumerate(suite.items)]
+    waiting = [unit for unit in units if (unit[0], unit[2].id) not in done]
+    entries = [*journal.entries]
+    if waiting:
+        bench.warm_up(suite)
+    with _progress() as progress:
+        bar = progress.add_task(f"{suite.name}: {len(runners)} runners", total=len(units), completed=len(units) - len(waiting))
+        for repeat, place, item in waiting:
+            samples = bench.hold(item, repeat, place)
+            entries.append({"repeat": repeat, "item": item.id, "samples": [sample.to_json() for sample in samples]})
+            journal.append(entries[-1])
+            progress.advance(bar)
+    if config.efficiency and not any("efficiency" in entry for entry in entries):
+        entries.append({"efficiency": bench.efficiencies(suite)})
+        journal.append(entries[-1])
+    rows = make_rows(_samples(entries), facts, _efficiencies(entries), setting)
+    append_whole(out_path, [row.to_json() for row in rows])
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a results file, in the order in which they were measured."""
+    if not path.is_file():
+        raise UserError(f"results '{path}': no such file; `drafttrain eval` writes it")
+    lines = parse_lines(path.read_text(encoding="utf-8"), path)
+    return [Row.from_json(entry, f"'{path}', line {number}") for number, entry in enumerate(lines, 1)]
+
+
+@dataclass
+class Bench:
+    """Runners side by side on one target."""
+
+    target: Target
+    runners: list[Runner]
+    config: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        self.reader = SpeculativeDecoder(self.target)
+
+    def check(self, suite: Suite) -> None:
+        """Every first prompt fits into the context."""
+        room = self.target.max_context - self.config.max_new_tokens
+        for item in suite.items:
+            length = len(self.reader.tokenize(item.opening()))
+            if length > room:
+                raise UserError(
+                    f"suite '{suite.name}', item '{item.id}': {length} prompt tokens and {self.config.max_new_tokens} new ones exceed the "
+                    f"target's context of {self.target.max_context}; lower evaluation.max_new_tokens or leave its task out"
+                )
+
+    def setting(self, suite: Suite, out_path: Path, facts: dict[str, Any]) -> Setting:
+        """The run's name is made from everything that shapes its numbers; a finished one of the same name makes it the next."""
+        target, config = self.target, self.config
+        where = (device_name(target.device), torch.get_num_threads(), versions())
+        dtype = str(target.dtype).removeprefix("torch.")
+        name = fingerprint(target.fingerprint, dtype, where, suite.hash, config, {label: asdict(fact) for label, fact in facts.items()})
+        finished = {row.run for row in read_rows(out_path)} if out_path.exists() else set()
+        number = next(n for n in range(1, len(finished) + 2) if f"{name}-{n}" not in finished)
+        return Setting(
+            f"{name}-{number}", target.name, target.fingerprint, dtype, suite.name, suite.hash, *config.sampling, config.max_new_tokens,
+            config.repeats, config.seed, *where, commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def warm_up(self, suite: Suite) -> None:
+        """The longest prompts first: whatever is allocated or compiled once is done then."""
+        prompts = sorted((self.reader.tokenize(item.opening()) for item in suite.items), key=len, reverse=True)
+        for prompt in prompts[: self.config.warmup]:
+            for runner in self.runners:
+                runner.run(prompt, min(WARM_UP_TOKENS, self.config.max_new_tokens), self.config.sampling, self.config.seed)
+
+    def hold(self, item: Item, repeat: int, place: int) -> list[Sample]:
+        """One item, turn by turn, by every runner."""
+        samples: list[Sample] = []
+        answers: list[str] = []
+        for turn in range(len(item.turns)):
+            prompt = self.reader.tokenize(item.opening() if turn == 0 else item.asked(turn, answers))  # type: ignore[arg-type]
+            if len(prompt) + self.config.max_new_tokens > self.target.max_context:
+                break  # the conversation has outgrown the context
+            outcomes = {
+                runner.label: runner.run(prompt, self.config.max_new_tokens, self.config.sampling, self._seed(item.id, turn, repeat))
+                for runner in in_turn(self.runners, place + repeat)
+            }
+            answers.append(outcomes[PLAIN].text)
+            for label, outcome in outcomes.items():
+                difference = self._difference(prompt, outcomes[PLAIN].tokens, outcome.tokens)
+                samples.append(Sample(item.id, turn, repeat, item.task, label, outcome, loops(outcome.tokens), difference))
+        return samples
+
+    def efficiencies(self, suite: Suite) -> dict[str, dict[str, Any]]:
+        """Of every runner that decodes through our runtime, on the first item of each task."""
+        first = {item.task: item for item in reversed(suite.items)}
+        prompts = [self.reader.tokenize(first[task].opening()) for task in suite.tasks[:EFFICIENCY_PROMPTS]]
+        found = {}
+        for runner in self.runners:
+            if isinstance(runner, Contender):
+                efficiency = measure(runner, prompts, self.config.sampling, self.config.seed)
+                found |= {runner.label: efficiency.to_json()} if efficiency else {}
+        return found
+
+    def _difference(self, prompt: list[int], plain: list[int], other: list[int]) -> Difference | None:
+        """Where a greedy output leaves plain decoding's, and by how little; None where it does not, or where tokens are sampled."""
+        if self.config.temperature > 0 or plain == other:
+            return None
+        at = next((place for place, pair in enumerate(zip(plain, other, strict=False)) if pair[0] != pair[1]), None)
+        if at is None:
+            return Difference(min(len(plain), len(other)), None)
+        return Difference(at, margin(self.target, prompt + plain[:at], plain[at], other[at]))
+
+    def _seed(self, *which: str | int) -> int:
+        return int(fingerprint(self.config.seed, *which)[:15], 16)
+
+
+def margin(target: Target, context: list[int], ours: int, theirs: int) -> float:
+    """By how much the target's logit of `ours` exceeds that of `theirs` after `context`, in its own precision, read in one pass."""
+    tokens = torch.tensor([context], device=target.device)
+    read = target.prefill(target.new_cache(1, len(context)), tokens, torch.tensor([len(context)], device=target.device))
+    return float(read.logits[0, ours].float() - read.logits[0, theirs].float())
+
+
+def in_turn(runners: Sequence[Runner], place: int) -> list[Runner]:
+    """The order at a place: everyone comes first, second, ... equally often, and follows each neighbour as often as it goes before it."""
+    turned = [runners[(place + offset) % len(runners)] for offset in range(len(runners))]
+    return turned if place // len(runners) % 2 == 0 else turned[::-1]
+
+
+def _samples(entries: Sequence[dict[str, Any]]) -> list[Sample]:
+    return [Sample.from_json(sample) for entry in entries for sample in entry.get("samples", [])]
+
+
+def _efficiencies(entries: Sequence[dict[str, Any]]) -> dict[str, Efficiency]:
+    return {label: Efficiency(**data) for entry in entries for label, data in entry.get("efficiency", {}).items()}
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

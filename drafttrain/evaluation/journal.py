@@ -1,0 +1,74 @@
+"""Lines of JSON on disk that survive being killed: a journal that grows unit by unit, and a results file that gains a run's rows at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.errors import UserError
+from drafttrain.data.shards import write_whole
+
+
+class Journal:
+    """Appends whole lines; a line torn by a kill or a full disk is dropped when the journal is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        """What stood in it when it was opened."""
+        with _writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                self._reopen()
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Stands on the disk when this returns."""
+        with _writable(self.path), self.path.open("ab") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _reopen(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+        self.entries = parse_lines(whole.decode(), self.path)
+
+
+def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    """JSON lines; `path` is what an error names."""
+    entries = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"'{path}', line {number}: not JSON; restore the file or move it away and run again") from error
+    return entries
+
+
+def append_whole(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Adds lines to a file: all of them or none, whatever happens in between."""
+    with _writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else b""
+        write_whole(path, lambda partial: partial.write_bytes(before + b"".join(map(_line, entries))))
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"'{path}' cannot be written ({error.strerror or error}); make room or choose another output, then run again: "
+            f"what was measured before is kept"
+        ) from error

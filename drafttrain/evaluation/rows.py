@@ -1,0 +1,257 @@
+"""From single decodings to the rows of results.jsonl. `docs/evaluation.md` gives the formula of every field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from operator import add
+from typing import Any, Literal
+
+import numpy as np
+
+from drafttrain.core.errors import UserError
+from drafttrain.evaluation.efficiency import Efficiency
+from drafttrain.evaluation.runners import PLAIN, Facts, Outcome
+from drafttrain.runtime.stats import PHASES, Statistics
+
+FORMAT = 1
+ALL = "all"
+RESAMPLES = 10_000
+Outputs = Literal["all", "not_looping"]
+
+
+@dataclass
+class Difference:
+    """Where a greedy output leaves plain decoding's."""
+
+    at: int  # index of the first differing token of the answer
+    margin: float | None  # the target's logit of plain decoding's token less that of the other; None where one output just ends
+
+
+@dataclass
+class Sample:
+    """One decoding by one runner, as the journal keeps it."""
+
+    item: str
+    turn: int
+    repeat: int
+    task: str
+    label: str
+    outcome: Outcome
+    looping: bool
+    difference: Difference | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What it shares with the other runners' decodings of the same prompt."""
+        return self.item, self.turn, self.repeat
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.outcome.wall - self.outcome.statistics.seconds["prefill"]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Sample:
+        difference = None if data["difference"] is None else Difference(**data["difference"])
+        return cls(**{**data, "outcome": Outcome.from_json(data["outcome"]), "difference": difference})
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A ratio and its 95% bootstrap interval; None where one prompt alone gives none."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Greedy outputs against plain decoding's."""
+
+    compared: int
+    different: int
+    margins: tuple[float | None, ...]  # of the different ones
+    prompts: tuple[str, ...]  # their items
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a run share: what was asked of which target, where, and with what."""
+
+    run: str
+    target: str
+    target_fingerprint: str
+    dtype: str
+    suite: str
+    suite_hash: str
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    repeats: int
+    seed: int
+    device: str
+    threads: int
+    versions: dict[str, str]
+    commit: str | None
+    date: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one runner's decodings of one task gave."""
+
+    label: str
+    drafter: str | None
+    drafter_fingerprint: str | None
+    rule: str | None
+    lossless: bool
+    draws: str | None
+    shape: dict[str, Any] | None
+    draft_length: int
+    slots: int
+    options: dict[str, Any] | None
+    task: str
+    outputs: Outputs
+    prompts: int
+    rounds: int
+    tokens: int
+    tau: float
+    alpha: tuple[float, ...]
+    nodes_per_round: float
+    tokens_per_second: float
+    tokens_per_second_with_prefill: float
+    plain_tokens_per_second: float
+    seconds: dict[str, float]
+    speedups: dict[str, Interval]  # baseline -> ratio
+    yield_of_tau: float
+    looping: float
+    exactness: Exactness | None
+    peak_memory: int
+    loop_efficiency: float | None = None
+    drafting_overhead: float | None = None
+
+
+@dataclass(frozen=True)
+class Row(Setting):
+    """A line of results.jsonl."""
+
+    measured: Measured
+
+    def to_json(self) -> dict[str, Any]:
+        flat = asdict(self)
+        return {"format": FORMAT, **flat.pop("measured"), **flat}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str) -> Row:
+        """Raises `UserError` where the row is of another format; `where` opens the message."""
+        data = dict(data)
+        if data.pop("format", None) != FORMAT:
+            raise UserError(f"{where}: not a result row of format {FORMAT}; evaluate again with this version of drafttrain")
+        try:
+            shared = {field.name: data.pop(field.name) for field in fields(Setting)}
+            data["alpha"] = tuple(data["alpha"])
+            data["speedups"] = {name: Interval(**ratio) for name, ratio in data["speedups"].items()}
+            if data["exactness"] is not None:
+                data["exactness"] = Exactness(**{key: _tuple(value) for key, value in data["exactness"].items()})
+            return cls(**shared, measured=Measured(**data))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where}: a broken result row ({error}); evaluate again, or remove the line") from error
+
+
+def make_rows(
+    samples: Sequence[Sample], facts: dict[str, Facts], efficiencies: dict[str, Efficiency], setting: Setting
+) -> list[Row]:
+    """A row for each runner, task (and all of them together) and kind of outputs; none where no prompt is left."""
+    tasks = [*dict.fromkeys(sample.task for sample in samples), ALL]
+    plain = {sample.key: sample for sample in samples if sample.label == PLAIN}
+    rows = []
+    for label in facts:
+        own = [sample for sample in samples if sample.label == label]
+        for task in tasks:
+            of_task = [sample for sample in own if task in (ALL, sample.task)]
+            for outputs, chosen in _kinds(of_task, plain):
+                efficiency = efficiencies.get(label) if task == ALL and outputs == "all" else None
+                if chosen:
+                    measured = summarise(chosen, [plain[one.key] for one in chosen], facts[label], label, task, outputs, efficiency,
+                                         exact=setting.temperature == 0 and label != PLAIN)
+                    rows.append(Row(**asdict(setting), measured=measured))
+    return rows
+
+
+def _kinds(samples: list[Sample], plain: dict[tuple[str, int, int], Sample]) -> Iterable[tuple[Outputs, list[Sample]]]:
+    yield "all", samples
+    yield "not_looping", [sample for sample in samples if not (sample.looping or plain[sample.key].looping)]
+
+
+def summarise(
+    own: Sequence[Sample], plain: Sequence[Sample], facts: Facts, label: str, task: str, outputs: Outputs,
+    efficiency: Efficiency | None = None, exact: bool = False,
+) -> Measured:
+    """One runner's decodings against plain decoding's of the same prompts, pair by pair."""
+    total = reduce(add, (sample.outcome.statistics for sample in own), Statistics())
+    speedup = ratio_interval(own, plain)
+    decoding = sum(sample.decode_seconds for sample in own)
+    return Measured(
+        **asdict(facts), label=label, task=task, outputs=outputs, prompts=len({(sample.item, sample.turn) for sample in own}),
+        rounds=total.rounds, tokens=total.tokens, tau=total.tau, alpha=tuple(total.alpha),
+        nodes_per_round=_ratio(sum(sample.outcome.drafted for sample in own), total.rounds),
+        tokens_per_second=_ratio(total.tokens, decoding),
+        tokens_per_second_with_prefill=_ratio(_sum(own, lambda one: len(one.outcome.tokens)), _sum(own, lambda one: one.outcome.wall)),
+        plain_tokens_per_second=_ratio(_sum(plain, lambda one: one.outcome.statistics.tokens), _sum(plain, lambda one: one.decode_seconds)),
+        seconds={phase: total.seconds[phase] for phase in PHASES},
+        speedups={PLAIN: speedup}, yield_of_tau=_ratio(speedup.value, total.tau),
+        looping=_ratio(sum(sample.looping for sample in own), len(own)),
+        exactness=_exactness(own) if exact else None,
+        peak_memory=max(sample.outcome.peak_memory for sample in own),
+        loop_efficiency=efficiency.loop if efficiency else None,
+        drafting_overhead=efficiency.drafting if efficiency else None,
+    )
+
+
+def ratio_interval(own: Sequence[Sample], plain: Sequence[Sample], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Speed-up: seconds per token of plain decoding over seconds per token of ours, sums over all prompts; the interval is the middle
+    95% of the same ratio over resampled prompts (percentile bootstrap; an item's turns and repeats stay together, pairs too)."""
+    place = {item: index for index, item in enumerate(dict.fromkeys(sample.item for sample in own))}
+    sums = np.zeros((len(place), 4))  # plain seconds, plain tokens, our seconds, our tokens
+    for ours, theirs in zip(own, plain, strict=True):
+        assert ours.key == theirs.key, f"{ours.key} is paired with {theirs.key}"
+        sums[place[ours.item]] += (
+            theirs.decode_seconds, theirs.outcome.statistics.tokens, ours.decode_seconds, ours.outcome.statistics.tokens
+        )
+    value = float(_speedup(sums.sum(0)))
+    if len(place) < 2:
+        return Interval(value, None, None)
+    draws = np.random.default_rng(seed).multinomial(len(place), np.full(len(place), 1 / len(place)), size=resamples)  # [R, n]
+    low, high = np.nanpercentile(_speedup(draws @ sums), [2.5, 97.5])
+    return Interval(value, float(low), float(high))
+
+
+def _speedup(sums: np.ndarray) -> np.ndarray:
+    """[..., 4] -> [...]; nan where a sum is 0 (no token decoded)."""
+    plain_seconds, plain_tokens, seconds, tokens = np.moveaxis(sums, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = (plain_seconds * tokens) / (plain_tokens * seconds)
+    return np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def _exactness(own: Sequence[Sample]) -> Exactness:
+    different = [(sample.item, sample.difference.margin) for sample in own if sample.difference is not None]
+    return Exactness(len(own), len(different), tuple(margin for _, margin in different), tuple(item for item, _ in different))
+
+
+def _sum(samples: Sequence[Sample], value: Callable[[Sample], float]) -> float:
+    return sum(value(sample) for sample in samples)
+
+
+def _ratio(over: float, under: float) -> float:
+    return over / under if under else 0.0
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,129 @@
+"""What can decode a suite: a runner takes a prompt's token ids and says what came out and what it took.
+
+Speculative and plain decoding through our runtime is `Contender`. Peers (other libraries' decoding) are further classes with the same three members.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from drafttrain.core.plan import Shape
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.evaluation.memory import PeakMemory
+from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.stats import Statistics
+
+PLAIN = "plain"
+"""The label of plain decoding through our own runtime, which every speed-up is measured against."""
+
+
+@dataclass
+class Outcome:
+    """One decoding of one prompt."""
+
+    tokens: list[int]  # the prefill's token first
+    text: str
+    statistics: Statistics  # `seconds` adds up to `wall`: what no phase owns stands under `other`
+    wall: float  # seconds, from the call until its answer stood ready
+    drafted: int  # live drafted nodes that the target scored, over all rounds
+    peak_memory: int  # bytes; see `PeakMemory`
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Outcome:
+        return cls(**{**data, "statistics": Statistics(**data["statistics"])})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a result row says about a runner."""
+
+    drafter: str | None = None  # family
+    drafter_fingerprint: str | None = None
+    rule: str | None = None
+    lossless: bool = True
+    draws: str | None = None
+    shape: dict[str, Any] | None = None
+    draft_length: int = 0  # K: depth of a round's tree
+    slots: int = 0  # N: drafted nodes a round, padding included
+    options: dict[str, Any] | None = None  # everything else that was set
+
+
+class Runner(Protocol):
+    """Decodes prompts in its own way."""
+
+    @property
+    def label(self) -> str: ...
+
+    def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome: ...
+
+    def facts(self, sampling: Sampling) -> Facts: ...
+
+
+@dataclass
+class Contender:
+    """Decoding through our runtime: with a drafter, or plainly without one."""
+
+    label: str
+    decoder: SpeculativeDecoder
+    files: Path | None = None
+    """The drafter's folder, whose files the fingerprint is made from; without it the drafter counts as `in-memory`."""
+
+    def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
+        live: list[Tensor] = []
+
+        def watch(tree: Tree, scored: Scored, verdict: Verdict) -> None:
+            live.append(tree.live)  # kept, and counted when the clock has stopped
+
+        memory = PeakMemory(self.decoder.target.device)
+        start = time.perf_counter()
+        (generation,) = self.decoder.generate([prompt], max_new_tokens, *sampling, seed=seed, on_round=watch)
+        wall = time.perf_counter() - start
+        statistics = generation.statistics
+        statistics.seconds["other"] += wall - sum(statistics.seconds.values())
+        drafted = sum(int(nodes.sum()) - 1 for nodes in live)
+        return Outcome(generation.tokens, generation.text, statistics, wall, drafted, memory.read())
+
+    def facts(self, sampling: Sampling) -> Facts:
+        drafter, runtime = self.decoder.drafter, self.decoder.runtime
+        if drafter is None:
+            return Facts()
+        rule, plan = runtime.fitted(sampling)
+        shape = runtime.shape
+        return Facts(
+            drafter.config.name, self._fingerprint, rule.config.name, rule.lossless, runtime.treat_as or plan.draws,
+            shape.model_dump(mode="json"), shape.depth, shape.nodes,
+            runtime.model_dump(mode="json", exclude={"shape", "rule", "draws"}, exclude_defaults=True),
+        )
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return "in-memory" if self.files is None else folder_fingerprint(self.files)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """16 hex digits over the names and bytes of all files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def shape_name(shape: Shape) -> str:
+    """`chain-4`, `static-12` or `tree-60`; numbers are drafted nodes."""
+    kind = "tree" if shape.shape == "dynamic" else shape.shape
+    return f"{kind}-{shape.nodes}"

@@ -1,0 +1,135 @@
+"""Suites: prompts by task, from the one that ships with the package or from any JSONL file.
+
+A line holds `id`, `task`, one of `prompt` (a user's message), `turns` (several, asked one after another) or `messages` (a conversation whose
+last message is the user's), and optionally `answer`, which a program can check. Other keys, such as Spec-Bench's `category`, are let be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.config import fingerprint
+from drafttrain.core.errors import UserError, nearest
+
+Message = dict[str, str]
+SUITES = {"builtin": Path(__file__).parent / "prompts" / "builtin.jsonl"}
+FORMS = ("prompt", "turns", "messages")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One conversation to be held."""
+
+    id: str
+    task: str
+    turns: tuple[str, ...]  # what the user says, turn by turn
+    before: tuple[tuple[str, str], ...] = ()  # (role, content) of messages that stand before the first turn
+    answer: str | None = None
+
+    def opening(self) -> str | list[Message]:
+        """The first prompt: a lone message as a string, so that targets without a chat template can read it too."""
+        return self.turns[0] if not self.before else self.asked(0, [])
+
+    def asked(self, turn: int, answers: Sequence[str]) -> list[Message]:
+        """The conversation up to the question of `turn`, the target's own `answers` in between."""
+        messages = [{"role": role, "content": content} for role, content in self.before]
+        for question, answer in zip(self.turns[:turn], answers, strict=True):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": self.turns[turn]}]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Items in the order in which they are run."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """In order of first appearance."""
+        return tuple(dict.fromkeys(item.task for item in self.items))
+
+    @property
+    def hash(self) -> str:
+        """Of everything that is asked, in order: equal hashes, equal questions."""
+        return fingerprint([[item.id, item.task, item.turns, item.before] for item in self.items])
+
+    def select(self, tasks: Sequence[str] = (), limit: int | None = None, turns: int | None = None) -> Suite:
+        """Only these tasks (none named: all), at most `limit` items of each and `turns` turns of every item."""
+        for task in tasks:
+            if task not in self.tasks:
+                known = ", ".join(self.tasks)
+                raise UserError(f"suite '{self.name}' has no task '{task}'{nearest(task, self.tasks)}; its tasks: {known}")
+        left = {task: len(self.items) if limit is None else limit for task in tasks or self.tasks}
+        kept = []
+        for item in self.items:
+            if left.get(item.task, 0) > 0:
+                left[item.task] -= 1
+                kept.append(replace(item, turns=item.turns[:turns]))
+        return replace(self, items=tuple(kept))
+
+
+def load_suite(name: str) -> Suite:
+    """A suite by name (`builtin`) or by the path of a JSONL file.
+
+    Raises `UserError` where it is neither, or a line is broken: the message gives the line's number.
+    """
+    path = SUITES.get(name) or Path(name)
+    if not path.is_file():
+        raise UserError(f"suite '{name}'{nearest(name, SUITES)}: no such file; give one of {', '.join(SUITES)}, or the path of a JSONL file")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    items = [read_item(line, f"suite '{name}', line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise UserError(f"suite '{name}' is empty; every line holds an id, a task and a prompt")
+    twice = _first_repeated(item.id for item in items)
+    if twice is not None:
+        raise UserError(f"suite '{name}': two items have the id '{twice}'; give every item its own")
+    return Suite(name if name in SUITES else path.stem, tuple(items))
+
+
+def read_item(line: str, where: str) -> Item:
+    """One line of a suite; `where` opens the error messages."""
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from error
+    if not isinstance(data, dict) or "id" not in data or "task" not in data:
+        raise UserError(f"{where}: an object with 'id', 'task' and one of {', '.join(FORMS)} is needed, got {line[:60]!r}")
+    given = [form for form in FORMS if form in data]
+    if len(given) != 1:
+        raise UserError(f"{where}: exactly one of {', '.join(FORMS)} is needed, got {given or 'none'}")
+    before, turns = _conversation(data, given[0], where)
+    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise UserError(f"{where}: '{given[0]}' holds an empty prompt; every turn is a text")
+    answer = data.get("answer")
+    return Item(str(data["id"]), str(data["task"]), tuple(turns), before, None if answer is None else str(answer))
+
+
+def _conversation(data: dict[str, Any], form: str, where: str) -> tuple[tuple[tuple[str, str], ...], list[Any]]:
+    """What stands before the first turn, and the turns."""
+    value = data[form]
+    if form == "prompt":
+        return (), [value]
+    if not isinstance(value, list):
+        raise UserError(f"{where}: '{form}' is a list, got {type(value).__name__}")
+    if form == "turns":
+        return (), value
+    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in value):
+        raise UserError(f"{where}: every message has 'role' and 'content'")
+    if not value or value[-1]["role"] != "user":
+        raise UserError(f"{where}: the last message must be the user's; the target writes what follows it")
+    return tuple((message["role"], message["content"]) for message in value[:-1]), [value[-1]["content"]]
+
+
+def _first_repeated(ids: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for id in ids:
+        if id in seen:
+            return id
+        seen.add(id)
+    return None

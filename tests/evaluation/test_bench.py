@@ -1,0 +1,251 @@
+"""Interleaved runs: what is decoded, what is journaled, what comes out as rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.evaluation.toys import CONFIG, SUITE, Letters, contender, lines, target
+from tests.tiny import tiny_eagle3
+
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic
+from drafttrain.core.sampling import Sampling
+from drafttrain.drafters.files import save_drafter
+from drafttrain.evaluation.bench import ContenderConfig, contenders, evaluate, in_turn, read_rows
+from drafttrain.evaluation.rows import Row
+from drafttrain.evaluation.runners import PLAIN, Contender, Facts, Outcome
+from drafttrain.evaluation.suites import Item, Suite
+from drafttrain.runtime.decoder import RuntimeConfig
+
+
+@dataclass
+class Spy:
+    """A contender that remembers its prompts, and is interrupted before the n-th."""
+
+    inner: Contender
+    stop_at: int = -1
+    prompts: list[list[int]] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return self.inner.label
+
+    def facts(self, sampling: Sampling) -> Facts:
+        return self.inner.facts(sampling)
+
+    def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
+        if len(self.prompts) == self.stop_at:
+            raise KeyboardInterrupt
+        self.prompts.append(prompt)
+        return self.inner.run(prompt, max_new_tokens, sampling, seed)
+
+
+class Wrong(Spy):
+    """Writes another token at place 5 of every answer."""
+
+    def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
+        outcome = super().run(prompt, max_new_tokens, sampling, seed)
+        return replace(outcome, tokens=[*outcome.tokens[:5], outcome.tokens[5] ^ 1, *outcome.tokens[6:]])
+
+
+def pick(rows: list[Row], label: str, task: str = "all") -> Row:
+    return next(row for row in rows if (row.measured.label, row.measured.task, row.measured.outputs) == (label, task, "all"))
+
+
+def journaled(folder: Path) -> list[dict]:
+    (path,) = (folder / "measurements").iterdir()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_greedy_contenders_are_compared_with_plain_decoding_and_equal_it_in_fp32(tmp_path: Path) -> None:
+    rows = evaluate(target(), [contender()], SUITE, CONFIG, tmp_path / "results.jsonl")
+    row = pick(rows, contender().label)
+    assert row.measured.exactness is not None
+    assert (row.measured.exactness.compared, row.measured.exactness.different) == (4, 0)
+    assert row.measured.tau > 1.2  # the drafter was fitted to these very texts
+    assert pick(rows, PLAIN).measured.tau == 1.0
+
+
+def test_a_row_pools_what_the_decoder_itself_counts(tmp_path: Path) -> None:
+    row = pick(evaluate(target(), [contender()], SUITE, CONFIG, tmp_path / "results.jsonl"), contender().label, "signs")
+    prompts = [Letters()(item.turns[0])["input_ids"] for item in SUITE.items if item.task == "signs"]
+    statistics = [one.statistics for one in contender().decoder.generate(prompts, max_new_tokens=20, batch_size=1)]
+    assert row.measured.rounds == sum(one.rounds for one in statistics)
+    assert row.measured.tokens == sum(one.tokens for one in statistics) == 2 * 19
+    assert row.measured.nodes_per_round == 3.0
+    assert (row.measured.draft_length, row.measured.slots, row.measured.rule, row.measured.draws) == (3, 3, "greedy", "point")
+
+
+def test_times_of_all_phases_add_up_to_the_wall_clock() -> None:
+    outcome = contender().run([1, 2, 3], 20, Sampling(), 0)
+    assert sum(outcome.statistics.seconds.values()) == pytest.approx(outcome.wall)
+    assert min(outcome.statistics.seconds.values()) >= 0
+
+
+def test_rows_in_the_file_are_the_rows_that_come_back(tmp_path: Path) -> None:
+    rows = evaluate(target(), [contender()], SUITE, CONFIG, tmp_path / "results.jsonl")
+    assert read_rows(tmp_path / "results.jsonl") == rows
+
+
+def test_an_interrupted_run_goes_on_where_it_was_and_gives_the_same_rows(tmp_path: Path) -> None:
+    whole = evaluate(target(), [contender()], SUITE, CONFIG, tmp_path / "whole" / "results.jsonl")
+    out = tmp_path / "half" / "results.jsonl"
+    first, second = Spy(contender(), stop_at=2), Spy(contender())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(target(), [first], SUITE, CONFIG, out)
+    assert not out.exists()
+    rows = evaluate(target(), [second], SUITE, CONFIG, out)
+    assert len(first.prompts) == len(second.prompts) == 2
+    assert len(rows) == len(whole)
+    for ours, theirs in zip(rows, whole, strict=True):
+        assert (ours.measured.tau, ours.measured.alpha, ours.measured.rounds, ours.measured.looping) == (
+            theirs.measured.tau, theirs.measured.alpha, theirs.measured.rounds, theirs.measured.looping
+        )  # fmt: skip
+
+
+def test_a_torn_last_line_of_the_journal_is_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(target(), [Spy(contender(), stop_at=3)], SUITE, CONFIG, out)
+    (journal,) = (tmp_path / "measurements").iterdir()
+    journal.write_bytes(journal.read_bytes()[:-20])
+    again = Spy(contender())
+    evaluate(target(), [again], SUITE, CONFIG, out)
+    assert len(again.prompts) == 2  # the torn one and the one that was never begun
+    assert [entry["item"] for entry in journaled(tmp_path)] == ["a", "b", "c", "d"]
+
+
+def test_a_finished_run_is_measured_anew_and_its_counts_are_equal_to_the_last_digit(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    first = evaluate(target(), [contender()], SUITE, CONFIG, out)
+    second = evaluate(target(), [contender()], SUITE, CONFIG, out)
+    assert lines(out) == len(first) + len(second)
+    assert first[0].run.removesuffix("-1") == second[0].run.removesuffix("-2")
+    assert [row.measured.tau for row in first] == [row.measured.tau for row in second]
+
+
+def test_another_configuration_is_another_run(tmp_path: Path) -> None:
+    changes = [{}, {"max_new_tokens": 16}, {"seed": 1}, {"limit": 1}]
+    runs = {evaluate(target(), [], SUITE, CONFIG.model_copy(update=change), tmp_path / "r.jsonl")[0].run for change in changes}
+    assert len(runs) == len(changes)
+
+
+def test_every_runner_is_warmed_up_on_the_longest_prompts_untimed(tmp_path: Path) -> None:
+    spy = Spy(contender())
+    evaluate(target(), [spy], SUITE, CONFIG.model_copy(update={"warmup": 1}), tmp_path / "results.jsonl")
+    assert spy.prompts[0] == Letters()(":;<=>?@")["input_ids"]
+    assert len(spy.prompts) == 1 + len(SUITE.items)
+
+
+def test_runners_take_turns_in_going_first_and_in_following_each_other() -> None:
+    runners = [contender(name) for name in "abc"]
+    orders = ["".join(runner.label for runner in in_turn(runners, place)) for place in range(6)]
+    assert Counter(order[0] for order in orders) == {"a": 2, "b": 2, "c": 2}
+    assert Counter(order[at : at + 2] for order in orders for at in (0, 1)) == dict.fromkeys(["ab", "bc", "ca", "ba", "cb", "ac"], 2)
+
+
+def test_an_output_that_leaves_plain_decoding_is_counted_with_the_targets_margin(tmp_path: Path) -> None:
+    rows = evaluate(target(), [Wrong(contender())], SUITE, CONFIG, tmp_path / "results.jsonl")
+    exactness = pick(rows, contender().label).measured.exactness
+    assert exactness is not None
+    assert (exactness.different, exactness.prompts) == (4, ("a", "b", "c", "d"))
+    prompt = Letters()(SUITE.items[0].turns[0])["input_ids"]
+    plain = contender().decoder.generate([prompt], max_new_tokens=20)[0].tokens
+    logits = target().model(torch.tensor([prompt + plain[:5]])).logits[0, -1]
+    assert exactness.margins[0] == pytest.approx(float(logits[plain[5]] - logits[plain[5] ^ 1]), rel=1e-4)
+    assert all(margin is not None and margin > 0 for margin in exactness.margins)
+
+
+def test_a_second_turn_follows_plain_decodings_own_answer(tmp_path: Path) -> None:
+    suite = Suite("talk", (Item("x", "chat", ("ABC", "DEF")),))
+    spy = Spy(contender())
+    evaluate(target(), [spy], suite, CONFIG.model_copy(update={"turns": 2}), tmp_path / "results.jsonl")
+    answer = contender().decoder.generate([spy.prompts[0]], max_new_tokens=20)[0].tokens
+    assert spy.prompts[1] == Letters()("ABC")["input_ids"] + answer + Letters()("DEF")["input_ids"]
+    assert pick(read_rows(tmp_path / "results.jsonl"), PLAIN).measured.prompts == 2
+
+
+def test_a_conversation_that_outgrows_the_context_stops_there(tmp_path: Path) -> None:
+    suite = Suite("talk", (Item("x", "chat", ("ABC", "D" * 240, "EF")),))
+    rows = evaluate(target(), [], suite, CONFIG.model_copy(update={"turns": 3}), tmp_path / "results.jsonl")
+    assert pick(rows, PLAIN).measured.prompts == 1
+
+
+def test_sampled_texts_depend_on_seed_and_repeat_only_and_are_not_called_inexact(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"temperature": 1.0, "repeats": 2})
+    for name in ("one", "two"):
+        rows = evaluate(target(), [contender()], SUITE, config, tmp_path / name / "results.jsonl")
+    texts = [[sample["outcome"]["tokens"] for entry in journaled(tmp_path / name) for sample in entry["samples"]] for name in ("one", "two")]
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for text in texts[0]}) == len(texts[0])
+    row = pick(rows, contender().label)
+    assert (row.measured.rule, row.measured.draws, row.measured.exactness, row.temperature) == ("rejection", "iid", None, 1.0)
+
+
+def test_a_prompt_beyond_the_context_is_refused_by_its_id_before_anything_is_decoded(tmp_path: Path) -> None:
+    suite = Suite("long", (*SUITE.items, Item("much", "signs", ("A" * 250,))))
+    spy = Spy(contender())
+    with pytest.raises(UserError, match=r"item 'much': 250 prompt tokens and 20 new ones .* context of 256"):
+        evaluate(target(), [spy], suite, CONFIG, tmp_path / "results.jsonl")
+    assert spy.prompts == []
+
+
+@pytest.mark.parametrize("labels", [("a", "a"), ("a", PLAIN)])
+def test_labels_that_could_be_confused_are_refused(tmp_path: Path, labels: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="labels of contenders must differ"):
+        evaluate(target(), [contender(label) for label in labels], SUITE, CONFIG, tmp_path / "results.jsonl")
+
+
+def test_results_that_cannot_be_read_or_written_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_rows(tmp_path / "results.jsonl")
+    (tmp_path / "results.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        read_rows(tmp_path / "results.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate(target(), [], SUITE, CONFIG, tmp_path / "file" / "results.jsonl")
+
+
+def test_contenders_come_from_folders_with_names_and_fingerprints_of_their_files(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_drafter(tiny_eagle3(target(), seed), tmp_path / f"run{seed}" / "drafter")
+    wide = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=5))
+    config = CONFIG.model_copy(
+        update={"contenders": (ContenderConfig(label="wide", runtime=wide), ContenderConfig(label="other", drafter=str(tmp_path / "run1")))}
+    )
+    made = contenders(target(), tmp_path / "run0" / "drafter", RuntimeConfig(shape=Chain(length=2)), config)
+    facts = [one.facts(Sampling()) for one in made]
+    assert [one.label for one in made] == ["eagle3 chain-2", "wide", "other"]
+    assert [fact.slots for fact in facts] == [2, 5, 2]
+    assert facts[0].drafter_fingerprint == facts[1].drafter_fingerprint != facts[2].drafter_fingerprint
+
+
+def test_a_drafters_fingerprint_follows_every_byte_of_its_files(tmp_path: Path) -> None:
+    folder = save_drafter(tiny_eagle3(target()), tmp_path / "drafter")
+    before = replace(contender(), files=folder).facts(Sampling()).drafter_fingerprint
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(weights))
+    assert replace(contender(), files=folder).facts(Sampling()).drafter_fingerprint != before
+
+
+def test_efficiency_is_measured_once_and_kept_over_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG.model_copy(update={"efficiency": True})
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("drafttrain.evaluation.bench.append_whole", interrupted)
+        evaluate(target(), [contender()], SUITE, config, tmp_path / "results.jsonl")
+    before = journaled(tmp_path)
+    rows = evaluate(target(), [contender()], SUITE, config, tmp_path / "results.jsonl")
+    assert journaled(tmp_path) == before
+    assert set(before[-1]["efficiency"]) == {PLAIN, contender().label}
+    assert pick(rows, contender().label).measured.loop_efficiency is not None

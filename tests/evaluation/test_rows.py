@@ -1,0 +1,139 @@
+"""The arithmetic of a result row, on decodings with made-up figures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+from tests.evaluation.toys import sample
+
+from drafttrain.core.errors import UserError
+from drafttrain.evaluation.efficiency import Efficiency
+from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows, ratio_interval, summarise
+from drafttrain.evaluation.runners import PLAIN, Facts
+
+SETTING = Setting(
+    "run-1", "toy", "f00d", "float32", "mine", "beef", 0.0, 0, 1.0, 32, 1, 0, "cpu", 2, {"torch": "2"}, None, "2025-01-01"
+)  # fmt: skip
+PLAINLY = [sample("a", PLAIN, 4.0, 40, 40), sample("b", PLAIN, 1.0, 10, 10)]
+DRAFTED = [sample("a", "mine", 1.0, 40, 10), sample("b", "mine", 0.5, 10, 10)]
+
+
+def test_accepted_length_is_pooled_over_prompts_not_a_mean_of_means() -> None:
+    assert summarise(DRAFTED, PLAINLY, Facts(), "mine", "all", "all").tau == (40 + 10) / (10 + 10)
+
+
+def test_speed_up_compares_seconds_per_token_over_all_prompts_without_the_prefill() -> None:
+    row = summarise(DRAFTED, PLAINLY, Facts(), "mine", "all", "all")
+    assert row.speedups[PLAIN].value == pytest.approx((5.0 / 50) / (1.5 / 50))
+    assert row.tokens_per_second == pytest.approx(50 / 1.5)
+    assert row.plain_tokens_per_second == pytest.approx(50 / 5.0)
+    assert row.yield_of_tau == pytest.approx((5.0 / 1.5) / 2.5)
+
+
+def test_speed_up_is_per_token_where_outputs_have_different_lengths() -> None:
+    longer = [sample("a", "mine", 4.0, 80, 20)]
+    assert ratio_interval(longer, PLAINLY[:1]).value == pytest.approx(2.0)
+
+
+def test_tokens_with_prefill_count_its_token_and_its_time() -> None:
+    row = summarise(DRAFTED, PLAINLY, Facts(), "mine", "all", "all")
+    assert row.tokens_per_second_with_prefill == pytest.approx(52 / 3.5)
+
+
+def test_conditional_acceptance_nodes_and_time_split_are_pooled() -> None:
+    row = summarise(DRAFTED, PLAINLY, Facts(), "mine", "all", "all")
+    assert row.alpha == ((30 + 0) / (10 + 10),)
+    assert row.nodes_per_round == 4.0
+    assert row.seconds["prefill"] == 2.0
+    assert row.seconds["score"] == 1.5
+
+
+def test_the_interval_is_the_percentile_bootstrap_over_prompts() -> None:
+    rng = np.random.default_rng(5)
+    seconds, ours = rng.uniform(3, 5, 30), rng.uniform(1, 4, 30)
+    plain = [sample(str(n), PLAIN, float(s), 40, 40) for n, s in enumerate(seconds)]
+    own = [sample(str(n), "mine", float(s), 40, 20) for n, s in enumerate(ours)]
+    got = ratio_interval(own, plain)
+    expected = bootstrap(
+        (seconds, ours), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, method="percentile",
+        vectorized=True, n_resamples=10_000, random_state=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    width = expected.high - expected.low
+    assert got.low == pytest.approx(expected.low, abs=0.03 * width)  # two draws of 10,000 resamples differ by about 1%
+    assert got.high == pytest.approx(expected.high, abs=0.03 * width)
+
+
+def test_repeats_of_a_prompt_do_not_narrow_the_interval() -> None:
+    plain = [sample(str(n), PLAIN, 4.0, 40, 40) for n in range(8)]
+    own = [sample(str(n), "mine", 1.0 + n, 40, 20) for n in range(8)]
+    assert ratio_interval(own * 5, plain * 5) == pytest.approx(ratio_interval(own, plain))
+
+
+def test_one_prompt_alone_has_no_interval() -> None:
+    alone = ratio_interval(DRAFTED[:1], PLAINLY[:1])
+    assert (alone.value, alone.low, alone.high) == (4.0, None, None)
+
+
+def rows_of(*samples: Sample) -> dict[tuple[str, str, str], Row]:
+    facts = {PLAIN: Facts(), "mine": Facts("eagle3", "cafe", "greedy", True, "point", {"shape": "chain", "length": 4}, 4, 4)}
+    efficiency = {"mine": Efficiency(0.10, 0.03, 0.06, 0.02)}
+    rows = make_rows(samples, facts, efficiency, SETTING)
+    return {(row.measured.label, row.measured.task, row.measured.outputs): row for row in rows}
+
+
+def test_there_is_a_row_for_each_runner_task_and_kind_of_outputs() -> None:
+    qa = [sample("q", PLAIN, 2.0, 20, 20, task="qa"), sample("q", "mine", 1.0, 20, 10, task="qa")]
+    rows = rows_of(*PLAINLY, *DRAFTED, *qa)
+    expected = {(label, task, kind) for label in (PLAIN, "mine") for task in ("math", "qa", "all") for kind in ("all", "not_looping")}
+    assert set(rows) == expected
+    assert rows["mine", "all", "all"].measured.rounds == 30
+    assert rows["mine", "qa", "all"].measured.rounds == 10
+
+
+def test_a_prompt_is_left_out_of_not_looping_where_either_output_loops() -> None:
+    looping_plain = sample("c", PLAIN, 1.0, 40, 40, looping=True)
+    looping_own = sample("b", "mine", 0.5, 10, 10, looping=True)
+    rows = rows_of(*PLAINLY, looping_plain, DRAFTED[0], looping_own, sample("c", "mine", 1.0, 40, 10))
+    assert rows["mine", "all", "not_looping"].measured.rounds == DRAFTED[0].outcome.statistics.rounds
+    assert rows["mine", "all", "not_looping"].measured.plain_tokens_per_second == pytest.approx(40 / 4.0)
+    assert rows["mine", "all", "all"].measured.looping == pytest.approx(1 / 3)
+    assert rows[PLAIN, "all", "not_looping"].measured.prompts == 2
+
+
+def test_where_every_output_loops_there_is_no_row_without_loops() -> None:
+    rows = rows_of(sample("a", PLAIN, 4.0, 40, 40, looping=True), DRAFTED[0])
+    assert {kind for *_, kind in rows} == {"all"}
+
+
+def test_efficiency_stands_in_the_row_over_all_tasks_only() -> None:
+    rows = rows_of(*PLAINLY, *DRAFTED)
+    assert rows["mine", "all", "all"].measured.loop_efficiency == pytest.approx(0.8)
+    assert rows["mine", "all", "all"].measured.drafting_overhead == pytest.approx(1.5)
+    assert rows["mine", "math", "all"].measured.loop_efficiency is None
+    assert rows[PLAIN, "all", "all"].measured.loop_efficiency is None
+
+
+def test_differing_outputs_are_counted_with_their_margins_and_prompts() -> None:
+    other = sample("b", "mine", 0.5, 10, 10, difference=Difference(3, 0.125))
+    exactness = rows_of(*PLAINLY, DRAFTED[0], other)["mine", "all", "all"].measured.exactness
+    assert exactness is not None
+    assert (exactness.compared, exactness.different, exactness.margins, exactness.prompts) == (2, 1, (0.125,), ("b",))
+    assert rows_of(*PLAINLY, *DRAFTED)[PLAIN, "all", "all"].measured.exactness is None
+
+
+def test_a_row_and_a_sample_survive_the_way_through_json() -> None:
+    other = sample("b", "mine", 0.5, 10, 10, difference=Difference(3, None))
+    for row in rows_of(*PLAINLY, DRAFTED[0], other).values():
+        assert Row.from_json(json.loads(json.dumps(row.to_json())), "here") == row
+    assert Sample.from_json(json.loads(json.dumps(other.to_json()))) == other
+
+
+def test_a_row_of_another_format_or_with_a_missing_key_is_refused() -> None:
+    data = rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"].to_json()
+    with pytest.raises(UserError, match="here: not a result row of format 1"):
+        Row.from_json({**data, "format": 99}, "here")
+    with pytest.raises(UserError, match="here: a broken result row"):
+        Row.from_json({key: value for key, value in data.items() if key != "tau"}, "here")

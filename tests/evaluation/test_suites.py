@@ -1,0 +1,100 @@
+"""Suites: what a line may hold, what is selected, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drafttrain.core.errors import UserError
+from drafttrain.evaluation.suites import Item, Suite, load_suite, read_item
+
+BUILTIN = load_suite("builtin")
+
+
+def test_the_builtin_suite_has_ten_different_prompts_of_each_of_six_tasks() -> None:
+    count = {task: sum(item.task == task for item in BUILTIN.items) for task in BUILTIN.tasks}
+    assert count == dict.fromkeys(("chat", "code", "math", "qa", "summarization", "translation"), 10)
+    assert len({item.turns for item in BUILTIN.items}) == 60
+
+
+def test_every_builtin_question_of_math_and_qa_can_be_checked() -> None:
+    assert {item.task for item in BUILTIN.items if item.answer is not None} == {"math", "qa"}
+    assert all(item.answer for item in BUILTIN.items if item.task in ("math", "qa"))
+
+
+def test_builtin_passages_to_summarize_have_80_to_150_words() -> None:
+    passages = [item.turns[0].split("\n\n", 1)[1] for item in BUILTIN.items if item.task == "summarization"]
+    assert all(80 <= len(passage.split()) <= 150 for passage in passages)
+
+
+def test_a_spec_bench_line_gives_its_turns_and_its_other_keys_are_let_be() -> None:
+    line = {"id": 84, "task": "mt_bench", "category": "writing", "turns": ["Write.", "Now again."]}
+    assert read_item(json.dumps(line), "here") == Item("84", "mt_bench", ("Write.", "Now again."))
+
+
+def test_messages_before_the_last_one_stand_before_the_first_turn() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+    item = read_item(json.dumps({"id": "x", "task": "chat", "messages": messages}), "here")
+    assert item.turns == ("Hello?",)
+    assert item.opening() == messages
+
+
+def test_a_later_turn_is_asked_behind_the_answers_given_so_far() -> None:
+    roles = [(message["role"], message["content"]) for message in Item("x", "chat", ("One?", "Two?")).asked(1, ["1."])]
+    assert roles == [("user", "One?"), ("assistant", "1."), ("user", "Two?")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"id": 1, "prompt": "Hi"}', "line 2: an object with 'id', 'task'"),
+        ('["id", "task"]', "line 2: an object with"),
+        ('{"id": 1, "task": "t"}', "line 2: exactly one of prompt, turns, messages is needed, got none"),
+        ('{"id": 1, "task": "t", "prompt": "a", "turns": ["b"]}', "exactly one of"),
+        ('{"id": 1, "task": "t", "prompt": "  "}', "'prompt' holds an empty prompt"),
+        ('{"id": 1, "task": "t", "turns": []}', "'turns' holds an empty prompt"),
+        ('{"id": 1, "task": "t", "turns": "a"}', "'turns' is a list, got str"),
+        ('{"id": 1, "task": "t", "messages": [{"role": "assistant", "content": "a"}]}', "must be the user's"),
+        ('{"id": 1, "task": "t", "messages": ["a"]}', "has 'role' and 'content'"),
+        ('{"id": "a", "task": "t", "prompt": "b"}', "two items have the id 'a'"),
+    ],
+)
+def test_a_broken_line_is_refused_by_its_number_and_reason(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"id": "a", "task": "t", "prompt": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match=reason):
+        load_suite(str(path))
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "no such file"), ("\n", "is empty")])
+def test_a_missing_or_empty_file_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=reason):
+        load_suite(str(path))
+
+
+def test_a_misspelt_suite_or_task_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match="did you mean 'builtin'"):
+        load_suite("buildin")
+    with pytest.raises(UserError, match="did you mean 'translation'"):
+        BUILTIN.select(tasks=("translations",))
+
+
+def test_a_selection_keeps_the_first_items_of_each_task_and_the_first_turns() -> None:
+    items = [Item(str(place), "ab"[place % 2], ("one", "two")) for place in range(6)]
+    chosen = Suite("mine", tuple(items)).select(limit=2, turns=1)
+    assert [(item.id, item.turns) for item in chosen.items] == [(id, ("one",)) for id in "0123"]
+    assert [item.id for item in Suite("mine", tuple(items)).select(tasks=("b",)).items] == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize("change", [{"turns": ("other",)}, {"task": "other"}, {"before": (("system", "other"),)}])
+def test_suites_that_ask_something_else_have_another_hash(change: dict[str, Any]) -> None:
+    fields = {"id": "a", "task": "t", "turns": ("one",)}
+    assert Suite("x", (Item(**fields),)).hash == Suite("y", (Item(**fields),)).hash
+    assert Suite("x", (Item(**fields),)).hash != Suite("x", (Item(**{**fields, **change}),)).hash

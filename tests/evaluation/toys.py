@@ -1,0 +1,73 @@
+"""A tiny target that reads text, and decodings with made-up figures."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tests.tiny import fitted, tiny_eagle3, tiny_target
+
+from drafttrain.core.plan import Chain
+from drafttrain.evaluation.bench import EvaluationConfig
+from drafttrain.evaluation.rows import Sample
+from drafttrain.evaluation.runners import Contender, Outcome
+from drafttrain.evaluation.suites import Item, Suite
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.stats import PHASES, Statistics
+from drafttrain.target.adapter import Target
+
+SUITE = Suite(
+    "toy",
+    (
+        Item("a", "letters", ("5:<N3",)),
+        Item("b", "letters", ("ABCAB",)),
+        Item("c", "signs", (":;<=>?@",)),
+        Item("d", "signs", ("@?>",)),
+    ),
+)
+CONFIG = EvaluationConfig(max_new_tokens=20, warmup=0, efficiency=False)
+
+
+class Letters:
+    """A tokenizer of one letter a token; a conversation is its messages, one after another."""
+
+    chat_template = "joined"
+    eos_token_id = None
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("0") + token) for token in tokens)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return "".join(message["content"] for message in messages)
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - ord("0") for letter in text]}
+
+
+@lru_cache
+def target() -> Target:
+    made = tiny_target()
+    made.tokenizer = Letters()
+    return made
+
+
+@lru_cache
+def contender(label: str = "eagle3 chain-3", length: int = 3) -> Contender:
+    prompts = [Letters()(item.turns[0])["input_ids"] for item in SUITE.items]
+    drafter = fitted(tiny_eagle3(target(), unroll=3), target(), prompts, new_tokens=20, steps=30)
+    return Contender(label, SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=Chain(length=length))))
+
+
+def sample(
+    item: str, label: str, seconds: float, tokens: int, rounds: int, task: str = "math", looping: bool = False, **changes: Any
+) -> Sample:
+    """A decoding of `tokens` in `rounds` that took `seconds` after a prefill of one second."""
+    spent = {**dict.fromkeys(PHASES, 0.0), "prefill": 1.0, "score": seconds}
+    statistics = Statistics(rounds, tokens, [rounds], [tokens - rounds], spent)
+    outcome = Outcome(list(range(tokens + 1)), "", statistics, seconds + 1.0, 4 * rounds, 1000)
+    return Sample(item, 0, 0, task, label, outcome, looping, **changes)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
