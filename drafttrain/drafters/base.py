@@ -52,6 +52,9 @@ class DrafterState(ABC):
     def join(self, other: DrafterState) -> DrafterState:
         """These rows followed by the other's."""
 
+    def settle(self, lengths: list[int]) -> None:  # noqa: B027
+        """What the host has learnt of the rows' committed lengths; states with a cache bound their reads by it."""
+
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -87,12 +90,18 @@ class Drafter(nn.Module, ABC):
     Config: ClassVar[type[DrafterConfig]]
     config: DrafterConfig
     needs: frozenset[str] = frozenset()  # features the target must hand over, decoding and training alike
+    first_label: ClassVar[int] = 2  # the row of token t first predicts token t + first_label; `Loss.count` counts those labels
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
 
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:
         super().__init__()
         self.config, self.target = config, target
         self.calls = 0  # forwards while decoding: tests and statistics count them
+
+    @property
+    def max_depth(self) -> int | None:
+        """The deepest tree it can draft; None where there is no bound."""
+        return None
 
     @property
     def teacher_needs(self) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError, nearest
@@ -21,10 +22,13 @@ from drafttrain.target.files import TargetShape
 FORMAT = 1
 
 
-def save_drafter(drafter: Drafter, folder: Path, notes: dict[str, Any] | None = None) -> Path:
+def save_drafter(
+    drafter: Drafter, folder: Path, notes: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None
+) -> Path:
     """Writes the drafter; an older one in the same folder stays until the new one is complete.
 
-    notes: anything JSON can hold that readers should know (training figures, versions).
+    notes: anything JSON can hold that readers should know (training figures, versions). weights: its state dict where the module
+    itself holds only a shard of it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -36,12 +40,17 @@ def save_drafter(drafter: Drafter, folder: Path, notes: dict[str, Any] | None = 
             "notes": notes or {},
         }
         (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        save_file(drafter.stored(), partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(drafter.stored() if weights is None else plain(weights), partial / "model.safetensors", metadata={"format": "pt"})
         drafter.save_extra(partial)
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as safetensors takes them: contiguous, detached, on the CPU."""
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
 def replace_folder(new: Path, old: Path) -> None:

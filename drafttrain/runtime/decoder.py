@@ -99,6 +99,11 @@ class SpeculativeDecoder:
         self.target = target
         self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
         self.runtime = runtime or RuntimeConfig()
+        if drafter is not None and drafter.max_depth is not None and self.runtime.shape.depth > drafter.max_depth:
+            raise UserError(
+                f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "
+                f"{drafter.max_depth} heads; choose a shallower shape, or train more heads"
+            )
 
     @classmethod
     def from_pretrained(

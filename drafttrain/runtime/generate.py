@@ -136,7 +136,7 @@ class Batch:
         self.clock.lap("commit")
         fetched = fetched or self._fetch(kept)
         self.lengths = [length + count for length, (*_, count, _, _) in zip(self.lengths, fetched, strict=True)]
-        self.cache.settle(self.lengths)
+        self._settle()
         out = self._hand_out(kept, fetched)
         self._drop_finished()
         self.clock.lap("other")
@@ -224,6 +224,11 @@ class Batch:
         self.running = [bool(values[-1]) for values in fetched]
         return [emission for emission, (*_, count, _, alive) in zip(out, fetched, strict=True) if count or not alive]
 
+    def _settle(self) -> None:
+        self.cache.settle(self.lengths)
+        if self.state:
+            self.state.settle(self.lengths)
+
     def _drop_finished(self) -> None:
         """Leaves finished rows behind once they are half of the batch: what goes on gets smaller at most log2(B) times."""
         going = [place for place, runs in enumerate(self.running) if runs]
@@ -235,8 +240,8 @@ class Batch:
         rows = torch.tensor(going, device=self.roots.device)
         self.lengths = [self.lengths[place] for place in going]
         self.cache = self.cache.select(rows)
-        self.cache.settle(self.lengths)
         self.state = self.state.select(rows) if self.state else None
+        self._settle()
         self.chance, self.request_of = self.chance.select(rows), self.request_of[rows]
         self.roots, self.left, self.alive = self.roots[rows], self.left[rows], self.alive[rows]
 

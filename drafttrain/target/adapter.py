@@ -57,7 +57,7 @@ class Target:
         self.dtype: torch.dtype = model.dtype
         self.aux_layers = aux_layers or default_aux_layers(self.config.num_hidden_layers)
         self.head = TargetHead.from_model(model)
-        self.windows = layer_windows(self.config)
+        layer_kinds(self.config)  # refuses layers that cannot roll back
         self.eos_ids = end_ids(model, tokenizer)
         self.forwards = 0  # target passes so far: tests count them
         if max(self.aux_layers) > self.config.num_hidden_layers or min(self.aux_layers) < 0:
@@ -125,7 +125,7 @@ class Target:
     def score(self, cache: TreeCache, layout: Layout, sampling: Sampling, features: Iterable[str] = ()) -> Scored:
         """ONE forward over a layout behind each row's committed tokens."""
         slots = cache.aim(layout.tokens.shape[1])
-        seen, key_positions = self._tree_mask(cache, layout, slots)
+        seen, key_positions = tree_mask(cache, slots, layout.mask, layout.depth)
         positions = cache.lengths[:, None] + layout.depth
         got = self._forward(layout.tokens, positions, seen, cache, {"last", *features}, key_positions)
         return Scored(self.head.logits(got["last"]), sampling, {name: got[name] for name in features})
@@ -151,17 +151,6 @@ class Target:
         seen = (same & (document >= 0)[:, :, None]) | (order[:, None] == order)  # padding sees itself
         return self._forward(tokens, position, seen, None, set(features), key_positions=position)
 
-    def _tree_mask(self, cache: TreeCache, layout: Layout, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, N, visible] what each node sees, and with windows the position each slot stands for."""
-        place = torch.arange(cache.visible, device=self.device)
-        B, N = slots.shape
-        seen = (place < cache.lengths[:, None])[:, None, :].repeat(1, N, 1)
-        seen.scatter_(2, slots[:, None, :].expand(B, N, N), layout.mask)
-        if all(window is None for window in self.windows):
-            return seen, None
-        key_positions = place.repeat(B, 1).scatter(1, slots, cache.lengths[:, None] + layout.depth)
-        return seen, key_positions
-
     def _forward(
         self, tokens: Tensor, positions: Tensor, seen: Tensor, cache: TreeCache | None, wanted: set[str], key_positions: Tensor | None
     ) -> Features:
@@ -169,7 +158,7 @@ class Target:
         out = self.backbone(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=self._masks(seen, positions, key_positions),
+            attention_mask=layer_masks(self.config, self.dtype, seen, positions, key_positions),
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states="aux" in wanted,
@@ -180,19 +169,6 @@ class Target:
         if "aux" in wanted:
             features["aux"] = torch.cat([out.hidden_states[index] for index in self.aux_layers], -1)
         return features
-
-    def _masks(self, seen: Tensor, positions: Tensor, key_positions: Tensor | None) -> Tensor | dict[str, Tensor]:
-        """Additive [B, 1, N, M] masks: one, or one a layer type where the model mixes them."""
-        kinds = dict(zip(layer_kinds(self.config), self.windows, strict=True))
-        masks = {}
-        for kind, window in kinds.items():
-            near = seen
-            if window is not None:
-                keys = torch.arange(seen.shape[-1], device=seen.device)[None] if key_positions is None else key_positions
-                near = seen & (positions[:, :, None] - keys[:, None, :] < window)
-            lowest = torch.finfo(self.dtype).min
-            masks[kind] = torch.zeros(near.shape, dtype=self.dtype, device=near.device).masked_fill_(~near, lowest)[:, None]
-        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @torch.inference_mode()
     def _probe(self) -> list[KVShape]:
@@ -216,6 +192,37 @@ class Target:
             )
         self.forwards = 0
         return shapes
+
+
+def tree_mask(cache: TreeCache, slots: Tensor, mask: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """What nodes at `slots` [B, N] see: every committed token, and of each other what `mask` [B, W, N] says of the last W of them.
+
+    depth: [B, N] below the first one. Returns [B, W, visible] bool, and the position each slot stands for [B, visible].
+    """
+    place = torch.arange(cache.visible, device=slots.device)
+    B, W, N = mask.shape
+    seen = (place < cache.lengths[:, None])[:, None, :].repeat(1, W, 1)
+    seen.scatter_(2, slots[:, None, :].expand(B, W, N), mask)
+    return seen, place.repeat(B, 1).scatter(1, slots, cache.lengths[:, None] + depth)
+
+
+def layer_masks(
+    config: object, dtype: torch.dtype, seen: Tensor, positions: Tensor, key_positions: Tensor | None
+) -> Tensor | dict[str, Tensor]:
+    """Additive [B, 1, N, M] masks from `seen` [B, N, M]: one, or one a layer type where the model mixes them.
+
+    key_positions: [B, M] positions of the slots, for windows; None where slot s stands for position s.
+    """
+    kinds = dict(zip(layer_kinds(config), layer_windows(config), strict=True))
+    masks = {}
+    for kind, window in kinds.items():
+        near = seen
+        if window is not None:
+            keys = torch.arange(seen.shape[-1], device=seen.device)[None] if key_positions is None else key_positions
+            near = seen & (positions[:, :, None] - keys[:, None, :] < window)
+        lowest = torch.finfo(dtype).min
+        masks[kind] = torch.zeros(near.shape, dtype=dtype, device=near.device).masked_fill_(~near, lowest)[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:

@@ -87,13 +87,13 @@ class TreeCache(Cache):
     def bytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in self.storage)
 
-    def aim(self, width: int) -> Tensor:
-        """Prepares a forward of `width` nodes behind each row's committed tokens; returns their slots [B, N]."""
-        nodes = torch.arange(width, device=self.lengths.device)
+    def aim(self, width: int, behind: int = 0) -> Tensor:
+        """Prepares a forward of `width` nodes, `behind` slots after each row's committed tokens; returns their slots [B, N]."""
+        nodes = torch.arange(behind, behind + width, device=self.lengths.device)
         self.start, self.slots = None, self.lengths[:, None] + nodes
         if len(self.lengths) == 1 and self.exact:
-            self.start = self.reach
-        self.visible = self._bucket(self.reach + width)
+            self.start = self.reach + behind
+        self.visible = self._bucket(self.reach + behind + width)
         return self.slots
 
     exact = False
@@ -136,6 +136,16 @@ class TreeCache(Cache):
             mine.copy_(ours[:, rows])
         part.lengths, part.reach = self.lengths[rows], self.reach
         return part
+
+    def join(self, other: TreeCache) -> TreeCache:
+        """These rows followed by the other's, in a new cache with room for both."""
+        slots = max(self.capacity, other.capacity)
+        both = TreeCache(self.shapes, len(self.lengths) + len(other.lengths), slots, self.lengths.device, self.storage[0].dtype)
+        for whole, *parts in zip(both.storage, self.storage, other.storage, strict=True):
+            for part, rows in zip(parts, (slice(0, len(self.lengths)), slice(len(self.lengths), None)), strict=True):
+                whole[:, rows, :, : part.shape[3]] = part
+        both.lengths, both.reach = torch.cat([self.lengths, other.lengths]), max(self.reach, other.reach)
+        return both
 
     def put(self, rows: Tensor, other: TreeCache) -> None:
         """Replaces these rows ([R]) by the rows of `other` (new conversations in place of finished ones)."""

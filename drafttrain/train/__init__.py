@@ -1,0 +1,1 @@
+"""Training: one accelerate loop for everything that has a loss, and its checkpoints."""

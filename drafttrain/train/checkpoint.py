@@ -1,0 +1,108 @@
+"""Training checkpoints: whole or not there at all, checked before they are used, the newest few kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from drafttrain.core.errors import UserError
+
+STATE = "state.json"
+
+
+@dataclass
+class Progress:
+    """Where a training run stands."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float = 0.0  # held-out accepted length
+    fingerprint: str = ""  # of what must not change between a run and its continuation
+    files: dict[str, str] = field(default_factory=dict)  # name -> sha256 of everything else in the checkpoint
+
+
+def save(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
+    """Writes `folder`/step-N beside the older ones, then removes all but the newest `keep`. All ranks call it."""
+    partial, final = folder / f".step-{progress.step}", folder / f"step-{progress.step:08d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial), safe_serialization=True)
+    except OSError as error:
+        raise UserError(f"checkpoint '{final}' cannot be written ({error}); free some disk space and run again, it resumes") from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        progress.files = {str(path.relative_to(partial)): _sha256(path) for path in _files(partial)}
+        _write_synced(partial / STATE, json.dumps(asdict(progress)))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, folder: Path, fingerprint: str) -> Progress:
+    """Loads the newest whole checkpoint; a damaged one is passed over with a warning. A fresh `Progress` where there is none.
+
+    Raises `UserError` where the checkpoint belongs to other options.
+    """
+    for candidate in reversed(checkpoints(folder)):
+        progress = _whole(candidate)
+        if progress is None:
+            warnings.warn(f"checkpoint '{candidate}' is damaged and passed over", stacklevel=2)
+            continue
+        if progress.fingerprint != fingerprint:
+            raise UserError(
+                f"checkpoint '{candidate}' was written with other options or data; choose another output folder, or delete "
+                f"'{folder}' to train from the start"
+            )
+        accelerator.load_state(str(candidate))
+        return progress
+    return Progress(fingerprint=fingerprint)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _whole(folder: Path) -> Progress | None:
+    """What a checkpoint says of itself, or None where a file is missing or was changed."""
+    try:
+        known: dict[str, Any] = json.loads((folder / STATE).read_text())
+        progress = Progress(**known)
+        if all(_sha256(folder / name) == digest for name, digest in progress.files.items()):
+            return progress
+    except (OSError, json.JSONDecodeError, TypeError):
+        pass
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

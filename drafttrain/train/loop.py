@@ -1,0 +1,384 @@
+"""The one training loop: anything with `needs` and `loss`, on one process or under `accelerate launch`.
+
+A step sums the loss over its labels on all ranks and micro-batches and divides by their number, so that how rows are spread over
+processes changes nothing. What it reports on the held-out part is the accepted length that decoding will measure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from pydantic import Field, model_validator
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.errors import UserError
+from drafttrain.core.types import Batch
+from drafttrain.data.collate import Packed
+from drafttrain.data.store import Store
+from drafttrain.drafters.base import Drafter, Loss
+from drafttrain.drafters.files import save_drafter
+from drafttrain.runtime.replay import Replay, replay
+from drafttrain.target.adapter import Target
+from drafttrain.target.head import TargetHead
+from drafttrain.train.checkpoint import Progress, resume, save
+
+
+class TrainConfig(Config):
+    """How a drafter is trained."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; give this, `epochs` or `minutes`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training part."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Wall-clock budget: learning rate and curricula follow the clock. For machines of unknown speed; not reproducible step by step."""
+    batch_rows: int = Field(default=8, ge=1)
+    """Packed rows a process and micro-batch."""
+    row_length: int = Field(default=2048, ge=8)
+    """Tokens a packed row; longer conversations are cut."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches an optimizer step."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    """What the learning rate does after its warm-up."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the training in which the learning rate rises."""
+    lr_floor: float = Field(default=0.05, ge=0, le=1)
+    """Where the schedule ends, as a share of `lr`."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moments."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products; weights and optimizer stay in float32."""
+    start: Literal["target", "random"] = "target"
+    """Initialise from the target's own head and layers where the family can."""
+    held_out: float = Field(default=0.05, ge=0, lt=1)
+    """Share of prompts kept out of training (by their hash)."""
+    eval_every: int = Field(default=500, ge=1)
+    """Steps between evaluations; one more comes at the end."""
+    eval_tokens: int = Field(default=20_000, ge=1)
+    """Held-out tokens an evaluation reads; greedy answers where there are any."""
+    eval_length: int = Field(default=5, ge=1)
+    """Chain length (K) of the accepted length that decides which drafter is best."""
+    save_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    seed: int = 0
+    """Of initialisation and order."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where curves go besides train.jsonl."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if sum(length is not None for length in (self.steps, self.epochs, self.minutes)) != 1:
+            raise ValueError("give exactly one of steps, epochs, minutes")
+        return self
+
+    def lr_at(self, done: float) -> float:
+        """The learning rate when a share `done` of the training is over."""
+        if done < self.warmup:
+            return self.lr * max(done / self.warmup, 0.01)
+        if self.schedule == "constant":
+            return self.lr
+        left = 1 - (done - self.warmup) / (1 - self.warmup)
+        shape = left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+        return self.lr * (self.lr_floor + (1 - self.lr_floor) * shape)
+
+
+@dataclass
+class TrainResult:
+    """What a training run came to."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    best_tau: float
+    alpha: list[float] = field(default_factory=list)
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; `signal` says by what."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; progress is saved, run the same command to go on")
+        self.signum = signum
+
+
+class Learner(nn.Module):
+    """The drafter as DDP, FSDP and DeepSpeed want it: every use of its weights goes through `forward`."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        super().__init__()
+        self.drafter = drafter
+
+    def forward(self, batch: Batch, head: TargetHead, walk: int = 0) -> Loss | Tensor:
+        """The loss; or with `walk` the greedy guesses of that many steps."""
+        return self.drafter.walk(batch, head, walk) if walk else self.drafter.loss(batch, head)
+
+
+def train(
+    drafter: Drafter, store: Store, config: TrainConfig, head: TargetHead, output: Path, target: Target | None = None,
+    accelerator: Accelerator | None = None,
+) -> TrainResult:
+    """Trains `drafter` on `store` and leaves the best one in output/drafter; goes on where an earlier call was cut off.
+
+    head: the frozen target's. target: computes the features that the store lacks. Raises `UserError` for data that cannot be learnt from,
+    `Stopped` after SIGINT or SIGTERM.
+    """
+    return Run(drafter, store, config, head, output, target, accelerator or new_accelerator(config, output)).run()
+
+
+def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
+    """What `accelerate launch` set up, or a single process."""
+    return Accelerator(
+        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+        gradient_accumulation_steps=config.accumulate,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_config=ProjectConfiguration(project_dir=str(output)),
+    )
+
+
+class Run:
+    """One training run's moving parts."""
+
+    def __init__(
+        self, drafter: Drafter, store: Store, config: TrainConfig, head: TargetHead, output: Path, target: Target | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self.store, self.config, self.output, self.target, self.accelerator = store, config, output, target, accelerator
+        self.wanted = tuple(sorted(drafter.needs | drafter.teacher_needs))
+        self.stored = tuple(name for name in self.wanted if name in store.feature_names)
+        if set(self.stored) != set(self.wanted) and target is None:
+            store.require(self.wanted)
+        self.head = head.to(accelerator.device)
+        self.data = self._packed(store.split("train", config.held_out, config.seed), accelerator.process_index, accelerator.num_processes)
+        self.held_out = self._held_out_batches()
+        self.family = drafter
+        self._start(drafter)
+        self.learner, self.optimizer = accelerator.prepare(Learner(drafter), self._optimizer(drafter))
+        self.progress = resume(accelerator, output / "checkpoints", self._fingerprint())
+        self.alpha: list[float] = []
+        self.signal: int | None = None
+
+    @property
+    def lead(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def run(self) -> TrainResult:
+        """Trains to the end."""
+        output = self.output
+        output.mkdir(parents=True, exist_ok=True)
+        self._forget_after(self.progress.step)
+        if self.config.tracker != "none":
+            self.accelerator.init_trackers("drafttrain", config=self.config.model_dump(mode="json"))
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        try:
+            with self._bar() as bar:
+                self._loop(bar)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if self.config.tracker != "none":
+                self.accelerator.end_training()
+        progress = self.progress
+        return TrainResult(progress.step, progress.tokens, progress.seconds, progress.best, self.alpha)
+
+    def _loop(self, bar: Bar) -> None:
+        task = bar.add_task("training", total=1.0, completed=self._done(), note="")
+        micro = self._micro_batches(self.progress.step * self.config.accumulate)
+        while self._done() < 1.0:
+            started = time.perf_counter()
+            line = self._step([next(micro) for _ in range(self.config.accumulate)])
+            self.progress.seconds += time.perf_counter() - started
+            last = self._done() >= 1.0
+            if last or self.progress.step % self.config.eval_every == 0:
+                line |= self._evaluate()
+            self._log(line)
+            bar.update(task, completed=min(1.0, self._done()), note=_note(line, self.progress))
+            stopping = self._asked_to_stop()
+            if last or stopping or self.progress.step % self.config.save_every == 0:
+                save(self.accelerator, self.output / "checkpoints", self.progress, self.config.keep)
+            if stopping and not last:
+                raise Stopped(stopping)
+
+    def _step(self, batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step; returns what to log."""
+        accelerator, config, done = self.accelerator, self.config, self._done()
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr_at(done)
+        labels = sum(batch.ahead(self.family.first_label)[1].sum() for batch in batches)
+        total = accelerator.reduce(torch.as_tensor(labels, device=accelerator.device, dtype=torch.float32), "sum").clamp_min(1)
+        logged: dict[str, Tensor] = {"loss": torch.zeros((), device=accelerator.device)}
+        for batch in batches:
+            batch.progress = done
+            with accelerator.accumulate(self.learner), accelerator.autocast():
+                loss = self.learner(batch, self.head)
+                # processes average their gradients and accelerate divides by the micro-batches: undo both
+                accelerator.backward(loss.sum * (accelerator.num_processes * config.accumulate / total))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.learner.parameters(), config.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            logged["loss"] += loss.sum.detach()
+            for name, value in loss.metrics.items():
+                logged[name] = logged.get(name, 0) + value.detach()
+        summed = accelerator.reduce(logged, "sum")
+        tokens = accelerator.reduce(torch.tensor(sum(int((b.document >= 0).sum()) for b in batches), device=accelerator.device), "sum")
+        self.progress.step += 1
+        self.progress.tokens += int(tokens)
+        line = {"step": self.progress.step, "loss": float(summed["loss"] / total), "lr": config.lr_at(done)}
+        names = [name for name in summed if f"{name}_count" in summed]
+        return line | {name: float(summed[name] / summed[f"{name}_count"].clamp_min(1)) for name in names}
+
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out accepted length; the best drafter so far goes to output/drafter."""
+        if not self.held_out:
+            self._keep_best(float(self.progress.step))
+            return {}
+        self.learner.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            found = replay(lambda batch, length: self.learner(batch, self.head, length), self._ready(self.held_out), self.config.eval_length)
+        self.learner.train()
+        self.alpha = found.alpha
+        if found.tau > self.progress.best:
+            self._keep_best(found.tau, found)
+        return {"tau": found.tau} | {f"held_out_alpha_{depth}": value for depth, value in enumerate(found.alpha)}
+
+    def _keep_best(self, tau: float, found: Replay | None = None) -> None:
+        self.progress.best = tau
+        weights = self.accelerator.get_state_dict(self.learner)
+        if self.lead:
+            own = {name.removeprefix("drafter."): value for name, value in weights.items()}
+            notes = {"step": self.progress.step, "tokens": self.progress.tokens, "train": self.config.model_dump(mode="json")}
+            if found:
+                notes |= {"held_out_tau": found.tau, "held_out_alpha": found.alpha, "length": self.config.eval_length}
+            save_drafter(self.family, self.output / "drafter", notes, own)
+
+    # -- data -------------------------------------------------------------------------------------------------------------------------
+
+    def _packed(self, indices: list[int], rank: int, world: int) -> Packed:
+        if not indices:
+            raise UserError(f"store '{self.store.folder}': no conversation is left to train on; it holds {len(self.store)} in all")
+        config = self.config
+        return Packed(self.store, indices, config.batch_rows, config.row_length, self.stored, config.seed, rank, world)
+
+    def _held_out_batches(self) -> list[Batch]:
+        """The same on every rank, so that sharded drafters evaluate together."""
+        held = self.store.split("held_out", self.config.held_out, self.config.seed)
+        greedy = [index for index in held if self.store[index].meta.get("temperature") == 0]
+        chosen, tokens = [], 0
+        for index in greedy or held:
+            if tokens >= self.config.eval_tokens:
+                break
+            chosen.append(index)
+            tokens += int(self.store.lengths[index])
+        return list(self._packed(chosen, 0, 1).batches(0)) if chosen else []
+
+    def _micro_batches(self, skip: int) -> Iterator[Batch]:
+        """This rank's batches from number `skip` on, epoch after epoch."""
+        epoch, first = divmod(skip, len(self.data))
+        while True:
+            yield from self._ready(self.data.batches(epoch, first))
+            epoch, first = epoch + 1, 0
+
+    def _ready(self, batches: Any) -> Iterator[Batch]:
+        """Batches on the device, with the features that were not stored."""
+        missing = set(self.wanted) - set(self.stored)
+        for batch in batches:
+            batch = batch.to(self.accelerator.device)
+            if missing and self.target is not None:
+                batch.features |= self.target.encode(batch.tokens, batch.position, batch.document, missing)
+            yield batch
+
+    # -- start, end, bookkeeping ------------------------------------------------------------------------------------------------------
+
+    def _start(self, drafter: Drafter) -> None:
+        drafter.to(self.accelerator.device)
+        if self.config.start == "target" and self.head.layer_weights is not None:
+            layers = drafter.target.num_layers
+            read = [self.head.layer_weights(index) for index in range(layers)]
+            weights = [{name: value.to(self.accelerator.device).float() for name, value in layer.items()} for layer in read]
+            drafter.start_from(self.head, weights, self.store.answer_counts(drafter.target.vocab_size))
+
+    def _optimizer(self, drafter: Drafter) -> torch.optim.Optimizer:
+        trained = [p for p in drafter.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+
+    def _done(self) -> float:
+        """Share of the training that is over."""
+        config, progress = self.config, self.progress
+        if config.minutes is not None:
+            spent = torch.tensor(progress.seconds / (60 * config.minutes), device=self.accelerator.device)
+            return float(self.accelerator.reduce(spent, "mean"))  # ranks must agree
+        steps = config.steps or max(1, round((config.epochs or 1) * len(self.data) / config.accumulate))
+        return progress.step / steps
+
+    def _fingerprint(self) -> str:
+        free = {"keep", "save_every", "tracker"}  # may change between a run and its continuation
+        return fingerprint(self.config.model_dump(mode="json", exclude=free), self.family.config, self.store.index.stage, len(self.store))
+
+    def _log(self, line: dict[str, float]) -> None:
+        line = line | {"tokens": self.progress.tokens, "seconds": round(self.progress.seconds, 3)}
+        if self.lead:
+            with (self.output / "train.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.config.tracker != "none":
+            self.accelerator.log(line, step=self.progress.step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drops log lines of steps that will be done again."""
+        path = self.output / "train.jsonl"
+        if not self.lead or not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, path)
+
+    def _bar(self) -> Bar:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+        return Bar(*columns, disable=not self.lead)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def _asked_to_stop(self) -> int:
+        """The signal some rank got, or 0; ranks agree."""
+        asked = torch.tensor(float(self.signal or 0), device=self.accelerator.device)
+        return int(self.accelerator.gather(asked[None]).max()) if self.accelerator.num_processes > 1 else int(asked)
+
+
+def _note(line: dict[str, float], progress: Progress) -> str:
+    alphas = " ".join(f"{value:.2f}" for name, value in line.items() if name.startswith("alpha"))
+    tau = f" best tau {progress.best:.2f}" if progress.best else ""
+    return f"step {progress.step} loss {line['loss']:.3f} alpha {alphas}{tau} {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s"
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
