@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
@@ -102,37 +101,40 @@ class Packed:
         order = shuffled(len(self.rows), self.seed, epoch)
         for step in range(skip, len(self)):
             first = (step * self.world + self.rank) * self.rows_per_batch
-            yield self.collate([self.rows[at] for at in order[first : first + self.rows_per_batch]])
+            rows = [self.rows[at] for at in order[first : first + self.rows_per_batch]]
+            yield collate(self.store, rows, self.row_length, self.features, self.rows_per_batch)
 
-    def collate(self, rows: list[list[int]]) -> Batch:
-        """Some rows of conversations as one batch of `rows_per_batch` rows."""
-        used = max((sum(self._cut(i) for i in row) for row in rows), default=1)
-        R, T = self.rows_per_batch, min(-(-used // ROUND_TO) * ROUND_TO, max(self.row_length, used))
-        widths = {name: self.store.index.features[name] for name in self.features}
-        batch = _empty(R, T, widths, DTYPES[self.store.index.origin.dtype])
-        for row, members in enumerate(rows):
-            start = 0
-            for document, i in enumerate(members):
-                start = self._fill(batch, row, start, document, i)
-        return batch
 
-    def _fill(self, batch: Batch, row: int, start: int, document: int, i: int) -> int:
-        conversation, length = self.store[i], self._cut(i)
-        here = slice(start, start + length)
-        batch.tokens[row, here] = torch.from_numpy(conversation.tokens[:length]).long()
-        batch.mask[row, here] = torch.from_numpy(conversation.mask[:length])
-        batch.document[row, here] = document
-        batch.position[row, here] = torch.arange(length)
-        for name, value in self.store.features(i, self.features).items():
-            batch.features[name][row, here] = value[:length]
-        return start + length
+def collate(
+    store: Store, rows: Sequence[Sequence[int]], row_length: int, features: Sequence[str] = (), at_least: int = 0
+) -> Batch:
+    """Conversations by row as one batch, each cut at `row_length`. at_least: rows to fill up to, with empty ones."""
+    lengths = [[min(int(store.lengths[i]), row_length) for i in row] for row in rows]
+    used = max((sum(row) for row in lengths), default=1)
+    widths = {name: store.index.features[name] for name in features}
+    batch = _empty(max(len(rows), at_least), round_up(used, ROUND_TO), widths, DTYPES[store.index.origin.dtype])
+    for row, members in enumerate(rows):
+        start = 0
+        for document, (i, length) in enumerate(zip(members, lengths[row], strict=True)):
+            here = (row, slice(start, start + length))
+            conversation = store[i]
+            batch.tokens[here] = torch.from_numpy(conversation.tokens[:length]).long()
+            batch.mask[here] = torch.from_numpy(conversation.mask[:length])
+            batch.document[here] = document
+            batch.position[here] = torch.arange(length)
+            for name, value in store.features(i, features).items():
+                batch.features[name][here] = value[:length]
+            start += length
+    return batch
 
-    def _cut(self, i: int) -> int:
-        return min(int(self.store.lengths[i]), self.row_length)
+
+def round_up(count: int, multiple: int) -> int:
+    """The least multiple that is not below `count`."""
+    return -(-count // multiple) * multiple
 
 
 def _empty(R: int, T: int, widths: dict[str, int], dtype: torch.dtype) -> Batch:
-    zeros: Tensor = torch.zeros(R, T, dtype=torch.long)
+    zeros = torch.zeros(R, T, dtype=torch.long)
     features = {name: torch.zeros(R, T, width, dtype=dtype) for name, width in widths.items()}
     return Batch(zeros, zeros.bool(), zeros - 1, zeros.clone(), features=features)
 

@@ -69,14 +69,14 @@ class Store:
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index = folder, index
         self._files: dict[int, Any] = {}
-        places: list[tuple[int, int, int, int]] = []  # (id, shard, start, stop)
+        places: dict[int, tuple[int, int, int, int]] = {}  # by id: (id, shard, start, stop)
         notes: dict[int, dict[str, Any]] = {}
         for shard in range(len(index.shards)):
             file = self._file(shard)
             offsets, ids = file.get_tensor("offsets").tolist(), file.get_tensor("ids").tolist()
-            places += [(id, shard, offsets[at], offsets[at + 1]) for at, id in enumerate(ids)]
+            places |= {id: (id, shard, offsets[at], offsets[at + 1]) for at, id in enumerate(ids)}
             notes |= dict(zip(ids, json.loads(file.metadata()["conversations"]), strict=True))
-        self._places = sorted(place for place in places if index.limit is None or place[0] < index.limit)
+        self._places = sorted(place for id, place in places.items() if index.limit is None or id < index.limit)
         self._notes = [notes[id] for id, *_ in self._places]
         self.lengths = np.array([stop - start for _, _, start, stop in self._places], dtype=np.int64)
 
@@ -275,8 +275,9 @@ class StoreWriter:
                 f"{known.index.features}; now '{fresh.stage}', {fresh.features}); choose another output folder, or "
                 f"delete this one"
             )
-        self.index = known.index
-        self.lengths = {place[0]: int(length) for place, length in zip(known._places, known.lengths, strict=True)}
+        self.index = known.index.model_copy(update={"limit": None, "complete": False})
+        everything = Store(self.folder, self.index)
+        self.lengths = {id: stop - start for id, _, start, stop in everything._places}
 
 
 def check_vocabulary(conversation: Conversation, origin: Origin) -> None:

@@ -34,6 +34,7 @@ class Job:
     prompt: list[int]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
+    ends: tuple[int, ...] = ()  # tokens that end it, besides the target's own
 
 
 @dataclass
@@ -54,7 +55,6 @@ class Sampler:
         """capacity: tokens of the longest prompt with its answer; batch and capacity set the cache's size."""
         self.target, self.batch, self.capacity, self.seed = target, batch, capacity, seed
         self.prefill_chunk = prefill_chunk
-        self.running_tokens = 0  # of the rows now in the batch, prompts included
         self.steps = 0
 
     @torch.inference_mode()
@@ -68,9 +68,8 @@ class Sampler:
             rows.admit(list(islice(waiting, self.batch - rows.alive)))
             if not rows.alive:
                 return
-            finished = rows.step()
-            self.steps, self.running_tokens = self.steps + 1, rows.tokens
-            yield from finished
+            self.steps += 1
+            yield from rows.step()
 
     def check(self, job: Job) -> None:
         """A `UserError` where a job cannot be done."""
@@ -90,11 +89,14 @@ class _Row:
     cached: int  # tokens the target has read
     written: list[int] = field(default_factory=list)  # empty until the step after the prefill tells the first token
 
-    def write(self, tokens: list[int], ends: Sequence[int]) -> bool:
-        """Appends what the host just learnt; True where that ends the answer."""
+    ended: bool = False
+
+    def write(self, tokens: list[int], ends: tuple[int, ...]) -> bool:
+        """Appends what the host just learnt; True where the answer is complete."""
         for token in tokens:
             self.written.append(token)
-            if token in ends or len(self.written) == self.job.max_new_tokens:
+            self.ended = token in ends or token in self.job.ends
+            if self.ended or len(self.written) == self.job.max_new_tokens:
                 return True
         return False
 
@@ -113,10 +115,6 @@ class _Rows:
     @property
     def alive(self) -> int:
         return sum(row is not None for row in self.rows)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(row.job.prompt) + len(row.written) for row in self.rows if row)
 
     def admit(self, jobs: list[Job]) -> None:
         """Reads the prompts of new jobs into vacant places, and draws their first tokens."""
@@ -177,8 +175,7 @@ class _Rows:
         for value in features.values():
             value[-1] = 0  # an answer of one token was fed before the host saw that it was the last
         self.rows[place] = None
-        ended = row.written[-1] in self.target.eos_ids
-        return Finished(row.job.id, tokens, len(row.job.prompt), ended, features)
+        return Finished(row.job.id, tokens, len(row.job.prompt), row.ended, features)
 
     def _open(self, batch: int) -> None:
         device = self.target.device

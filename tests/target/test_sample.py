@@ -148,3 +148,11 @@ def test_bad_prompts_are_refused_by_number(target: Target, prompt: list[int], li
 
 def test_no_jobs_give_no_answers(target: Target) -> None:
     assert list(Sampler(target, 2, 64).run([])) == []
+
+
+def test_a_jobs_own_end_tokens_end_it_too(target: Target) -> None:
+    plain = alone(target, Job(0, [9, 11], 12))
+    answer = plain[2:]
+    done = run(target, [Job(0, [9, 11], 12, ends=(answer[3],))], 1)[0]
+    assert done.tokens == plain[: 2 + answer.index(answer[3]) + 1]
+    assert done.ended

@@ -1,0 +1,229 @@
+"""The target writes its own training data: prompts in, conversations (and features of the same passes) out.
+
+A conversation depends on its number alone, which sets prompt, temperature and random stream. So a killed run goes on
+where it stopped and ends with the store of an uninterrupted one: token for token in fp32; in lower precision a resumed
+answer may differ by the rounding of another batch shape, and is a sample of the same law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+
+from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.types import FeatureName
+from drafttrain.data.journal import FLUSH_SECONDS, Journal
+from drafttrain.data.origin import Origin, take_probe
+from drafttrain.data.prompts import Prompt, SelfPrompts, Source, read_prompts
+from drafttrain.data.store import Conversation, Store, StoreWriter, feature_widths
+from drafttrain.data.turns import Turn, all_openings, kept_prompts, openings, turn_jobs
+from drafttrain.target.adapter import Target
+from drafttrain.target.sample import Finished, Job, Sampler
+
+
+class DataConfig(Config):
+    """Training conversations and how they are made."""
+
+    sources: tuple[Source, ...] = Field(default=(SelfPrompts(),), min_length=1)
+    """Where prompts come from; several are taken one after another."""
+    temperatures: tuple[float, ...] = Field(default=(0.0, 0.7), min_length=1)
+    """Answers are drawn at these temperatures in turn; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of the answers that are not greedy."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest answer."""
+    conversations: int | None = Field(default=None, ge=1)
+    """How many to write; by default each prompt once."""
+    tokens: int | None = Field(default=None, ge=1)
+    """How many tokens to write, prompts included; the last conversation may exceed it."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are dropped; without it, one that does not fit the target's context is an error."""
+    batch_size: int = Field(default=64, ge=1)
+    """Answers written side by side."""
+    capture: tuple[FeatureName, ...] = ()
+    """Features to store, taken from the passes that write the answers: `last`, `aux`."""
+    held_out: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the prompts kept for evaluation while training."""
+    seed: int = 0
+    """Of all draws."""
+    existing: str | None = None
+    """Folder of a finished store to use as it is."""
+
+    def job(self, prompts: list[Prompt], id: int) -> Job:
+        """Conversation `id`: every prompt at one temperature, then every prompt at the next."""
+        lap, at = divmod(id, len(prompts))
+        temperature = self.temperatures[(at + lap) % len(self.temperatures)]
+        sampling = Sampling(temperature, 0, self.top_p if temperature else 1.0)
+        return Job(id, prompts[at].tokens, self.max_new_tokens, sampling)
+
+
+def regenerate(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> Store:
+    """Conversations of `config` in `folder`, which may hold a part of them or all.
+
+    Raises `UserError` for bad prompts, a target without an end token, another run's folder, a full disk. On Ctrl-C
+    what is finished is saved.
+    """
+    if config.existing is not None:
+        store = Store.open(config.existing)
+        store.check_target(Origin.of_target(target))
+        return store
+    if not target.eos_ids:
+        raise UserError(
+            f"target '{target.name}': no end token, so no answer could end; set eos_token_id in generation_config.json"
+        )
+    prompts = collect(target, config, folder / "prompts", flush_seconds)
+    return Regeneration(target, config, prompts, folder, flush_seconds).run()
+
+
+def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> list[Prompt]:
+    """The prompts of all sources, each once; those that the target has to write are kept in `folder`."""
+    if target.tokenizer is None:
+        raise UserError(f"target '{target.name}' has no tokenizer, which prompts need")
+    found: dict[tuple[int, ...], Prompt] = {}
+    for number, source in enumerate(config.sources):
+        if isinstance(source, SelfPrompts):
+            made = write_turns(target, source, config, folder / str(number), flush_seconds)
+        else:
+            made = read_prompts(source, target.tokenizer)
+        for prompt in made:
+            found.setdefault(tuple(prompt.tokens), prompt)
+    limit = config.max_prompt_tokens
+    prompts = [prompt for prompt in found.values() if limit is None or len(prompt.tokens) <= limit]
+    if not prompts:
+        raise UserError(f"no prompt is left of {len(found)}; raise data.max_prompt_tokens or the number of prompts")
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    room = target.max_context - config.max_new_tokens
+    if longest > room:
+        raise UserError(
+            f"a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the target's context of "
+            f"{target.max_context}; set data.max_prompt_tokens to {room} to drop such prompts, or lower max_new_tokens"
+        )
+    return prompts
+
+
+def write_turns(
+    target: Target, source: SelfPrompts, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS
+) -> list[Prompt]:
+    """Prompts that the target writes; the turns as they came are kept in `folder`."""
+    assert target.tokenizer is not None
+    jobs, themes = turn_jobs(source, target), openings(source)
+    stage = fingerprint("turns", source.model_copy(update={"count": 1}), all_openings(source), config.seed)
+    writer = StoreWriter(folder, Origin.of_target(target), stage=stage)
+    if len(writer.lengths) < len(jobs):
+        longest = max(len(job.prompt) for job in jobs) + source.max_tokens
+        sampler = Sampler(target, config.batch_size, longest, config.seed)
+        missing = (job for job in jobs if job.id not in writer.lengths)
+        with Journal(writer, "user turns", len(jobs), len(writer.lengths), "turns", flush_seconds) as journal:
+            for one in sampler.run(missing):
+                turn = _conversation(one, {"ended": one.ended, "prompt_len": one.prompt_len})
+                journal.add(turn, None, len(one.tokens) - one.prompt_len)
+                journal.show(len(writer.lengths))
+    store = writer.finish(len(jobs))
+    turns = []
+    for turn in (store[i] for i in range(len(store))):
+        ended, (domain, opening) = bool(turn.meta["ended"]), themes[turn.id]
+        words = turn.tokens[turn.meta["prompt_len"] : len(turn.tokens) - ended].tolist()
+        turns.append(Turn(words, ended, opening, domain))
+    prompts, dropped = kept_prompts(target.tokenizer, turns)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    Console(stderr=True).print(f"self-written prompts: {len(prompts)} kept of {len(turns)} ({reasons})")
+    return prompts
+
+
+@dataclass
+class Budget:
+    """When enough is written."""
+
+    conversations: int  # at most
+    tokens: int | None
+
+    def limit(self, lengths: dict[int, int]) -> int | None:
+        """The first id beyond the store, once everything before it is there: the fewest ids that fill the budget."""
+        total = 0
+        for id in range(self.conversations):
+            if id not in lengths:
+                return None
+            total += lengths[id]
+            if self.tokens is not None and total >= self.tokens:
+                return id + 1
+        return self.conversations
+
+
+class Regeneration:
+    """One run over fixed prompts."""
+
+    def __init__(
+        self, target: Target, config: DataConfig, prompts: list[Prompt], folder: Path, flush_seconds: float
+    ) -> None:
+        self.target, self.config, self.prompts, self.flush_seconds = target, config, prompts, flush_seconds
+        most = len(prompts) * len(config.temperatures)  # every prompt at every temperature
+        once = len(prompts) if config.tokens is None else most
+        self.budget = Budget(min(config.conversations or once, most), config.tokens)
+        shape = target.shape
+        widths = feature_widths(config.capture, shape.hidden_size, len(shape.aux_layers))
+        self.writer = StoreWriter(folder, Origin.of_target(target), widths, self.stage(), take_probe(target))
+        self.issued: set[int] = set()  # conversations begun in this run
+
+    def stage(self) -> str:
+        """Fingerprint of what a conversation depends on: not the budgets, so that a store can grow."""
+        config, prompts = self.config, [prompt.tokens for prompt in self.prompts]
+        return fingerprint(
+            "regenerate", prompts, config.temperatures, config.top_p, config.max_new_tokens, config.seed, config.capture
+        )
+
+    def run(self) -> Store:
+        """Writes what is missing and returns the finished store."""
+        limit = self.budget.limit(self.writer.lengths)
+        if limit is None:
+            limit = self._write()
+        return self.writer.finish(limit)
+
+    def _write(self) -> int:
+        longest = max(len(prompt.tokens) for prompt in self.prompts) + self.config.max_new_tokens
+        sampler = Sampler(self.target, self.config.batch_size, longest, self.config.seed)
+        goal = self.config.tokens or self.budget.conversations
+        unit = "tokens" if self.config.tokens else "conversations"
+        with Journal(self.writer, "answers", goal, self._progress(), unit, self.flush_seconds) as journal:
+            while (limit := self.budget.limit(self.writer.lengths)) is None:
+                for one in sampler.run(self._jobs(), self.config.capture):
+                    journal.add(_conversation(one, self._meta(one)), one.features, len(one.tokens) - one.prompt_len)
+                    journal.show(self._progress())
+        return limit
+
+    def _jobs(self) -> Iterator[Job]:
+        """What is missing, in order, as long as what is running does not seem to fill the budget."""
+        for id in range(self.budget.conversations):
+            if id in self.writer.lengths:
+                continue
+            if self._filled():
+                return
+            self.issued.add(id)
+            yield self.config.job(self.prompts, id)
+
+    def _filled(self) -> bool:
+        if self.config.tokens is None:
+            return False
+        lengths = self.writer.lengths
+        running = len(self.issued - lengths.keys())
+        guess = self.config.max_new_tokens / 2 + len(self.prompts[0].tokens)
+        mean = self.writer.tokens / len(lengths) if len(lengths) > 8 else guess
+        return self.writer.tokens + running * mean >= self.config.tokens and running + len(lengths) > 0
+
+    def _progress(self) -> int:
+        return self.writer.tokens if self.config.tokens else len(self.writer.lengths)
+
+    def _meta(self, one: Finished) -> dict[str, Any]:
+        job = self.config.job(self.prompts, one.id)
+        domain = self.prompts[one.id % len(self.prompts)].domain
+        return {"domain": domain, "temperature": job.sampling.temperature, "ended": one.ended}
+
+
+def _conversation(one: Finished, meta: dict[str, Any]) -> Conversation:
+    return Conversation.answered(one.tokens, one.prompt_len, meta, one.id)
