@@ -122,15 +122,15 @@ def write_turns(
         missing = (job for job in jobs if job.id not in writer.lengths)
         with Journal(writer, "user turns", len(jobs), len(writer.lengths), "turns", flush_seconds) as journal:
             for one in sampler.run(missing):
-                turn = _conversation(one, {"ended": one.ended, "prompt_len": one.prompt_len})
+                turn = _conversation(one, {"ended": one.ended})
                 journal.add(turn, None, len(one.tokens) - one.prompt_len)
                 journal.show(len(writer.lengths))
     store = writer.finish(len(jobs))
     turns = []
     for turn in (store[i] for i in range(len(store))):
         ended, (domain, opening) = bool(turn.meta["ended"]), themes[turn.id]
-        words = turn.tokens[turn.meta["prompt_len"] : len(turn.tokens) - ended].tolist()
-        turns.append(Turn(words, ended, opening, domain))
+        head, words = turn.tokens[~turn.mask].tolist(), turn.tokens[turn.mask].tolist()
+        turns.append(Turn(head, words[:-1] if ended else words, ended, opening, domain))
     prompts, dropped = kept_prompts(target.tokenizer, turns)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     Console(stderr=True).print(f"self-written prompts: {len(prompts)} kept of {len(turns)} ({reasons})")

@@ -25,7 +25,8 @@ MARK = "\u2063USERTURN\u2063"  # stands for the user's words while a template is
 class Turn:
     """What the target wrote behind an opening."""
 
-    words: list[int]  # without the token that ended it
+    head: list[int]  # the prefix and the opening
+    words: list[int]  # without the token that ended them
     ended: bool
     opening: str
     domain: str
@@ -91,11 +92,13 @@ def kept_prompts(tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn]) -> t
     seen: set[str] = set()
     out: list[Prompt] = []
     for turn in turns:
-        words = (turn.opening + tokenizer.decode(turn.words)).strip()
+        # decoded behind the head: some tokenizers drop the space before a text's first word
+        written = tokenizer.decode(turn.head + turn.words)[len(tokenizer.decode(turn.head)) :]
+        words = (turn.opening + written).strip()
         key = " ".join(words.casefold().split())
         if not turn.ended or special & set(turn.words):
             dropped["unfinished"] += 1
-        elif not tokenizer.decode(turn.words).strip():
+        elif not written.strip():
             dropped["empty"] += 1
         elif key in seen:
             dropped["repeated"] += 1

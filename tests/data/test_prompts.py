@@ -1,0 +1,166 @@
+"""Prompt sources, the template around them, and turns the target writes itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from drafttrain.core.config import parse
+from drafttrain.core.errors import UserError
+from drafttrain.data.prompts import DOMAINS, DatasetPrompts, JsonlPrompts, SelfPrompts, read_prompts, tokenize
+from drafttrain.data.regenerate import DataConfig
+from drafttrain.data.turns import Turn, frame, kept_prompts, openings, turn_ends, turn_jobs
+from drafttrain.target.adapter import Target
+from tests.data.stores import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+USER = "<s> <user> {} <end> <assistant>"
+
+
+def jsonl(folder: Path, *records: object) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    return str(path)
+
+
+def text(tokens: list[int]) -> str:
+    return TOKENIZER.decode(tokens)
+
+
+def test_prompts_and_messages_are_rendered_by_the_template_with_one_first_token(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2 w3"}]
+    path = jsonl(tmp_path, {"prompt": "w7 w8", "domain": "d"}, "", {"messages": chat})
+    first, second = read_prompts(JsonlPrompts(path=path), TOKENIZER)
+    assert text(first.tokens) == USER.format("w7 w8")
+    assert first.domain == "d"
+    assert text(second.tokens) == "<s> <system> w1 <end> <user> w2 w3 <end> <assistant>"
+    assert first.tokens.count(TOKENIZER.bos_token_id) == 1
+
+
+def test_turns_before_the_last_user_turn_are_context_and_later_ones_are_dropped(tmp_path: Path) -> None:
+    turns = ["user", "assistant", "user", "assistant"]
+    chat = [{"role": role, "content": f"w{at}"} for at, role in enumerate(turns)]
+    [prompt] = read_prompts(JsonlPrompts(path=jsonl(tmp_path, {"messages": chat})), TOKENIZER)
+    assert text(prompt.tokens) == "<s> <user> w0 <end> <assistant> w1 <end> <user> w2 <end> <assistant>"
+
+
+def test_a_limit_takes_the_first_prompts(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *[{"prompt": f"w{at}"} for at in range(9)])
+    prompts = read_prompts(JsonlPrompts(path=path, limit=3), TOKENIZER)
+    assert [text(prompt.tokens) for prompt in prompts] == [USER.format(f"w{at}") for at in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"prompt": "  "}, "line 2: the prompt is empty"),
+        ({"messages": []}, "line 2: no user turn with text"),
+        ({"messages": [{"role": "user", "content": " "}]}, "line 2: no user turn with text"),
+        ({"messages": [{"role": "user"}]}, "line 2: a message without `role` and `content`"),
+        ({"text": "w1"}, r"line 2: neither `prompt` \(text\) nor `messages`"),
+        ("{", "line 2: not JSON"),
+        ([1], "line 2: a list; expected an object"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, record: object, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        read_prompts(JsonlPrompts(path=jsonl(tmp_path, {"prompt": "w1"}, record)), TOKENIZER)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(JsonlPrompts(path=str(tmp_path / "no")), TOKENIZER)
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(JsonlPrompts(path=jsonl(tmp_path, "")), TOKENIZER)
+
+
+def test_data_sets_give_texts_messages_and_shared_conversations(tmp_path: Path) -> None:
+    shared = [{"from": "human", "value": "w2"}, {"from": "gpt", "value": "w3"}]
+    chat = [{"role": "user", "content": "w4"}]
+    Dataset.from_dict({"ask": ["w1", "", "w5"]}).to_parquet(tmp_path / "a" / "train.parquet")
+    Dataset.from_dict({"talk": [shared]}).to_parquet(tmp_path / "b" / "train.parquet")
+    Dataset.from_dict({"talk": [chat]}).to_parquet(tmp_path / "c" / "train.parquet")
+    found = [
+        text(prompt.tokens)
+        for folder, column in (("a", "ask"), ("b", "talk"), ("c", "talk"))
+        for prompt in read_prompts(DatasetPrompts(name=str(tmp_path / folder), column=column), TOKENIZER)
+    ]
+    assert found == [USER.format(word) for word in ("w1", "w5", "w2", "w4")]
+
+
+def test_a_wrong_column_or_data_set_is_named(tmp_path: Path) -> None:
+    Dataset.from_dict({"question": ["w1"]}).to_parquet(tmp_path / "a" / "train.parquet")
+    with pytest.raises(UserError, match=r"no column 'questions' \(did you mean 'question'\?\)"):
+        read_prompts(DatasetPrompts(name=str(tmp_path / "a"), column="questions"), TOKENIZER)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        read_prompts(DatasetPrompts(name=str(tmp_path / "none")), TOKENIZER)
+
+
+def test_without_a_template_texts_are_plain_and_messages_are_refused() -> None:
+    plain = make_tokenizer()
+    plain.chat_template = None
+    assert text(tokenize(plain, "w1 w2", "here")) == "w1 w2"
+    with pytest.raises(UserError, match="here: `messages` need a chat template"):
+        tokenize(plain, [{"role": "user", "content": "w1"}], "here")
+    with pytest.raises(UserError, match="'self' needs a chat template"):
+        frame(plain)
+
+
+def test_the_frame_is_the_template_up_to_and_behind_the_users_words() -> None:
+    prefix, suffix = frame(TOKENIZER)
+    assert prefix == "<s> <user> "
+    assert suffix.split() == ["<end>", "<assistant>"]
+    assert turn_ends(TOKENIZER, suffix) == (TOKENIZER.eos_token_id,)
+
+
+def test_every_domain_has_openings_and_they_take_turns() -> None:
+    turns = openings(SelfPrompts(count=70))
+    assert [domain for domain, _ in turns[:7]] == list(DOMAINS)
+    assert len(set(turns)) == 70
+    assert all(len({opening for domain, opening in openings(SelfPrompts(count=700)) if domain == name}) >= 12 for name in DOMAINS)
+
+
+def test_an_unknown_domain_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'maths' has no opening .*did you mean 'math'\?"):
+        openings(SelfPrompts(domains=("maths",)))
+    own = jsonl(tmp_path, {"domain": "law", "opening": "w1"})
+    assert openings(SelfPrompts(domains=("law",), openings=own, count=2)) == [("law", "w1")] * 2
+
+
+def test_turn_jobs_begin_with_the_bare_prefix_and_the_opening(tmp_path: Path, target: Target) -> None:
+    own = jsonl(tmp_path, {"domain": "a", "opening": "w1 w2"}, {"domain": "a", "opening": ""})
+    jobs = turn_jobs(SelfPrompts(domains=("a",), openings=own, count=2, max_tokens=9), target)
+    assert [text(job.prompt) for job in jobs] == ["<s> <user> w1 w2", "<s> <user>"]
+    assert {job.max_new_tokens for job in jobs} == {9}
+
+
+def test_unfinished_empty_and_repeated_turns_are_dropped() -> None:
+    w = TOKENIZER.convert_tokens_to_ids
+
+    def turn(opening: str, words: str, ended: bool = True) -> Turn:
+        return Turn(w(["<s>", "<user>", *opening.split()]), w(words.split()), ended, opening, "a")
+
+    turns = [
+        turn("w1", "w3 w4"),
+        turn("w1 w9", "w3 w4", ended=False),  # ran into its limit
+        turn("w1 w8", "w3 <user>"),  # went on with another turn
+        turn("w1", ""),  # nothing but the opening
+        turn("w1 w3", "w4"),  # the first one's text in other pieces
+        turn("", "w5"),
+    ]
+    prompts, dropped = kept_prompts(TOKENIZER, turns)
+    assert [text(prompt.tokens) for prompt in prompts] == [USER.format("w1 w3 w4"), USER.format("w5")]
+    assert dropped == {"unfinished": 2, "empty": 1, "repeated": 1}
+
+
+def test_the_configuration_names_kinds_and_unknown_keys() -> None:
+    config = parse(DataConfig, {"sources": [{"kind": "jsonl", "path": "p"}, {"kind": "self", "count": 3}]}, "recipe")
+    assert [source.kind for source in config.sources] == ["jsonl", "self"]
+    with pytest.raises(UserError, match=r"unknown key 'max_token' \(did you mean 'max_tokens'"):
+        parse(DataConfig, {"sources": [{"kind": "self", "max_token": 3}]}, "recipe")
+    with pytest.raises(UserError, match="recipe: sources"):
+        parse(DataConfig, {"sources": [{"kind": "csv"}]}, "recipe")
