@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import reprlib
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -37,11 +39,36 @@ def parse(cls: type[C], data: Any, where: str) -> C:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        reason = first["msg"].removeprefix("Value error, ")
-        value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{where}: {key}: {reason}{value}") from error
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's members, the one that the value meant
+        key = ".".join(_written_keys(first["loc"], data)) or "(top level)"
+        raise UserError(f"{where}: {key}: {_reason(first)}") from error
+
+
+def _written_keys(location: tuple[int | str, ...], data: Any) -> list[str]:
+    """The keys as they stand in `data`: pydantic's path also names the chosen member of a union (`drafter.eagle3.unroll`)."""
+    keys, place = [], data
+    for part in location:
+        chosen = isinstance(place, dict) and part not in place and part in place.values()
+        if chosen or "[" in str(part):
+            continue
+        keys.append(str(part))
+        inside = isinstance(place, dict) and part in place or isinstance(place, (list, tuple)) and isinstance(part, int)
+        place = place[part] if inside else None
+    return keys
+
+
+def _reason(error: Any) -> str:
+    """What is wrong, with the nearest allowed word where words are allowed, and the value."""
+    given, context = error["input"], error.get("ctx", {})
+    if error["type"] == "union_tag_invalid":
+        known = re.findall(r"'([^']+)'", context["expected_tags"])
+        return f"{context['discriminator'][1:-1]} '{context['tag']}' is unknown{nearest(context['tag'], known)}; known: {', '.join(known)}"
+    if error["type"] == "union_tag_not_found":
+        return f"the key {context['discriminator']} is missing"
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        reason += nearest(str(given), re.findall(r"'([^']+)'", context["expected"]))
+    return reason if isinstance(given, dict) else f"{reason} (got {reprlib.repr(given)})"
 
 
 def fingerprint(*parts: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field
 
@@ -21,8 +21,8 @@ from drafttrain.runtime.policy import POLICIES
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
-from drafttrain.verify import RULES
-from drafttrain.verify.base import Rule
+from drafttrain.verify import RULES, build
+from drafttrain.verify.base import Rule, RuleConfig
 
 Prompt = str | list[dict[str, str]] | list[int]
 """A user's message (wrapped in the chat template where there is one), a conversation, or token ids as they are."""
@@ -39,6 +39,13 @@ REFUSED = {
 }
 
 
+if TYPE_CHECKING:
+    AnyRule = RuleConfig | str
+else:
+    _Configured = Annotated[Union[tuple(rule.Config for rule in RULES.values())], Field(discriminator="name")]
+    AnyRule = Union[Literal[("auto", *RULES)], _Configured]
+
+
 class RuntimeConfig(Config):
     """How to draft and verify."""
 
@@ -47,8 +54,9 @@ class RuntimeConfig(Config):
     draws: Draws | Literal["auto"] = "auto"
     """How siblings are drawn. `auto`: `point` at temperature 0 and in dynamic trees, `iid` in chains, `without_replacement` in static
     trees."""
-    rule: str = "auto"
-    """Verification rule. `auto`: `greedy` at temperature 0, else `rejection` for chains and `recursive` for trees."""
+    rule: AnyRule = "auto"
+    """Verification rule: its name, or `name` with its options. `auto`: `greedy` at temperature 0, else `rejection` for chains and
+    `recursive` for trees."""
     policy: str = "fixed"
     """What makes the plans of rounds."""
     treat_as: Literal["point"] | None = None
@@ -63,14 +71,17 @@ class RuntimeConfig(Config):
         draws: Draws = _auto_draws(self.shape.shape, sampling) if self.draws == "auto" else self.draws
         if self.shape.shape == "dynamic" and draws != "point":
             raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'point' draws stay exact")
-        name = _auto_rule(self.shape.shape, sampling) if self.rule == "auto" else self.rule
-        if name not in RULES:
-            raise UserError(f"runtime.rule '{name}' is unknown{nearest(name, RULES)}; known: auto, {', '.join(RULES)}")
         if self.policy not in POLICIES:
             raise UserError(f"runtime.policy '{self.policy}' is unknown{nearest(self.policy, POLICIES)}; known: {', '.join(POLICIES)}")
-        rule = RULES[name](RULES[name].Config(name=name))
+        rule = self._rule(sampling)
         rule.check(self.shape, self.treat_as or draws, sampling)
         return rule, Plan(self.shape, draws, self.drafter_temperature)
+
+    def _rule(self, sampling: Sampling) -> Rule:
+        if not isinstance(self.rule, str):
+            return build(self.rule)
+        name = _auto_rule(self.shape.shape, sampling) if self.rule == "auto" else self.rule
+        return build(RULES[name].Config(name=name))
 
 
 @dataclass

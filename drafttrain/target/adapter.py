@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
@@ -55,13 +55,11 @@ class Target:
         self.config = text_config(model.config)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.aux_layers = aux_layers or default_aux_layers(self.config.num_hidden_layers)
+        self.aux_layers = checked_aux_layers(aux_layers, self.config.num_hidden_layers)
         self.head = TargetHead.from_model(model)
         layer_kinds(self.config)  # refuses layers that cannot roll back
-        self.eos_ids = end_ids(model, tokenizer)
+        self.eos_ids = end_ids(model.generation_config, tokenizer)
         self.forwards = 0  # target passes so far: tests count them
-        if max(self.aux_layers) > self.config.num_hidden_layers or min(self.aux_layers) < 0:
-            raise UserError(f"target.aux_layers {list(self.aux_layers)}: the target has hidden states 0..{self.config.num_hidden_layers}")
         self.kv_shapes = self._probe()
 
     @classmethod
@@ -241,9 +239,35 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise UserError(f"target '{folder}': no usable tokenizer beside the model ({str(error).strip().splitlines()[0]})") from error
 
 
-def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+def read_shape(config: TargetConfig) -> TargetShape:
+    """What drafters are built from, without loading the target's weights: equal to the loaded target's `shape`."""
+    folder = resolve(config)
+    whole = load_config(folder, config.trust_remote_code)
+    text = text_config(whole)
+    layer_kinds(text)  # refuses layers that cannot roll back
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:  # no generation_config.json
+        generation = GenerationConfig.from_model_config(whole)
+    eos_ids = end_ids(generation, load_tokenizer(folder, config.trust_remote_code))
+    layers = text.num_hidden_layers
+    aux_layers = checked_aux_layers(config.aux_layers, layers)
+    return TargetShape(
+        text.hidden_size, text.vocab_size, layers, aux_layers, eos_ids, text.to_dict(), target_fingerprint(folder)
+    )  # fmt: skip
+
+
+def checked_aux_layers(wanted: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
+    """The layers to capture, by default `default_aux_layers`; a `UserError` for one that the target lacks."""
+    aux_layers = tuple(wanted or default_aux_layers(layers))
+    if max(aux_layers) > layers or min(aux_layers) < 0:
+        raise UserError(f"target.aux_layers {list(aux_layers)}: the target has hidden states 0..{layers}")
+    return aux_layers
+
+
+def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Tokens that end an answer: the generation configuration's and the tokenizer's."""
-    config = model.generation_config.eos_token_id if model.generation_config is not None else None
+    config = generation.eos_token_id if generation is not None else None
     ids = config if isinstance(config, list) else [config]
     own = None if tokenizer is None else tokenizer.eos_token_id
     return tuple(sorted({token for token in [*ids, own] if token is not None}))
