@@ -200,6 +200,7 @@ class _Rows:
         device = self.target.device
         self.drawn = alike([row.job.sampling if row else Sampling() for row in self.rows], device)
         self.live = torch.tensor([row is not None for row in self.rows], device=device)
+        self.cache.lengths *= self.live  # a vacant place must not reach beyond what the others need
 
     def _keep(self, name: str, width: int) -> Tensor:
         """[B, capacity, F] where a feature of the running rows is collected."""

@@ -61,6 +61,12 @@ def test_greedy_rows_equal_the_target_decoding_alone(target: Target) -> None:
         assert done[job.id].prompt_len == len(job.prompt)
 
 
+def test_short_rows_go_on_beside_a_finished_long_one(target: Target) -> None:
+    work = [Job(0, [9] * 90, 2), *(Job(id, [9, 9 + id], 30) for id in range(1, 8))]
+    done = {one.id: one.tokens for one in Sampler(target, 8, 100).run(work)}
+    assert done == {job.id: alone(target, job) for job in work}
+
+
 def test_a_jobs_text_does_not_depend_on_its_batch(target: Target) -> None:
     work = jobs(24)
     together, single = run(target, work, batch=7), run(target, work[::-1], batch=1)
