@@ -1,6 +1,6 @@
 """The recipe: one YAML file for everything from the target to the exported drafter, and what each stage's result depends on.
 
-Drafters are a union built from their registry, rules are named in `runtime`; both are checked when the recipe is read, before any model loads.
+Drafters and rules are unions built from their registries, and checked when the recipe is read, before any model loads.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
+from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import Field
@@ -20,7 +22,7 @@ from pydantic import Field
 from drafttrain.core.config import Config, fingerprint, parse
 from drafttrain.core.errors import UserError, nearest
 from drafttrain.data.regenerate import DataConfig
-from drafttrain.data.shards import INDEX, write_whole, writing
+from drafttrain.data.shards import INDEX, write_whole
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import DrafterConfig
 from drafttrain.evaluation.bench import EvaluationConfig
@@ -31,7 +33,8 @@ from drafttrain.train.loop import TrainConfig
 
 RESOLVED, VERSIONS = "recipe.resolved.yaml", "versions.json"
 PACKAGES = (
-    "drafttrain", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "huggingface_hub", "pydantic", "tokenizers", "numpy",
+    "drafttrain", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "safetensors", "huggingface_hub", "pydantic",
+    "numpy",
 )  # fmt: skip
 SEEDED = ("data", "train", "evaluation")
 """Sections that take the recipe's seed where they name none."""
@@ -39,7 +42,7 @@ SEEDED = ("data", "train", "evaluation")
 if TYPE_CHECKING:
     AnyDrafter = DrafterConfig
 else:
-    AnyDrafter = Annotated[Union[tuple(family.Config for family in DRAFTERS.values())], Field(discriminator="name")]
+    AnyDrafter = Annotated[reduce(or_, (family.Config for family in DRAFTERS.values())), Field(discriminator="name")]
 
 _DATA = ("target.model", "target.revision", "target.dtype", "target.trust_remote_code", "data")
 _DRAFTER = (*_DATA, "target.aux_layers", "drafter", "train")
@@ -176,10 +179,9 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 def write_resolved(recipe: Recipe, folder: Path) -> None:
     """Puts the recipe as it was understood, and the versions it ran with, into `folder`."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RESOLVED, lambda path: path.write_text(text, encoding="utf-8"))
-        write_whole(folder / VERSIONS, lambda path: path.write_text(json.dumps(versions(), indent=2) + "\n"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RESOLVED, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / VERSIONS, lambda path: path.write_text(json.dumps(versions(), indent=2) + "\n"))
 
 
 def versions() -> dict[str, str]:

@@ -52,8 +52,10 @@ def _written_keys(location: tuple[int | str, ...], data: Any) -> list[str]:
         if chosen or "[" in str(part):
             continue
         keys.append(str(part))
-        inside = isinstance(place, dict) and part in place or isinstance(place, (list, tuple)) and isinstance(part, int)
-        place = place[part] if inside else None
+        if isinstance(place, dict):
+            place = place.get(part)
+        else:
+            place = place[part] if isinstance(place, (list, tuple)) and isinstance(part, int) else None
     return keys
 
 

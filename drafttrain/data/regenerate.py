@@ -49,8 +49,8 @@ class DataConfig(Config):
     """Answers written side by side."""
     capture: tuple[FeatureName, ...] = ()
     """Features to store, taken from the passes that write the answers: `last`, `aux`."""
-    held_out: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the prompts kept for evaluation while training."""
+    online: bool = False
+    """Compute features that are not stored while training, with the target loaded, instead of capturing them to disk first."""
     seed: int = 0
     """Of all draws."""
     existing: str | None = None

@@ -1,0 +1,254 @@
+"""The command line. Commands import what they need when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from drafttrain import __version__
+from drafttrain.core.errors import UserError
+
+if TYPE_CHECKING:
+    from drafttrain.evaluation.rows import Row
+    from drafttrain.recipe import Recipe
+
+BAD_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """A user's mistake, a full disk and an interruption end with one line on stderr and their exit code, never with a traceback."""
+    try:
+        yield
+    except UserError as error:
+        _end(f"error: {error}", BAD_INPUT)
+    except KeyboardInterrupt:
+        _end("interrupted; what was finished is saved, run the same command to go on", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ('{error.filename}')" if error.filename else ""
+        _end(f"error: {error.strerror}{where}; make room or choose another output folder, then run the same command to go on", BAD_INPUT)
+
+
+def _end(line: str, code: int) -> None:
+    print(" ".join(line.split()), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+class Commands(TyperGroup):
+    """All commands behind one guard."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with mistakes_in_one_line():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Commands, name="drafttrain", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="""Train draft models for speculative decoding from a frozen target's own outputs, and decode with them.
+
+    A recipe is one YAML file; every command takes [b]section.key=value[/b] to change it. Start with [b]drafttrain run
+    recipes/quickstart.yaml[/b].""",
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML), or the folder of a run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe; values are YAML.", show_default=False)
+]
+
+
+def version(show: bool) -> None:
+    """Prints it and ends."""
+    if show:
+        print(f"drafttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@app.command()
+def regenerate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """The target writes the training conversations (and the prompts, where you have none).
+
+    [dim]drafttrain regenerate recipes/quickstart.yaml data.tokens=20000[/dim]
+    """
+    _perform("regenerate", recipe, overrides)
+
+
+@app.command()
+def capture(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """One target pass over the conversations, for the features that training reads.
+
+    [dim]drafttrain capture recipes/quickstart.yaml data.existing=my-conversations[/dim]
+    """
+    _perform("capture", recipe, overrides)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train the drafter. Ctrl-C saves; the same command goes on.
+
+    [dim]drafttrain train recipes/quickstart.yaml train.lr=0.0005 output=runs/slower[/dim]
+    [dim]accelerate launch -m drafttrain train recipes/smollm2-eagle3.yaml[/dim]
+    """
+    _perform("train", recipe, overrides)
+
+
+@app.command("eval")
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Measure plain and speculative decoding side by side, and print the table.
+
+    [dim]drafttrain eval runs/quickstart evaluation.limit=2[/dim]
+    """
+    from drafttrain import stages
+
+    resolved = _load(recipe, overrides)
+    record = stages.perform("eval", resolved, again=True)
+    _print_table(stages.rows_of(resolved, record))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What to say to the target; `-` reads it from stdin.", show_default=False)],
+    overrides: Overrides = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of likeliest tokens with this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.", show_default=False)] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without the drafter.")] = False,
+) -> None:
+    """Stream an answer; the drafter's accepted tokens are green.
+
+    [dim]drafttrain generate runs/quickstart "Why is the sky blue?" --temperature 0.7[/dim]
+    [dim]drafttrain generate runs/quickstart "Count to ten." runtime.shape='{shape: chain, length: 3}'[/dim]
+    """
+    resolved = _load(run, overrides)
+    asked = sys.stdin.read() if prompt == "-" else prompt
+    _stream(
+        resolved, asked, plain, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
+    )  # fmt: skip
+
+
+@app.command()
+def export(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Write the trained drafter in other formats.
+
+    [dim]drafttrain export runs/small 'export.formats=[native, plain]'[/dim]
+    """
+    from drafttrain import stages
+
+    stages.perform("export", _load(recipe, overrides), again=True)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """All stages in order: what is done is skipped, what is half done goes on. Then the results and a sample.
+
+    [dim]drafttrain run recipes/quickstart.yaml[/dim]
+    """
+    from drafttrain import stages
+    from drafttrain.evaluation.suites import load_suite
+
+    resolved = _load(recipe, overrides)
+    records = {stage: stages.perform(stage, resolved) for stage in stages.STAGES}
+    _print_table(stages.rows_of(resolved, records["eval"]))
+    config = resolved.evaluation
+    first = config.chosen(load_suite(config.suite)).items[0]
+    stages.console.print(f"\n[bold]{first.turns[0]}[/]")
+    _stream(resolved, first.opening(), max_new_tokens=config.max_new_tokens, seed=config.seed, **config.sampling._asdict())
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, from which editors complete YAML.
+
+    [dim]drafttrain schema > recipe.schema.json[/dim]
+    """
+    from drafttrain.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe before any long work, without loading the target's weights.
+
+    [dim]drafttrain doctor recipes/quickstart.yaml[/dim]
+    """
+    from drafttrain.doctor import Patient, examine
+
+    console, patient = Console(highlight=False), Patient(_load(recipe, overrides))
+    failed = 0
+    for check in examine(patient):
+        failed += not check.ok
+        console.print(f"[green]ok    [/]{check.name}: " if check.ok else f"[red]failed[/] {check.name}: ", end="")
+        console.print(check.note, markup=False, soft_wrap=True)
+        if check.name == "mask" and patient.sample is not None:
+            console.print(patient.sample)
+    if failed:
+        raise UserError(f"{failed} check{'s' if failed > 1 else ''} failed; mend the recipe as said above")
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    from drafttrain.recipe import load_recipe
+
+    return load_recipe(path, overrides or ())
+
+
+def _perform(stage: str, path: Path, overrides: list[str] | None) -> None:
+    from drafttrain import stages
+
+    recipe = _load(path, overrides)
+    with stopped_training_exits():
+        stages.perform(stage, recipe)
+
+
+@contextmanager
+def stopped_training_exits() -> Iterator[None]:
+    """A training that was asked to stop has saved: one line, and the exit code of the signal."""
+    from drafttrain.train.loop import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        _end(str(stopped), 128 + stopped.signum)
+
+
+def _print_table(rows: list[Row]) -> None:
+    from drafttrain.evaluation.report import terminal_table
+
+    Console().print(terminal_table(rows))
+
+
+def _stream(recipe: Recipe, prompt: Any, plain: bool = False, **options: Any) -> None:
+    from drafttrain import terminal
+    from drafttrain.runtime.decoder import SpeculativeDecoder
+
+    folder = None if plain else recipe.folder
+    decoder = SpeculativeDecoder.from_pretrained(recipe.target, folder, recipe.runtime)
+    terminal.stream(decoder, prompt, Console(highlight=False), Console(stderr=True, highlight=False), **options)
+
+
+def main() -> None:
+    """What the `drafttrain` command calls."""
+    app()

@@ -1,0 +1,269 @@
+"""The stages of a recipe, from data to export: each runs alone, or all in order, skipping what is done and resuming what is half done.
+
+    OUTPUT/data/       conversations        OUTPUT/drafter/      the best drafter       OUTPUT/results.jsonl  what `eval` measured
+    OUTPUT/features/   captured features    OUTPUT/checkpoints/  to resume training     OUTPUT/export/        for others to load
+    OUTPUT/stages/     for each stage its recipe, the versions, and `state.json`: what its result depends on, and whether it is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from rich.console import Console
+
+from drafttrain.core.config import Config, parse
+from drafttrain.core.errors import UserError
+from drafttrain.data import capture as capturing
+from drafttrain.data import regenerate as regenerating
+from drafttrain.data.origin import Origin
+from drafttrain.data.shards import INDEX, first_line, read_index, write_whole
+from drafttrain.data.store import Store
+from drafttrain.drafters import build
+from drafttrain.drafters.base import Drafter
+from drafttrain.evaluation import bench
+from drafttrain.evaluation.rows import Row
+from drafttrain.evaluation.suites import load_suite
+from drafttrain.export import export as export_drafter
+from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, write_resolved
+from drafttrain.target.adapter import Target, read_shape
+from drafttrain.target.files import TargetShape, resolve, target_fingerprint
+from drafttrain.target.head import TargetHead
+from drafttrain.train import loop as training
+
+STATE = "state.json"
+LEAD = os.environ.get("RANK", "0") == "0"
+"""Of the processes that `accelerate launch` started, the one that writes records and speaks."""
+
+console = Console(stderr=True, quiet=not LEAD)
+
+
+class Record(Config):
+    """`stages/STAGE/state.json`."""
+
+    fingerprint: str
+    values: dict[str, Any]
+    """What the fingerprint was made from."""
+    done: bool = False
+    seconds: float = 0.0
+    """From the beginning of the last attempt to its end."""
+    finished: str = ""
+    """When, in UTC."""
+    notes: dict[str, Any] = Field(default_factory=dict)
+    """What the stage wants to remember."""
+
+
+def perform(stage: str, recipe: Recipe, again: bool = False) -> Record:
+    """Brings one stage to its end. again: also where it is done already.
+
+    Raises `UserError` where what it needs is missing or does not fit, and where it would write over a drafter trained with other options.
+    """
+    record = planned(stage, recipe)
+    held = read_record(recipe, stage)
+    if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe) and not again:
+        console.print(f"[bold]{stage}[/]: done already ({recipe.folder})")
+        return held
+    if stage == "train":
+        refuse_other_options(held, record, recipe)
+    console.print(f"[bold]{stage}[/]: {recipe.folder}")
+    write_record(recipe, stage, record)
+    begun = time.monotonic()
+    notes = STAGES[stage](recipe)
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    seconds = round(time.monotonic() - begun, 1)
+    record = record.model_copy(update={"done": True, "seconds": seconds, "finished": finished, "notes": notes})
+    write_record(recipe, stage, record)
+    return record
+
+
+def planned(stage: str, recipe: Recipe) -> Record:
+    """The record of a stage that begins now: its recipe keys, the target's weights, and when the stages before it ended."""
+    before = list(STAGES)[: list(STAGES).index(stage)]
+    ended = [held.finished if (held := read_record(recipe, earlier)) else "" for earlier in before]
+    inputs = (target_fingerprint(resolve(recipe.target)), *ended)
+    return Record(fingerprint=stage_fingerprint(recipe, stage, *inputs), values=stage_values(recipe, stage))
+
+
+def read_record(recipe: Recipe, stage: str) -> Record | None:
+    """What is known of a stage's last attempt."""
+    path = recipe.folder / "stages" / stage / STATE
+    if not path.exists():
+        return None
+    try:
+        return parse(Record, json.loads(path.read_text()), str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}': corrupt ({first_line(error)}); delete it, the stage will look at its files again") from error
+
+
+def write_record(recipe: Recipe, stage: str, record: Record) -> None:
+    """Replaces a stage's record, with the recipe and the versions beside it."""
+    if not LEAD:
+        return
+    folder = recipe.folder / "stages" / stage
+    write_resolved(recipe, folder)
+    if stage in ("regenerate", "capture", "train") or not (recipe.folder / RESOLVED).exists():
+        write_resolved(recipe, recipe.folder)
+    write_whole(folder / STATE, lambda path: path.write_text(record.model_dump_json(indent=1)))
+
+
+def refuse_other_options(held: Record | None, record: Record, recipe: Recipe) -> None:
+    """A `UserError` that names the first option in which this training differs from the one whose drafter lies here."""
+    left = [path for path in (recipe.folder / "drafter", recipe.folder / "checkpoints") if path.exists()]
+    if held is None or not left:
+        return
+    for key in sorted(held.values.keys() | record.values.keys()):
+        before, now = held.values.get(key), record.values.get(key)
+        if before != now:
+            where = " and ".join(f"'{path}'" for path in left)
+            raise UserError(
+                f"run '{recipe.folder}' was trained with {key} = {before}, now it is {now}; choose another output folder "
+                f"(output=...), or delete {where} to train anew"
+            )
+
+
+def regenerate(recipe: Recipe) -> dict[str, Any]:
+    """The target writes the conversations; a finished store that the recipe names is only checked."""
+    if recipe.data.existing is not None:
+        store = Store.open(recipe.data.existing)
+        store.check_target(Origin.of_config(recipe.target))
+    else:
+        store = regenerating.regenerate(Target.load(recipe.target), recipe.data, recipe.folder / "data")
+    console.print(f"{len(store):,} conversations, {store.tokens:,} tokens in {store.folder}")
+    return {"conversations": len(store), "tokens": store.tokens}
+
+
+def capture(recipe: Recipe) -> dict[str, Any]:
+    """Features that training needs and the conversations lack, unless training computes them itself."""
+    source, needs = conversations(recipe), features_needed(recipe, read_shape(recipe.target))
+    missing = needs - set(source.feature_names)
+    if not missing or recipe.data.online:
+        console.print("the conversations have every feature" if not missing else "features will be computed while training (data.online)")
+        return {}
+    store = capturing.capture(Target.load(recipe.target), source, recipe.folder / "features", needs)
+    console.print(f"{', '.join(store.feature_names)} of {store.tokens:,} tokens in {store.folder}")
+    return {"tokens": store.tokens, "features": list(store.feature_names)}
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Trains the drafter; runs under `accelerate launch` too."""
+    accelerator = training.new_accelerator(recipe.train, recipe.folder)
+    shape = read_shape(recipe.target)
+    store = training_store(recipe, shape)
+    store.check_target(Origin.of_config(recipe.target))
+    target = None
+    if features_needed(recipe, shape) <= set(store.feature_names):
+        head = TargetHead.from_folder(resolve(recipe.target), dtype=recipe.target.torch_dtype())
+        store.check_head(head)
+    else:
+        target = Target.load(recipe.target.model_copy(update={"device": str(accelerator.device)}))
+        head = target.head
+    result = training.train(new_drafter(recipe, shape), store, recipe.train, head, recipe.folder, target, accelerator)
+    if LEAD and not MADE["train"](recipe):
+        raise UserError(f"run '{recipe.folder}': its checkpoints are at the end of training, but the drafter is gone; delete them")
+    alpha = " ".join(f"{value:.2f}" for value in result.alpha)
+    console.print(f"{result.steps:,} steps, {result.tokens:,} tokens; held-out tau {result.best_tau:.2f} (alpha {alpha})")
+    return {"steps": result.steps, "tokens": result.tokens, "held_out_tau": result.best_tau, "held_out_alpha": result.alpha}
+
+
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """Plain and speculative decoding side by side on the suite."""
+    target = Target.load(recipe.target)
+    runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
+    rows = bench.evaluate(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, results(recipe))
+    return {"run": rows[0].run}
+
+
+def export(recipe: Recipe) -> dict[str, Any]:
+    """The drafter as others read it."""
+    folders = export_drafter(recipe.folder / "drafter", recipe.target, recipe.export, recipe.folder / "export")
+    for folder in folders:
+        write_resolved(recipe, folder)
+        console.print(f"exported to {folder}")
+    return {"folders": [str(folder) for folder in folders]}
+
+
+STAGES: dict[str, Callable[[Recipe], dict[str, Any]]] = {
+    "regenerate": regenerate, "capture": capture, "train": train, "eval": evaluate, "export": export,
+}  # fmt: skip
+
+
+def conversations_folder(recipe: Recipe) -> Path:
+    """Where the conversations are."""
+    return Path(recipe.data.existing) if recipe.data.existing is not None else recipe.folder / "data"
+
+
+def conversations(recipe: Recipe) -> Store:
+    """The finished conversations, or a `UserError`."""
+    folder = conversations_folder(recipe)
+    if not (folder / INDEX).exists():
+        raise UserError(f"no conversations in '{folder}'; run `drafttrain regenerate` first, or `drafttrain run` for all stages")
+    if not read_index(folder).complete:
+        raise UserError(f"the conversations in '{folder}' are half done; run `drafttrain regenerate` again, it goes on where it stopped")
+    return Store.open(folder)
+
+
+def training_store(recipe: Recipe, shape: TargetShape) -> Store:
+    """Conversations with the features that training needs; without them where training computes them itself."""
+    source, needs = conversations(recipe), features_needed(recipe, shape)
+    if needs <= set(source.feature_names) or recipe.data.online:
+        return source
+    folder = recipe.folder / "features"
+    if not (folder / INDEX).exists() or not read_index(folder).complete:
+        source.require(needs)
+    store = Store.open(folder)
+    if len(store) != len(source) or store.tokens != source.tokens:
+        raise UserError(f"the features in '{folder}' are of other conversations than '{source.folder}'; delete them and capture again")
+    return store
+
+
+def features_needed(recipe: Recipe, shape: TargetShape) -> set[str]:
+    """What training reads of the target."""
+    with torch.device("meta"):
+        drafter = build(recipe.drafter, shape)
+    return set(drafter.needs | drafter.teacher_needs)
+
+
+def new_drafter(recipe: Recipe, shape: TargetShape) -> Drafter:
+    """Untrained, its random weights set by the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.train.seed)
+        return build(recipe.drafter, shape)
+
+
+def results(recipe: Recipe) -> Path:
+    """What `eval` measured."""
+    return recipe.folder / "results.jsonl"
+
+
+def rows_of(recipe: Recipe, record: Record) -> list[Row]:
+    """The rows that one evaluation wrote."""
+    return [row for row in bench.read_rows(results(recipe)) if row.run == record.notes["run"]]
+
+
+def exported(recipe: Recipe) -> Sequence[Path]:
+    """The folders that `export` writes."""
+    above = Path(recipe.export.folder or recipe.folder / "export")
+    return [above / name for name in recipe.export.formats]
+
+
+def _features_are_there(recipe: Recipe) -> bool:
+    needs = features_needed(recipe, read_shape(recipe.target))
+    held = set(read_index(conversations_folder(recipe)).features)
+    return needs <= held or recipe.data.online or (recipe.folder / "features" / INDEX).exists()
+
+
+MADE: dict[str, Callable[[Recipe], bool]] = {
+    "regenerate": lambda recipe: (conversations_folder(recipe) / INDEX).exists(),
+    "capture": _features_are_there,
+    "train": lambda recipe: (recipe.folder / "drafter" / "config.json").exists(),
+    "eval": lambda recipe: results(recipe).exists(),
+    "export": lambda recipe: all(folder.exists() for folder in exported(recipe)),
+}
+"""Whether a stage's output still lies where it was written."""

@@ -1,0 +1,42 @@
+"""How decoding looks in a terminal: text as it comes, coloured by who wrote it, and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from drafttrain.runtime.decoder import Piece, Prompt, SpeculativeDecoder
+from drafttrain.runtime.stats import Statistics
+
+STYLES = {0: "", 1: "green"}
+"""By origin: the target's tokens plain, the drafter's accepted ones green."""
+
+
+def stream(decoder: SpeculativeDecoder, prompt: Prompt, text: Console, notes: Console, **options: Any) -> Statistics:
+    """Writes one answer to `text` as it is decoded, then its statistics to `notes`. options: of `SpeculativeDecoder.stream`."""
+    show(decoder.stream(prompt, **options), text)
+    notes.print(summary(decoder.statistics, decoder.drafter is not None))
+    return decoder.statistics
+
+
+def show(pieces: Iterator[Piece], text: Console) -> None:
+    """The pieces one after another, a line break at the end."""
+    for piece in pieces:
+        text.print(Text(piece.text, STYLES[piece.origin]), end="", soft_wrap=True)
+    text.print()
+
+
+def summary(statistics: Statistics, drafted: bool) -> Text:
+    """Rounds, accepted length, conditional acceptance by depth, speed."""
+    seconds = statistics.decode_seconds
+    speed = f"{statistics.tokens / seconds:.1f} tokens/s" if seconds > 0 else "no rounds"
+    line = Text(f"{statistics.tokens} tokens in {statistics.rounds} rounds, {speed}", "dim")
+    if drafted:
+        alpha = " ".join(f"{value:.2f}" for value in statistics.alpha)
+        line.append(f"; tau {statistics.tau:.2f}, alpha {alpha}; ")
+        line.append("green", "green")
+        line.append(": the drafter's tokens, plain: the target's")
+    return line
