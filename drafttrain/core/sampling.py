@@ -50,12 +50,7 @@ class Sampling(NamedTuple):
         return law if self.top_p >= 1 else nucleus(law, self.top_p)
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """[..., V] -> [...] the argmax, lowest id on ties (`max` is five times faster than `argmax` on bf16 rows on a CPU)."""
-    return logits.max(-1).indices
-
-
-BLOCK = 256
+BLOCK = 256  # logits looked at together
 
 
 def likeliest(logits: Tensor) -> Tensor:
