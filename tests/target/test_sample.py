@@ -82,6 +82,22 @@ def test_sampled_tokens_follow_the_targets_law(target: Target) -> None:
     assert float((seen - law).abs().sum() / 2) < 0.04
 
 
+def test_successive_tokens_are_drawn_independently(target: Target) -> None:
+    count, sampling = 4000, Sampling(temperature=1.0, top_k=3)
+    done = run(target, [Job(id, [9, 11], 2, sampling) for id in range(count)], batch=500)
+    seen = torch.zeros(V, V)
+    for one in done.values():
+        pair = [*one.tokens[2:], 0][:2]  # an answer that ended at once counts as followed by 0
+        seen[pair[0], pair[1]] += 1 / count
+    first = sampling.law(target.model(torch.tensor([[9, 11]])).logits[0, -1])
+    wanted = torch.zeros(V, V)
+    for token in first.nonzero()[:, 0].tolist():
+        second = sampling.law(target.model(torch.tensor([[9, 11, token]])).logits[0, -1])
+        wanted[token] = first[token] * (torch.eye(V)[0] if token in target.eos_ids else second)
+    # at most 9 outcomes, 4000 draws: a total variation of 0.05 is beyond 4 standard deviations
+    assert float((seen - wanted).abs().sum() / 2) < 0.05
+
+
 def test_an_answer_stops_at_the_end_token_or_its_limit(target: Target) -> None:
     for job, one in zip(jobs(24), sorted(run(target, jobs(24), 6).values(), key=lambda one: one.id), strict=True):
         answer = one.tokens[one.prompt_len :]
