@@ -87,7 +87,7 @@ class Origin(Config):
         fields += ["dtype", "last_hidden_is_normed"] if features else []
         fields += ["aux_layers"] if "aux" in features else []
         for field in fields:
-            ours, theirs = getattr(self, field), getattr(other, field)
+            ours, theirs = self.model_dump()[field], other.model_dump()[field]
             if ours != theirs:
                 raise UserError(
                     f"store '{where}': its {field} is {_show(ours)} (target '{self.name}'), but the target at hand has "
