@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -42,8 +44,7 @@ REFUSED = {
 if TYPE_CHECKING:
     AnyRule = RuleConfig | str
 else:
-    _Configured = Annotated[Union[tuple(rule.Config for rule in RULES.values())], Field(discriminator="name")]
-    AnyRule = Union[Literal[("auto", *RULES)], _Configured]
+    AnyRule = Literal[("auto", *RULES)] | Annotated[reduce(or_, (rule.Config for rule in RULES.values())), Field(discriminator="name")]
 
 
 class RuntimeConfig(Config):
@@ -140,11 +141,12 @@ class SpeculativeDecoder:
         The same seed gives the same texts, whatever the batch size. stop: strings that end a text, themselves left out. Raises `UserError`
         for an empty or too long prompt, for options out of range, and for options that no rule can honour exactly.
         """
+        _refuse(refused)
         requests = self._requests(prompts, max_new_tokens, n)
         out: list[Generation] = []
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
-            batch = self._batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round, refused)
+            batch = self.batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round)
             origins: list[list[int]] = [[] for _ in group]
             for emissions in _run(batch, group):
                 for gained in emissions:
@@ -158,8 +160,9 @@ class SpeculativeDecoder:
         stop: Sequence[str] = (), on_round: RoundHook | None = None, **refused: Any,
     ) -> Iterator[Piece]:
         """One sample as it is written. After the last piece, `statistics` holds what it took."""
+        _refuse(refused)
         request = self._requests([prompt], max_new_tokens, 1)
-        batch = self._batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round, refused)
+        batch = self.batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round)
         tokens: list[int] = []
         shown = ""
         for emissions in _run(batch, request):
@@ -202,18 +205,14 @@ class SpeculativeDecoder:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _batch(self, sampling: Sampling, seed: int, stop: tuple[str, ...], hook: RoundHook | None, refused: dict[str, Any]) -> Batch:
-        for name in refused:
-            known = ", ".join(REFUSED)
-            raise UserError(
-                f"option '{name}' is refused: {REFUSED[name]}" if name in REFUSED else f"unknown option '{name}' (refused by name: {known})"
-            )
+    def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> Batch:
+        """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
         rule, plan = self.runtime.fitted(sampling.check())
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             rule, plan = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive").fitted(sampling)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return Batch(
-            self.target, self.drafter, rule, POLICIES[self.runtime.policy](plan), sampling, seed, self.runtime.treat_as, stopper, hook,
+            self.target, self.drafter, rule, POLICIES[self.runtime.policy](plan), sampling, seed, self.runtime.treat_as, stopper, on_round,
             self.runtime.prefill_chunk,
         )
 
@@ -252,6 +251,14 @@ def find_drafter(folder: Path) -> Path:
     """The drafter's folder, given it or the run that trained it."""
     inner = folder / "drafter"
     return inner if (inner / "config.json").exists() else folder
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    for name in options:
+        known = ", ".join(REFUSED)
+        raise UserError(
+            f"option '{name}' is refused: {REFUSED[name]}" if name in REFUSED else f"unknown option '{name}' (refused by name: {known})"
+        )
 
 
 def _run(batch: Batch, requests: list[Request]) -> Iterator[list[Emission]]:
