@@ -1,7 +1,8 @@
-"""`evaluate`: plain decoding and every contender on the same prompts, one after the other for each prompt, in one process.
+"""`evaluate`: plain decoding and every contender on the same prompts, one after the other for each prompt, in one
+process.
 
-Batch 1, warmed up, the order of the runners turning from prompt to prompt. Every item is journaled once it is done, so that a run that
-was stopped goes on where it was; its rows enter results.jsonl together at the end.
+Batch 1, warmed up, the order of the runners turning from prompt to prompt. Every item is journaled once it is done, so
+that a run that was stopped goes on where it was; its rows enter results.jsonl together at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from drafttrain.evaluation.suites import Item, Suite
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
 
-EFFICIENCY_PROMPTS = 6
+EFFICIENCY_PROMPTS = 4
 WARM_UP_TOKENS = 32
 
 
@@ -87,7 +88,8 @@ class EvaluationConfig(Config):
 def contenders(target: Target, drafter: Path, runtime: RuntimeConfig, config: EvaluationConfig) -> list[Contender]:
     """The recipe's own drafter under its `runtime`, then those of `config.contenders`.
 
-    drafter: its folder, or that of the run that trained it. Raises `UserError` where a drafter is missing or another target's.
+    drafter: its folder, or that of the run that trained it. Raises `UserError` where a drafter is missing or another
+    target's.
     """
     wanted = [(None, drafter, runtime)]
     wanted += [(one.label, Path(one.drafter or drafter), one.runtime or runtime) for one in config.contenders]  # type: ignore[misc]
@@ -100,17 +102,21 @@ def contenders(target: Target, drafter: Path, runtime: RuntimeConfig, config: Ev
     return out
 
 
-def evaluate(target: Target, runs: Sequence[Runner], suite: Suite, config: EvaluationConfig, out_path: Path) -> list[Row]:
+def evaluate(
+    target: Target, runs: Sequence[Runner], suite: Suite, config: EvaluationConfig, out_path: Path
+) -> list[Row]:
     """Plain decoding and `runs` over the suite; the new rows, which then also stand at the end of `out_path`.
 
-    suite: whole; `config` chooses the part. out_path: results.jsonl; single decodings are kept in `measurements/` beside it, and a run
-    that was stopped there goes on. Raises `UserError` before any decoding where a prompt or a setting cannot be honoured.
+    suite: whole; `config` chooses the part. out_path: results.jsonl; single decodings are kept in `measurements/`
+    beside it, and a run that was stopped there goes on. Raises `UserError` before any decoding where a prompt or a
+    setting cannot be honoured.
     """
     suite = config.chosen(suite)
     runners: list[Runner] = [Contender(PLAIN, SpeculativeDecoder(target)), *runs]
     facts = {runner.label: runner.facts(config.sampling.check()) for runner in runners}
     if len(facts) < len(runners):
-        raise UserError(f"labels of contenders must differ, and none is '{PLAIN}': got {', '.join(run.label for run in runs)}")
+        given = ", ".join(run.label for run in runs)
+        raise UserError(f"labels of contenders must differ, and none is '{PLAIN}': got {given}")
     bench = Bench(target, runners, config)
     bench.check(suite)
     setting = bench.setting(suite, out_path, facts)
@@ -122,7 +128,8 @@ def evaluate(target: Target, runs: Sequence[Runner], suite: Suite, config: Evalu
     if waiting:
         bench.warm_up(suite)
     with _progress() as progress:
-        bar = progress.add_task(f"{suite.name}: {len(runners)} runners", total=len(units), completed=len(units) - len(waiting))
+        what = f"{suite.name}: {len(runners)} runners"
+        bar = progress.add_task(what, total=len(units), completed=len(units) - len(waiting))
         for repeat, place, item in waiting:
             samples = bench.hold(item, repeat, place)
             entries.append({"repeat": repeat, "item": item.id, "samples": [sample.to_json() for sample in samples]})
@@ -162,61 +169,66 @@ class Bench:
             length = len(self.reader.tokenize(item.opening()))
             if length > room:
                 raise UserError(
-                    f"suite '{suite.name}', item '{item.id}': {length} prompt tokens and {self.config.max_new_tokens} new ones exceed the "
-                    f"target's context of {self.target.max_context}; lower evaluation.max_new_tokens or leave its task out"
+                    f"suite '{suite.name}', item '{item.id}': {length} prompt tokens and {self.config.max_new_tokens} new "
+                    f"ones exceed the target's context of {self.target.max_context}; lower evaluation.max_new_tokens or "
+                    f"leave its task out"
                 )
 
     def setting(self, suite: Suite, out_path: Path, facts: dict[str, Any]) -> Setting:
-        """The run's name is made from everything that shapes its numbers; a finished one of the same name makes it the next."""
+        """The run's name is made from everything that shapes its numbers; a finished one of the same name makes it the
+        next."""
         target, config = self.target, self.config
         where = (device_name(target.device), torch.get_num_threads(), versions())
         dtype = str(target.dtype).removeprefix("torch.")
-        name = fingerprint(target.fingerprint, dtype, where, suite.hash, config, {label: asdict(fact) for label, fact in facts.items()})
+        known = {label: asdict(fact) for label, fact in facts.items()}
+        name = fingerprint(target.fingerprint, dtype, where, suite.hash, config, known)
         finished = {row.run for row in read_rows(out_path)} if out_path.exists() else set()
         number = next(n for n in range(1, len(finished) + 2) if f"{name}-{n}" not in finished)
         return Setting(
-            f"{name}-{number}", target.name, target.fingerprint, dtype, suite.name, suite.hash, *config.sampling, config.max_new_tokens,
-            config.repeats, config.seed, *where, commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+            f"{name}-{number}", target.name, target.fingerprint, dtype, suite.name, suite.hash, *config.sampling,
+            config.max_new_tokens, config.repeats, config.seed, *where, commit(),
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )  # fmt: skip
 
     def warm_up(self, suite: Suite) -> None:
         """The longest prompts first: whatever is allocated or compiled once is done then."""
         prompts = sorted((self.reader.tokenize(item.opening()) for item in suite.items), key=len, reverse=True)
+        tokens = min(WARM_UP_TOKENS, self.config.max_new_tokens)
         for prompt in prompts[: self.config.warmup]:
             for runner in self.runners:
-                runner.run(prompt, min(WARM_UP_TOKENS, self.config.max_new_tokens), self.config.sampling, self.config.seed)
+                runner.run(prompt, tokens, self.config.sampling, self.config.seed)
 
     def hold(self, item: Item, repeat: int, place: int) -> list[Sample]:
         """One item, turn by turn, by every runner."""
         samples: list[Sample] = []
         answers: list[str] = []
         for turn in range(len(item.turns)):
-            prompt = self.reader.tokenize(item.opening() if turn == 0 else item.asked(turn, answers))  # type: ignore[arg-type]
+            prompt = self.reader.tokenize(item.opening() if turn == 0 else item.asked(turn, answers))
             if len(prompt) + self.config.max_new_tokens > self.target.max_context:
                 break  # the conversation has outgrown the context
-            outcomes = {
-                runner.label: runner.run(prompt, self.config.max_new_tokens, self.config.sampling, self._seed(item.id, turn, repeat))
-                for runner in in_turn(self.runners, place + repeat)
-            }
+            asked = (prompt, self.config.max_new_tokens, self.config.sampling, self._seed(item.id, turn, repeat))
+            outcomes = {runner.label: runner.run(*asked) for runner in in_turn(self.runners, place + repeat)}
             answers.append(outcomes[PLAIN].text)
             for label, outcome in outcomes.items():
                 difference = self._difference(prompt, outcomes[PLAIN].tokens, outcome.tokens)
-                samples.append(Sample(item.id, turn, repeat, item.task, label, outcome, loops(outcome.tokens), difference))
+                looping = loops(outcome.tokens)
+                samples.append(Sample(item.id, turn, repeat, item.task, label, outcome, looping, difference))
         return samples
 
     def efficiencies(self, suite: Suite) -> dict[str, dict[str, Any]]:
         """Of every runner that decodes through our runtime, on the first item of each task."""
         first = {item.task: item for item in reversed(suite.items)}
         prompts = [self.reader.tokenize(first[task].opening()) for task in suite.tasks[:EFFICIENCY_PROMPTS]]
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for runner in self.runners:
             if isinstance(runner, Contender):
-                efficiency = measure(runner, prompts, self.config.sampling, self.config.seed)
+                efficiency = measure(runner.decoder, prompts, self.config.sampling, self.config.seed)
                 found |= {runner.label: efficiency.to_json()} if efficiency else {}
         return found
 
     def _difference(self, prompt: list[int], plain: list[int], other: list[int]) -> Difference | None:
-        """Where a greedy output leaves plain decoding's, and by how little; None where it does not, or where tokens are sampled."""
+        """Where a greedy output leaves plain decoding's, and by how little; None where it does not, or where tokens are
+        sampled."""
         if self.config.temperature > 0 or plain == other:
             return None
         at = next((place for place, pair in enumerate(zip(plain, other, strict=False)) if pair[0] != pair[1]), None)
@@ -229,14 +241,16 @@ class Bench:
 
 
 def margin(target: Target, context: list[int], ours: int, theirs: int) -> float:
-    """By how much the target's logit of `ours` exceeds that of `theirs` after `context`, in its own precision, read in one pass."""
+    """By how much the target's logit of `ours` exceeds that of `theirs` after `context`, in its own precision, read in
+    one pass."""
     tokens = torch.tensor([context], device=target.device)
     read = target.prefill(target.new_cache(1, len(context)), tokens, torch.tensor([len(context)], device=target.device))
     return float(read.logits[0, ours].float() - read.logits[0, theirs].float())
 
 
 def in_turn(runners: Sequence[Runner], place: int) -> list[Runner]:
-    """The order at a place: everyone comes first, second, ... equally often, and follows each neighbour as often as it goes before it."""
+    """The order at a place: everyone comes first, second, ... equally often, and follows each neighbour as often as it
+    goes before it."""
     turned = [runners[(place + offset) % len(runners)] for offset in range(len(runners))]
     return turned if place // len(runners) % 2 == 0 else turned[::-1]
 
@@ -250,4 +264,5 @@ def _efficiencies(entries: Sequence[dict[str, Any]]) -> dict[str, Efficiency]:
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*shown)

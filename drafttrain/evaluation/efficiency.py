@@ -1,8 +1,9 @@
 """How much of a round is model arithmetic: the forwards of its target and drafter, replayed alone at the same shapes.
 
-While one decoding runs, every call of the target's backbone and every `bare_forward` of the drafter is done again `TIMES` times on the very
-tensors it was given (slots of the caches are written again with the same values) and timed. What a round takes comes from another, undisturbed
-decoding of the same prompt just before. Masks, growing, verification, commit and Python are what is left.
+Rounds of one decoding are left alone and looked into by turns. A round left alone gives what a round takes; in the next one
+every call of the target's backbone and head and every `bare_forward` of the drafter is done again `TIMES` times, on the very
+tensors it was given (slots of caches are written again with the same values), and timed. Medians over rounds that stand a few
+milliseconds apart keep a busy machine out of the ratio. What is left of a round is masks, growing, verification, commit and Python.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from statistics import median
 from types import TracebackType
 from typing import Any
 
@@ -17,21 +19,19 @@ import torch
 from torch import nn
 
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored, Verdict
-from drafttrain.evaluation.runners import Contender
 from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.generate import Request
 
 TIMES = 3
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Seconds a round: as measured, and of its bare forwards."""
+    """Seconds of a typical round: as measured, and of its bare forwards."""
 
-    round: float  # all phases but the prefill
-    draft: float  # the `draft` phase
+    round: float  # from the end of the round before to its own end
+    draft: float  # its `draft` phase
     bare_target: float
     bare_drafter: float
 
@@ -49,57 +49,65 @@ class Efficiency:
         return asdict(self)
 
 
-def measure(contender: Contender, prompts: Iterable[list[int]], sampling: Sampling, seed: int) -> Efficiency | None:
-    """Over the first `NEW_TOKENS` tokens of each prompt; None where no prompt gave two rounds."""
-    rounds, round_time, draft_time = 0, 0.0, 0.0
-    replay = Replay(contender.decoder)
+def measure(
+    decoder: SpeculativeDecoder, prompts: Iterable[list[int]], sampling: Sampling, seed: int, new_tokens: int = NEW_TOKENS
+) -> Efficiency | None:
+    """Over the first `new_tokens` tokens of each prompt (token ids); None where no prompt gives two rounds."""
+    alone: list[tuple[float, float]] = []  # seconds of a round and of its drafting
+    bare: list[tuple[float, float]] = []  # seconds of a round's target and drafter forwards
+    replay = Replay(decoder)
     for prompt in prompts:
-        outcome = contender.run(prompt, NEW_TOKENS, sampling, seed)
-        rounds += outcome.statistics.rounds
-        round_time += outcome.wall - outcome.statistics.seconds["prefill"]
-        draft_time += outcome.statistics.seconds["draft"]
-        with replay:
-            contender.decoder.generate([prompt], NEW_TOKENS, *sampling, seed=seed, on_round=replay.on_round)
-    if not replay.rounds or not rounds:
+        batch = decoder.batch(sampling, seed)
+        batch.start([Request(prompt, 0, new_tokens)])
+        batch.clock.seconds()  # waits for the device and forgets the prefill
+        watched = False
+        while not batch.done:
+            start = time.perf_counter()
+            if watched:
+                with replay:
+                    batch.step()
+                bare.append((replay.target_seconds, replay.drafter_seconds))
+                batch.clock.seconds()
+            else:
+                batch.step()
+                drafting = batch.clock.seconds()["draft"]
+                alone.append((time.perf_counter() - start, drafting))
+            watched = not watched
+    if not alone or not bare:
         return None
-    return Efficiency(
-        round_time / rounds, draft_time / rounds, replay.target_seconds / replay.rounds, replay.drafter_seconds / replay.rounds
-    )
+    (rounds, drafts), (targets, drafters) = zip(*alone, strict=True), zip(*bare, strict=True)
+    return Efficiency(median(rounds), median(drafts), median(targets), median(drafters))
 
 
 class Replay:
-    """Adds up the time of bare forwards over the rounds of the decodings that run inside it, each decoding's first round left out."""
+    """Adds up the seconds of bare forwards while it is entered, doing each of them again."""
 
     def __init__(self, decoder: SpeculativeDecoder) -> None:
         self.target, self.drafter = decoder.target, decoder.drafter
-        self.rounds, self.target_seconds, self.drafter_seconds = 0, 0.0, 0.0
-        self._pending = [0.0, 0.0]  # target's and drafter's seconds since the last round ended
+        self.target_seconds, self.drafter_seconds = 0.0, 0.0
 
     def __enter__(self) -> Replay:
-        self._started = False
+        self.target_seconds, self.drafter_seconds = 0.0, 0.0
         self._hook = self.target.backbone.register_forward_hook(self._after_backbone, with_kwargs=True)
         if self.drafter is not None:
             self.drafter.watcher = self._after_drafter
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._hook.remove()
         if self.drafter is not None:
             self.drafter.watcher = None
 
-    def on_round(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
-        """Closes a round. Before the first one lie the prefill and `begin`, so it is not counted."""
-        if self._started:
-            self.rounds += 1
-            self.target_seconds += self._pending[0]
-            self.drafter_seconds += self._pending[1]
-        self._pending, self._started = [0.0, 0.0], True
-
     def _after_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._pending[0] += self._timed(lambda: self.target.head.logits(module.forward(*args, **kwargs).last_hidden_state))
+        def again() -> object:
+            return self.target.head.logits(module.forward(*args, **kwargs).last_hidden_state)
+
+        self.target_seconds += self._timed(again)
 
     def _after_drafter(self, again: Callable[[], object]) -> None:
-        self._pending[1] += self._timed(again)
+        self.drafter_seconds += self._timed(again)
 
     def _timed(self, again: Callable[[], object]) -> float:
         """Mean seconds of doing it again."""

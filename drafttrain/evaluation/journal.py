@@ -1,4 +1,5 @@
-"""Lines of JSON on disk that survive being killed: a journal that grows unit by unit, and a results file that gains a run's rows at once."""
+"""Lines of JSON on disk that survive being killed: a journal that grows unit by unit, and a results file that gains a
+run's rows at once."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(f"'{path}', line {number}: not JSON; restore the file or move it away and run again") from error
+            advice = "restore the file or move it away and run again"
+            raise UserError(f"'{path}', line {number}: not JSON; {advice}") from error
     return entries
 
 
@@ -69,6 +71,6 @@ def _writable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"'{path}' cannot be written ({error.strerror or error}); make room or choose another output, then run again: "
-            f"what was measured before is kept"
+            f"'{path}' cannot be written ({error.strerror or error}); make room or choose another output, then run "
+            f"again: what was measured before is kept"
         ) from error

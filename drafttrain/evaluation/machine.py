@@ -24,7 +24,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of this package's source, `+` where files differ from it; None where it is not run from a checkout."""
+    """The git commit of this package's source, `+` where files differ from it; None where it is not run from a
+    checkout."""
     here = Path(__file__)
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None  # installed, perhaps inside somebody else's repository

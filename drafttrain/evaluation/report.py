@@ -1,8 +1,9 @@
-"""Tables from results files: Markdown for pages, rich for the terminal, and pages whose tables come from the files by name.
+"""Tables from results files: Markdown for pages, rich for the terminal, and pages whose tables come from the files by
+name.
 
 A page marks where a table belongs, and everything between its marks is replaced when it is rendered:
 
-    <!-- results:NAME -->            rows of NAME.jsonl, one line a contender (`results:NAME tasks`: one a contender and task)
+    <!-- results:NAME -->            one line a contender, from NAME.jsonl (`results:NAME tasks`: one a contender and task)
     <!-- /results:NAME -->
 """
 
@@ -21,15 +22,20 @@ from rich.text import Text
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.bench import read_rows
-from drafttrain.evaluation.rows import ALL, Interval, Row
+from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.runners import PLAIN
 
 View = Literal["summary", "tasks"]
+VIEWS: dict[str, View] = {"summary": "summary", "tasks": "tasks"}
 NONE = "–"
 MARK = re.compile(
-    r"(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>\w+))? -->\n)(?P<body>.*?)(?P<tail><!-- /results:(?P=name) -->)", re.S
-)
-COLUMNS = ("tau", "tau, no loops", "alpha_1 ..", "plain tokens/s", "tokens/s", "speed-up [95%]", "speed-up, no loops [95%]")
+    r"(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>\w+))? -->\n)"
+    r"(?P<body>.*?)"
+    r"(?P<tail><!-- /results:(?P=name) -->)", re.S,
+)  # fmt: skip
+COLUMNS = (
+    "tau", "tau, no loops", "alpha_1 ..", "plain tokens/s", "tokens/s", "speed-up [95%]", "speed-up, no loops [95%]",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,16 @@ def footer(lines: Sequence[Line]) -> str:
     days, commits = sorted({row.date[:10] for row in rows}), sorted({row.commit for row in rows if row.commit})
     prompts = max(row.measured.prompts for row in rows)
     looping = [row.measured.looping for row in rows if row.measured.label == PLAIN and row.measured.task == ALL]
-    return (
-        f"Target {one.target} ({one.target_fingerprint}, {one.dtype}); suite {one.suite} ({one.suite_hash}), {prompts} prompts"
-        f"{f' x {one.repeats}' if one.repeats > 1 else ''}, at most {one.max_new_tokens} new tokens, {how}, seed {one.seed}; "
-        f"{f'{looping[-1]:.0%} of plain outputs loop; ' if looping else ''}{one.device}, {one.threads} threads; {installed}"
-        f"{f' ({chr(44).join(commits)})' if commits else ''}; {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
-    )
+    asked = f"{prompts} prompts" if one.repeats == 1 else f"{prompts} prompts x {one.repeats}"
+    facts = [
+        f"Target {one.target} ({one.target_fingerprint}, {one.dtype})",
+        f"suite {one.suite} ({one.suite_hash}), {asked}, at most {one.max_new_tokens} new tokens, {how}, seed {one.seed}",
+        *(f"{share:.0%} of plain outputs loop" for share in looping[-1:]),
+        f"{one.device}, {one.threads} threads",
+        f"{installed} ({', '.join(commits)})" if commits else installed,
+        " to ".join(dict.fromkeys([days[0], days[-1]])),
+    ]
+    return "; ".join(facts) + "."
 
 
 def render(page: Path, results: Path) -> bool:
@@ -96,13 +106,14 @@ def stale(page: Path, results: Path) -> list[str]:
 
 
 def render_text(text: str, results: Path, where: str) -> str:
-    """A page's text with its tables renewed. Raises `UserError` for a mark without its end, or of a file that is not there."""
+    """A page's text with its tables renewed. Raises `UserError` for a mark without its end, or of a file that is not
+    there."""
 
     def table(mark: re.Match[str]) -> str:
-        view = mark["view"] or "summary"
-        if view not in ("summary", "tasks"):
-            raise UserError(f"{where}: mark 'results:{mark['name']} {view}': the view is 'summary' or 'tasks'")
-        return f"{mark['head']}{results_table(read_rows(results / (mark['name'] + '.jsonl')), view)}{mark['tail']}"
+        rows = read_rows(results / f"{mark['name']}.jsonl")
+        if mark["view"] not in (None, *VIEWS):
+            raise UserError(f"{where}: mark 'results:{mark['name']} {mark['view']}': the view is {' or '.join(VIEWS)}")
+        return mark["head"] + results_table(rows, VIEWS[mark["view"] or "summary"]) + mark["tail"]
 
     opened = re.findall(r"<!-- results:([\w.-]+)", text)
     closed = [mark["name"] for mark in MARK.finditer(text)]
@@ -123,9 +134,9 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def setting_key(row: Row) -> tuple[Any, ...]:
     """Rows with equal keys may stand in one table."""
     return (
-        row.target, row.target_fingerprint, row.dtype, row.suite, row.suite_hash, row.temperature, row.top_k, row.top_p, row.max_new_tokens,
-        row.repeats, row.seed, row.device, row.threads, tuple(row.versions.items()),
-    )
+        row.target, row.target_fingerprint, row.dtype, row.suite, row.suite_hash, row.temperature, row.top_k, row.top_p,
+        row.max_new_tokens, row.repeats, row.seed, row.device, row.threads, tuple(row.versions.items()),
+    )  # fmt: skip
 
 
 def _by_setting(rows: Iterable[Row], view: View) -> Iterable[list[Line]]:
@@ -166,12 +177,13 @@ def _line_cells(line: Line, view: View) -> list[str]:
     ]  # fmt: skip
     if view == "tasks":
         return [name, whole.task, *figures, f"{whole.looping:.0%}"]
-    return [name, *figures, f"{whole.yield_of_tau:.2f}", _number(whole.loop_efficiency), _number(whole.drafting_overhead), _differing(line.whole)]
+    shares = [f"{whole.yield_of_tau:.2f}", _number(whole.loop_efficiency), _number(whole.drafting_overhead)]
+    return [name, *figures, *shares, _differing(whole)]
 
 
-def _differing(row: Row) -> str:
+def _differing(row: Measured) -> str:
     """`3 of 60, margin <= 0.13`: the largest margin at which an output left plain decoding's."""
-    exactness = row.measured.exactness
+    exactness = row.exactness
     if exactness is None:
         return NONE
     known = [abs(margin) for margin in exactness.margins if margin is not None]

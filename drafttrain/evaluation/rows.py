@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from operator import add
@@ -26,7 +26,7 @@ class Difference:
     """Where a greedy output leaves plain decoding's."""
 
     at: int  # index of the first differing token of the answer
-    margin: float | None  # the target's logit of plain decoding's token less that of the other; None where one output just ends
+    margin: float | None  # the target's logit of plain decoding's token less the other's; None where one output just ends
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Row(Setting):
         """Raises `UserError` where the row is of another format; `where` opens the message."""
         data = dict(data)
         if data.pop("format", None) != FORMAT:
-            raise UserError(f"{where}: not a result row of format {FORMAT}; evaluate again with this version of drafttrain")
+            raise UserError(f"{where}: not a result row of format {FORMAT}; evaluate again with this drafttrain")
         try:
             shared = {field.name: data.pop(field.name) for field in fields(Setting)}
             data["alpha"] = tuple(data["alpha"])
@@ -171,15 +171,15 @@ def make_rows(
     tasks = [*dict.fromkeys(sample.task for sample in samples), ALL]
     plain = {sample.key: sample for sample in samples if sample.label == PLAIN}
     rows = []
-    for label in facts:
-        own = [sample for sample in samples if sample.label == label]
+    for label, known in facts.items():
+        exact = setting.temperature == 0 and label != PLAIN
         for task in tasks:
-            of_task = [sample for sample in own if task in (ALL, sample.task)]
-            for outputs, chosen in _kinds(of_task, plain):
+            own = [sample for sample in samples if sample.label == label and task in (ALL, sample.task)]
+            for outputs, chosen in _kinds(own, plain):
                 efficiency = efficiencies.get(label) if task == ALL and outputs == "all" else None
+                pairs = [plain[sample.key] for sample in chosen]
                 if chosen:
-                    measured = summarise(chosen, [plain[one.key] for one in chosen], facts[label], label, task, outputs, efficiency,
-                                         exact=setting.temperature == 0 and label != PLAIN)
+                    measured = summarise(chosen, pairs, known, label, task, outputs, efficiency, exact)
                     rows.append(Row(**asdict(setting), measured=measured))
     return rows
 
@@ -194,16 +194,17 @@ def summarise(
     efficiency: Efficiency | None = None, exact: bool = False,
 ) -> Measured:
     """One runner's decodings against plain decoding's of the same prompts, pair by pair."""
-    total = reduce(add, (sample.outcome.statistics for sample in own), Statistics())
+    total = _pooled(own)
     speedup = ratio_interval(own, plain)
-    decoding = sum(sample.decode_seconds for sample in own)
+    written, wall = sum(len(sample.outcome.tokens) for sample in own), sum(sample.outcome.wall for sample in own)
     return Measured(
-        **asdict(facts), label=label, task=task, outputs=outputs, prompts=len({(sample.item, sample.turn) for sample in own}),
+        **asdict(facts), label=label, task=task, outputs=outputs,
+        prompts=len({(sample.item, sample.turn) for sample in own}),
         rounds=total.rounds, tokens=total.tokens, tau=total.tau, alpha=tuple(total.alpha),
         nodes_per_round=_ratio(sum(sample.outcome.drafted for sample in own), total.rounds),
-        tokens_per_second=_ratio(total.tokens, decoding),
-        tokens_per_second_with_prefill=_ratio(_sum(own, lambda one: len(one.outcome.tokens)), _sum(own, lambda one: one.outcome.wall)),
-        plain_tokens_per_second=_ratio(_sum(plain, lambda one: one.outcome.statistics.tokens), _sum(plain, lambda one: one.decode_seconds)),
+        tokens_per_second=_ratio(total.tokens, _decoding(own)),
+        tokens_per_second_with_prefill=_ratio(written, wall),
+        plain_tokens_per_second=_ratio(_pooled(plain).tokens, _decoding(plain)),
         seconds={phase: total.seconds[phase] for phase in PHASES},
         speedups={PLAIN: speedup}, yield_of_tau=_ratio(speedup.value, total.tau),
         looping=_ratio(sum(sample.looping for sample in own), len(own)),
@@ -214,9 +215,12 @@ def summarise(
     )
 
 
-def ratio_interval(own: Sequence[Sample], plain: Sequence[Sample], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Speed-up: seconds per token of plain decoding over seconds per token of ours, sums over all prompts; the interval is the middle
-    95% of the same ratio over resampled prompts (percentile bootstrap; an item's turns and repeats stay together, pairs too)."""
+def ratio_interval(
+    own: Sequence[Sample], plain: Sequence[Sample], resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Speed-up: seconds per token of plain decoding over seconds per token of ours, sums over all prompts; the interval
+    is the middle 95% of the same ratio over resampled prompts (percentile bootstrap; an item's turns and repeats stay
+    together, pairs too)."""
     place = {item: index for index, item in enumerate(dict.fromkeys(sample.item for sample in own))}
     sums = np.zeros((len(place), 4))  # plain seconds, plain tokens, our seconds, our tokens
     for ours, theirs in zip(own, plain, strict=True):
@@ -227,7 +231,8 @@ def ratio_interval(own: Sequence[Sample], plain: Sequence[Sample], resamples: in
     value = float(_speedup(sums.sum(0)))
     if len(place) < 2:
         return Interval(value, None, None)
-    draws = np.random.default_rng(seed).multinomial(len(place), np.full(len(place), 1 / len(place)), size=resamples)  # [R, n]
+    even = np.full(len(place), 1 / len(place))
+    draws = np.random.default_rng(seed).multinomial(len(place), even, size=resamples)  # [R, n] how often each was drawn
     low, high = np.nanpercentile(_speedup(draws @ sums), [2.5, 97.5])
     return Interval(value, float(low), float(high))
 
@@ -242,11 +247,16 @@ def _speedup(sums: np.ndarray) -> np.ndarray:
 
 def _exactness(own: Sequence[Sample]) -> Exactness:
     different = [(sample.item, sample.difference.margin) for sample in own if sample.difference is not None]
-    return Exactness(len(own), len(different), tuple(margin for _, margin in different), tuple(item for item, _ in different))
+    prompts, margins = zip(*different, strict=True) if different else ((), ())
+    return Exactness(len(own), len(different), margins, prompts)
 
 
-def _sum(samples: Sequence[Sample], value: Callable[[Sample], float]) -> float:
-    return sum(value(sample) for sample in samples)
+def _pooled(samples: Sequence[Sample]) -> Statistics:
+    return reduce(add, (sample.outcome.statistics for sample in samples), Statistics())
+
+
+def _decoding(samples: Sequence[Sample]) -> float:
+    return sum(sample.decode_seconds for sample in samples)
 
 
 def _ratio(over: float, under: float) -> float:

@@ -1,6 +1,7 @@
 """What can decode a suite: a runner takes a prompt's token ids and says what came out and what it took.
 
-Speculative and plain decoding through our runtime is `Contender`. Peers (other libraries' decoding) are further classes with the same three members.
+Speculative and plain decoding through our runtime is `Contender`. Peers (other libraries' decoding) are further classes
+with the same three members.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Suites: prompts by task, from the one that ships with the package or from any JSONL file.
 
-A line holds `id`, `task`, one of `prompt` (a user's message), `turns` (several, asked one after another) or `messages` (a conversation whose
-last message is the user's), and optionally `answer`, which a program can check. Other keys, such as Spec-Bench's `category`, are let be.
+A line holds `id`, `task`, one of `prompt` (a user's message), `turns` (several, asked one after another) or `messages`
+(a conversation whose last message is the user's), and optionally `answer`, which a program can check. Other keys, such
+as Spec-Bench's `category`, are let be.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class Suite:
         """Only these tasks (none named: all), at most `limit` items of each and `turns` turns of every item."""
         for task in tasks:
             if task not in self.tasks:
-                known = ", ".join(self.tasks)
-                raise UserError(f"suite '{self.name}' has no task '{task}'{nearest(task, self.tasks)}; its tasks: {known}")
+                hint, known = nearest(task, self.tasks), ", ".join(self.tasks)
+                raise UserError(f"suite '{self.name}' has no task '{task}'{hint}; its tasks: {known}")
         left = {task: len(self.items) if limit is None else limit for task in tasks or self.tasks}
         kept = []
         for item in self.items:
@@ -81,7 +82,8 @@ def load_suite(name: str) -> Suite:
     """
     path = SUITES.get(name) or Path(name)
     if not path.is_file():
-        raise UserError(f"suite '{name}'{nearest(name, SUITES)}: no such file; give one of {', '.join(SUITES)}, or the path of a JSONL file")
+        known = ", ".join(SUITES)
+        raise UserError(f"suite '{name}'{nearest(name, SUITES)}: no such file; give {known}, or the path of a JSONL file")
     lines = path.read_text(encoding="utf-8").splitlines()
     items = [read_item(line, f"suite '{name}', line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not items:
@@ -99,7 +101,8 @@ def read_item(line: str, where: str) -> Item:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from error
     if not isinstance(data, dict) or "id" not in data or "task" not in data:
-        raise UserError(f"{where}: an object with 'id', 'task' and one of {', '.join(FORMS)} is needed, got {line[:60]!r}")
+        needed = f"an object with 'id', 'task' and one of {', '.join(FORMS)} is needed"
+        raise UserError(f"{where}: {needed}, got {line[:60]!r}")
     given = [form for form in FORMS if form in data]
     if len(given) != 1:
         raise UserError(f"{where}: exactly one of {', '.join(FORMS)} is needed, got {given or 'none'}")

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.evaluation.toys import CONFIG, SUITE, Letters, contender, lines, target
-from tests.tiny import tiny_eagle3
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic
@@ -21,6 +19,8 @@ from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.runners import PLAIN, Contender, Facts, Outcome
 from drafttrain.evaluation.suites import Item, Suite
 from drafttrain.runtime.decoder import RuntimeConfig
+from tests.evaluation.toys import CONFIG, SUITE, Letters, contender, lines, target
+from tests.tiny import tiny_eagle3
 
 
 @dataclass
@@ -54,7 +54,8 @@ class Wrong(Spy):
 
 
 def pick(rows: list[Row], label: str, task: str = "all") -> Row:
-    return next(row for row in rows if (row.measured.label, row.measured.task, row.measured.outputs) == (label, task, "all"))
+    key = (label, task, "all")
+    return next(row for row in rows if (row.measured.label, row.measured.task, row.measured.outputs) == key)
 
 
 def journaled(folder: Path) -> list[dict]:
@@ -78,7 +79,8 @@ def test_a_row_pools_what_the_decoder_itself_counts(tmp_path: Path) -> None:
     assert row.measured.rounds == sum(one.rounds for one in statistics)
     assert row.measured.tokens == sum(one.tokens for one in statistics) == 2 * 19
     assert row.measured.nodes_per_round == 3.0
-    assert (row.measured.draft_length, row.measured.slots, row.measured.rule, row.measured.draws) == (3, 3, "greedy", "point")
+    assert (row.measured.draft_length, row.measured.slots) == (3, 3)
+    assert (row.measured.rule, row.measured.draws) == ("greedy", "point")
 
 
 def test_times_of_all_phases_add_up_to_the_wall_clock() -> None:
@@ -131,7 +133,8 @@ def test_a_finished_run_is_measured_anew_and_its_counts_are_equal_to_the_last_di
 
 def test_another_configuration_is_another_run(tmp_path: Path) -> None:
     changes = [{}, {"max_new_tokens": 16}, {"seed": 1}, {"limit": 1}]
-    runs = {evaluate(target(), [], SUITE, CONFIG.model_copy(update=change), tmp_path / "r.jsonl")[0].run for change in changes}
+    configs = [CONFIG.model_copy(update=change) for change in changes]
+    runs = {evaluate(target(), [], SUITE, config, tmp_path / "results.jsonl")[0].run for config in configs}
     assert len(runs) == len(changes)
 
 
@@ -146,7 +149,8 @@ def test_runners_take_turns_in_going_first_and_in_following_each_other() -> None
     runners = [contender(name) for name in "abc"]
     orders = ["".join(runner.label for runner in in_turn(runners, place)) for place in range(6)]
     assert Counter(order[0] for order in orders) == {"a": 2, "b": 2, "c": 2}
-    assert Counter(order[at : at + 2] for order in orders for at in (0, 1)) == dict.fromkeys(["ab", "bc", "ca", "ba", "cb", "ac"], 2)
+    pairs = Counter(order[at : at + 2] for order in orders for at in (0, 1))
+    assert pairs == dict.fromkeys(["ab", "bc", "ca", "ba", "cb", "ac"], 2)
 
 
 def test_an_output_that_leaves_plain_decoding_is_counted_with_the_targets_margin(tmp_path: Path) -> None:
@@ -180,11 +184,13 @@ def test_sampled_texts_depend_on_seed_and_repeat_only_and_are_not_called_inexact
     config = CONFIG.model_copy(update={"temperature": 1.0, "repeats": 2})
     for name in ("one", "two"):
         rows = evaluate(target(), [contender()], SUITE, config, tmp_path / name / "results.jsonl")
-    texts = [[sample["outcome"]["tokens"] for entry in journaled(tmp_path / name) for sample in entry["samples"]] for name in ("one", "two")]
+    samples = [[one for entry in journaled(tmp_path / name) for one in entry["samples"]] for name in ("one", "two")]
+    texts = [[one["outcome"]["tokens"] for one in run] for run in samples]
     assert texts[0] == texts[1]
     assert len({tuple(text) for text in texts[0]}) == len(texts[0])
     row = pick(rows, contender().label)
-    assert (row.measured.rule, row.measured.draws, row.measured.exactness, row.temperature) == ("rejection", "iid", None, 1.0)
+    assert (row.measured.rule, row.measured.draws, row.temperature) == ("rejection", "iid", 1.0)
+    assert row.measured.exactness is None
 
 
 def test_a_prompt_beyond_the_context_is_refused_by_its_id_before_anything_is_decoded(tmp_path: Path) -> None:
@@ -216,9 +222,8 @@ def test_contenders_come_from_folders_with_names_and_fingerprints_of_their_files
     for seed in (0, 1):
         save_drafter(tiny_eagle3(target(), seed), tmp_path / f"run{seed}" / "drafter")
     wide = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=5))
-    config = CONFIG.model_copy(
-        update={"contenders": (ContenderConfig(label="wide", runtime=wide), ContenderConfig(label="other", drafter=str(tmp_path / "run1")))}
-    )
+    more = (ContenderConfig(label="wide", runtime=wide), ContenderConfig(label="other", drafter=str(tmp_path / "run1")))
+    config = CONFIG.model_copy(update={"contenders": more})
     made = contenders(target(), tmp_path / "run0" / "drafter", RuntimeConfig(shape=Chain(length=2)), config)
     facts = [one.facts(Sampling()) for one in made]
     assert [one.label for one in made] == ["eagle3 chain-2", "wide", "other"]
@@ -235,15 +240,18 @@ def test_a_drafters_fingerprint_follows_every_byte_of_its_files(tmp_path: Path) 
     assert replace(contender(), files=folder).facts(Sampling()).drafter_fingerprint != before
 
 
-def test_efficiency_is_measured_once_and_kept_over_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_efficiency_is_measured_once_and_kept_over_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = CONFIG.model_copy(update={"efficiency": True})
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("drafttrain.evaluation.bench.append_whole", interrupted)
-        evaluate(target(), [contender()], SUITE, config, tmp_path / "results.jsonl")
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(target(), [contender()], SUITE, config, tmp_path / "results.jsonl")
     before = journaled(tmp_path)
     rows = evaluate(target(), [contender()], SUITE, config, tmp_path / "results.jsonl")
     assert journaled(tmp_path) == before

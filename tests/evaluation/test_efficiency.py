@@ -6,21 +6,27 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from tests.evaluation.toys import contender, target
 
 from drafttrain.core.plan import Chain
 from drafttrain.core.sampling import Sampling
 from drafttrain.evaluation.efficiency import TIMES, Efficiency, Replay, measure
-from drafttrain.evaluation.runners import PLAIN, Contender
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.generate import Batch, Request
+from tests.evaluation.toys import contender, target
 
 PROMPT = [5, 9, 11, 30, 2, 7]
 
 
-def watched(decoder: SpeculativeDecoder) -> tuple[list[int], Counter[str], Replay]:
-    """The text, the drafter's marked calls by name, and the replay, of one decoding inside it."""
-    names: Counter[str] = Counter()
-    replay = Replay(decoder)
+def started(decoder: SpeculativeDecoder, limit: int = 20) -> Batch:
+    batch = decoder.batch(Sampling())
+    batch.start([Request(PROMPT, 0, limit)])
+    return batch
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_round_of_a_chain_of_k_replays_k_layers_k_heads_and_one_fusion(length: int) -> None:
+    decoder = SpeculativeDecoder(target(), contender().decoder.drafter, RuntimeConfig(shape=Chain(length=length)))
+    batch, replay, names = started(decoder), Replay(decoder), Counter[str]()
     inner = replay._after_drafter
 
     def counted(again: Any) -> None:
@@ -29,26 +35,21 @@ def watched(decoder: SpeculativeDecoder) -> tuple[list[int], Counter[str], Repla
 
     replay._after_drafter = counted  # type: ignore[method-assign]
     with replay:
-        (generation,) = decoder.generate([PROMPT], 20, on_round=replay.on_round)
-    return generation.tokens, names, replay
+        batch.step()
+    assert names == {"_run": length, "_logits": length, "_fuse": 1}
+    assert replay.drafter_seconds > 0
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_a_chain_of_k_has_k_bare_layers_and_k_bare_heads_a_round(length: int) -> None:
-    decoder = SpeculativeDecoder(target(), contender().decoder.drafter, RuntimeConfig(shape=Chain(length=length)))
-    rounds = decoder.generate([PROMPT], 20)[0].statistics.rounds
-    _, names, replay = watched(decoder)
-    assert names["_run"] == length * rounds + 1  # one over the prompt
-    assert names["_logits"] == length * rounds
-    assert replay.rounds == rounds - 1  # the first round comes with the prefill
+def test_replaying_every_round_changes_no_token() -> None:
+    decoder = contender().decoder
+    batch = started(decoder)
+    while not batch.done:
+        with Replay(decoder):
+            batch.step()
+    assert batch.written[0] == decoder.generate([PROMPT], 20)[0].tokens
 
 
-def test_replaying_changes_no_token() -> None:
-    tokens, _, _ = watched(contender().decoder)
-    assert tokens == contender().decoder.generate([PROMPT], 20)[0].tokens
-
-
-def test_each_target_forward_is_replayed_at_its_own_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_other_target_forward_is_replayed_at_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     widths: list[int] = []
     forward = target().backbone.forward
 
@@ -56,10 +57,11 @@ def test_each_target_forward_is_replayed_at_its_own_shapes(monkeypatch: pytest.M
         widths.append(kwargs["input_ids"].shape[1])
         return forward(*args, **kwargs)
 
+    rounds = contender().decoder.generate([PROMPT], 20)[0].statistics.rounds
     with monkeypatch.context() as patch:
         patch.setattr(target().backbone, "forward", noted)
-        _, _, replay = watched(contender().decoder)
-    assert widths == [len(PROMPT)] * (1 + TIMES) + [4] * ((replay.rounds + 1) * (1 + TIMES))
+        measure(contender().decoder, [PROMPT], Sampling(), 0, new_tokens=20)
+    assert widths == [len(PROMPT)] + [4] * (rounds + rounds // 2 * TIMES)
 
 
 def test_nothing_is_watched_after_a_replay() -> None:
@@ -78,7 +80,11 @@ def test_loop_efficiency_is_bare_forwards_over_the_round_and_drafting_is_over_it
 
 
 def test_plain_decoding_has_an_efficiency_and_no_drafting() -> None:
-    found = measure(Contender(PLAIN, SpeculativeDecoder(target())), [PROMPT], Sampling(), 0)
+    found = measure(SpeculativeDecoder(target()), [PROMPT], Sampling(), 0)
     assert found is not None
     assert found.drafting is None
     assert found.bare_target > 0
+
+
+def test_a_single_round_gives_no_efficiency() -> None:
+    assert measure(contender().decoder, [PROMPT], Sampling(), 0, new_tokens=2) is None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
-from tests.evaluation.toys import sample
 
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation.efficiency import Efficiency
 from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows, ratio_interval, summarise
 from drafttrain.evaluation.runners import PLAIN, Facts
+from tests.evaluation.toys import sample
 
 SETTING = Setting(
-    "run-1", "toy", "f00d", "float32", "mine", "beef", 0.0, 0, 1.0, 32, 1, 0, "cpu", 2, {"torch": "2"}, None, "2025-01-01"
+    "run-1", "toy", "f00d", "float32", "mine", "beef", 0.0, 0, 1.0, 32, 1, 0, "cpu", 2, {"torch": "2"}, None,
+    "2025-01-01",
 )  # fmt: skip
 PLAINLY = [sample("a", PLAIN, 4.0, 40, 40), sample("b", PLAIN, 1.0, 10, 10)]
 DRAFTED = [sample("a", "mine", 1.0, 40, 10), sample("b", "mine", 0.5, 10, 10)]
@@ -78,7 +80,8 @@ def test_one_prompt_alone_has_no_interval() -> None:
 
 
 def rows_of(*samples: Sample) -> dict[tuple[str, str, str], Row]:
-    facts = {PLAIN: Facts(), "mine": Facts("eagle3", "cafe", "greedy", True, "point", {"shape": "chain", "length": 4}, 4, 4)}
+    shape = {"shape": "chain", "length": 4}
+    facts = {PLAIN: Facts(), "mine": Facts("eagle3", "cafe", "greedy", True, "point", shape, 4, 4)}
     efficiency = {"mine": Efficiency(0.10, 0.03, 0.06, 0.02)}
     rows = make_rows(samples, facts, efficiency, SETTING)
     return {(row.measured.label, row.measured.task, row.measured.outputs): row for row in rows}
@@ -87,8 +90,7 @@ def rows_of(*samples: Sample) -> dict[tuple[str, str, str], Row]:
 def test_there_is_a_row_for_each_runner_task_and_kind_of_outputs() -> None:
     qa = [sample("q", PLAIN, 2.0, 20, 20, task="qa"), sample("q", "mine", 1.0, 20, 10, task="qa")]
     rows = rows_of(*PLAINLY, *DRAFTED, *qa)
-    expected = {(label, task, kind) for label in (PLAIN, "mine") for task in ("math", "qa", "all") for kind in ("all", "not_looping")}
-    assert set(rows) == expected
+    assert set(rows) == set(product((PLAIN, "mine"), ("math", "qa", "all"), ("all", "not_looping")))
     assert rows["mine", "all", "all"].measured.rounds == 30
     assert rows["mine", "qa", "all"].measured.rounds == 10
 

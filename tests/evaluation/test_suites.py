@@ -95,6 +95,6 @@ def test_a_selection_keeps_the_first_items_of_each_task_and_the_first_turns() ->
 
 @pytest.mark.parametrize("change", [{"turns": ("other",)}, {"task": "other"}, {"before": (("system", "other"),)}])
 def test_suites_that_ask_something_else_have_another_hash(change: dict[str, Any]) -> None:
-    fields = {"id": "a", "task": "t", "turns": ("one",)}
+    fields: dict[str, Any] = {"id": "a", "task": "t", "turns": ("one",)}
     assert Suite("x", (Item(**fields),)).hash == Suite("y", (Item(**fields),)).hash
     assert Suite("x", (Item(**fields),)).hash != Suite("x", (Item(**{**fields, **change}),)).hash

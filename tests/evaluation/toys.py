@@ -6,8 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import fitted, tiny_eagle3, tiny_target
-
 from drafttrain.core.plan import Chain
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.rows import Sample
@@ -16,6 +14,7 @@ from drafttrain.evaluation.suites import Item, Suite
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.stats import PHASES, Statistics
 from drafttrain.target.adapter import Target
+from tests.tiny import fitted, tiny_eagle3, tiny_target
 
 SUITE = Suite(
     "toy",
@@ -60,7 +59,8 @@ def contender(label: str = "eagle3 chain-3", length: int = 3) -> Contender:
 
 
 def sample(
-    item: str, label: str, seconds: float, tokens: int, rounds: int, task: str = "math", looping: bool = False, **changes: Any
+    item: str, label: str, seconds: float, tokens: int, rounds: int, task: str = "math", looping: bool = False,
+    **changes: Any,
 ) -> Sample:
     """A decoding of `tokens` in `rounds` that took `seconds` after a prefill of one second."""
     spent = {**dict.fromkeys(PHASES, 0.0), "prefill": 1.0, "score": seconds}
