@@ -170,7 +170,8 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     from drafttrain.evaluation.suites import load_suite
 
     resolved = _load(recipe, overrides)
-    records = {stage: stages.perform(stage, resolved) for stage in stages.STAGES}
+    with stopped_training_exits():
+        records = {stage: stages.perform(stage, resolved) for stage in stages.STAGES}
     _print_table(stages.rows_of(resolved, records["eval"]))
     config = resolved.evaluation
     first = config.chosen(load_suite(config.suite)).items[0]
@@ -210,8 +211,11 @@ def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    from transformers.utils import logging
+
     from drafttrain.recipe import load_recipe
 
+    logging.disable_progress_bar()  # one bar at a time, our own
     return load_recipe(path, overrides or ())
 
 
@@ -237,7 +241,10 @@ def stopped_training_exits() -> Iterator[None]:
 def _print_table(rows: list[Row]) -> None:
     from drafttrain.evaluation.report import terminal_table
 
-    Console().print(terminal_table(rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has no edge
+    console.print(terminal_table(rows))
 
 
 def _stream(recipe: Recipe, prompt: Any, plain: bool = False, **options: Any) -> None:

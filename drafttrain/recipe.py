@@ -55,8 +55,10 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 }
 """The recipe keys, or whole sections, that each stage's fingerprint is made from, in the order of the stages."""
 
-FREE = frozenset({"name", "output", "seed", "target.device", "train.keep", "train.save_every", "train.tracker"})
-"""Keys that no fingerprint reads: they change no result (`seed` is counted in the sections that take it)."""
+FREE = frozenset(
+    {"name", "output", "seed", "target.device", "data.batch_size", "data.online", "train.keep", "train.save_every", "train.tracker"}
+)
+"""Keys that no fingerprint reads: they change no result beyond rounding (`seed` is counted in the sections that take it)."""
 
 
 class Recipe(Config):

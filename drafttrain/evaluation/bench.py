@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from drafttrain.core.config import Config, fingerprint
@@ -265,4 +266,4 @@ def _efficiencies(entries: Sequence[dict[str, Any]]) -> dict[str, Efficiency]:
 
 def _progress() -> Progress:
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*shown)
+    return Progress(*shown, console=Console(stderr=True))

@@ -56,14 +56,14 @@ def results_table(rows: Iterable[Row], view: View = "summary") -> str:
 
 
 def terminal_table(rows: Iterable[Row], view: View = "summary") -> Group:
-    """The same for `rich.print`."""
-    parts: list[Table | Text] = []
+    """The same for `rich.print`, without the columns that only pages have room for."""
+    labels, parts = _labels(view), list[Table | Text]()
     for lines in _by_setting(rows, view):
         table = Table()
-        for place, name in enumerate(_head(view)):
-            table.add_column(name, justify="left" if place < _labels(view) else "right")
+        for place, name in enumerate(_head(view)[: labels + len(COLUMNS)]):
+            table.add_column(name, justify="left" if place < labels else "right", no_wrap=place < labels)
         for cells in _cells(lines, view):
-            table.add_row(*cells)
+            table.add_row(*cells[: labels + len(COLUMNS)])
         parts += [table, Text(footer(lines), style="dim")]
     return Group(*parts)
 

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from pydantic import Field, model_validator
+from rich.console import Console
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -361,7 +362,7 @@ class Run:
 
     def _bar(self) -> Bar:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
-        return Bar(*columns, disable=not self.lead)
+        return Bar(*columns, console=Console(stderr=True), disable=not self.lead)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

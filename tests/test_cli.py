@@ -1,0 +1,459 @@
+"""The command line on a tiny random target: all stages end to end, and every mistake as one line with exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from drafttrain import doctor, terminal
+from drafttrain.cli import app
+from drafttrain.data import shards
+from drafttrain.data.store import Conversation, Store
+from drafttrain.drafters.files import load_drafter
+from drafttrain.evaluation.bench import read_rows
+from drafttrain.recipe import RESOLVED, VERSIONS
+from drafttrain.runtime.decoder import Piece
+from drafttrain.stages import STAGES
+from drafttrain.train import loop
+from tests.data.stores import make_store, make_target
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "target": {"model": "target", "dtype": "float32", "device": "cpu"},
+    "data": {"sources": [{"kind": "jsonl", "path": "prompts.jsonl"}], "temperatures": [0.0], "max_new_tokens": 24, "batch_size": 8},
+    "drafter": {"name": "eagle3", "unroll": 2},
+    "train": {
+        "steps": 8, "batch_rows": 4, "row_length": 64, "precision": "float32", "held_out": 0.2, "eval_every": 4, "save_every": 4,
+        "eval_length": 2,
+    },
+    "runtime": {"shape": {"shape": "chain", "length": 2}},
+    "evaluation": {"suite": "suite.jsonl", "max_new_tokens": 16, "warmup": 1, "efficiency": False},
+}  # fmt: skip
+PROMPTS = [{"prompt": f"w{i} w{i + 1} w{i * 7 % 50}"} for i in range(40)]
+SUITE = [{"id": str(i), "task": "ab"[i % 2], "prompt": f"w{i + 3} w{i * 2} w5"} for i in range(4)]
+
+
+def save_target(folder: str, seed: int = 0) -> None:
+    target = make_target(seed)
+    target.model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+
+
+def write_lines(path: str, records: list[dict[str, Any]]) -> None:
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_inputs() -> None:
+    """A target, prompts, a suite and a recipe of seconds in the current folder."""
+    save_target("target")
+    write_lines("prompts.jsonl", PROMPTS)
+    write_lines("suite.jsonl", SUITE)
+    Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+
+
+def drafttrain(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def complaint(*words: object) -> str:
+    """The one line that a mistake ends with, at exit code 2."""
+    result = drafttrain(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.output
+    *_, last = result.stderr.splitlines()
+    assert last.startswith("error: ")
+    return last
+
+
+def snapshot(folder: str) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A folder in which everything was run once, and what that printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_inputs()
+        result = drafttrain("run", "tiny.yaml")
+    assert result.exit_code == 0, result.output
+    return folder, result
+
+
+@pytest.fixture
+def workplace(finished: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, in which the test runs and which it may damage."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Inputs only."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs()
+    return tmp_path
+
+
+def test_run_goes_from_prompts_to_a_table_and_a_sample(finished: tuple[Path, Result]) -> None:
+    folder, result = finished
+    run = folder / "runs" / "tiny"
+    assert load_drafter(run / "drafter").config.name == "eagle3"
+    rows = {row.measured.label: row.measured for row in read_rows(run / "results.jsonl") if row.measured.task == "all"}
+    table, sample = result.stdout.split("Target target", 1)  # what is measured on stands between them
+    for label in ("plain", "eagle3 chain-2"):
+        (line,) = [line for line in table.splitlines() if line.startswith(f"│ {label} ")]
+        assert f"{rows[label].tau:.2f}" in line
+    assert "w" in sample.splitlines()[-1]
+    assert "tokens in" in result.stderr
+
+
+def test_every_output_has_its_recipe_and_versions_beside_it(finished: tuple[Path, Result]) -> None:
+    run = finished[0] / "runs" / "tiny"
+    for folder in (run, run / "export" / "native", *(run / "stages" / stage for stage in STAGES)):
+        assert {RESOLVED, VERSIONS} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_second_run_finds_everything_done_and_touches_nothing(workplace: Path) -> None:
+    before = snapshot("runs")
+    result = drafttrain("run", "tiny.yaml")
+    assert result.exit_code == 0
+    assert result.stderr.count("done already") == len(STAGES)
+    assert snapshot("runs") == before
+    assert "eagle3 chain-2" in result.stdout
+
+
+def test_a_change_of_the_runtime_evaluates_again_and_nothing_else(workplace: Path) -> None:
+    result = drafttrain("run", "tiny.yaml", "runtime.shape.length=1")
+    assert result.exit_code == 0
+    assert [line.split(":")[0] for line in result.stderr.splitlines() if "done already" in line] == ["regenerate", "capture", "train"]
+    assert "eagle3 chain-1" in result.stdout and "eagle3 chain-2" not in result.stdout
+
+
+def test_a_larger_budget_grows_the_data_and_then_refuses_to_overwrite_the_drafter(workplace: Path) -> None:
+    before = snapshot("runs/tiny/drafter")
+    write_lines("prompts.jsonl", [*PROMPTS, {"prompt": "w9 w9 w9"}])
+    assert "choose another output folder" in complaint("run", "tiny.yaml")
+    assert snapshot("runs/tiny/drafter") == before
+
+
+def test_an_interrupted_training_exits_130_and_goes_on_to_the_same_drafter(
+    finished: tuple[Path, Result], empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = loop.Run._step
+
+    def interrupted(run: loop.Run, batches: Any) -> dict[str, float]:
+        if run.progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", interrupted)
+        result = drafttrain("run", "tiny.yaml")
+    assert result.exit_code == 130
+    assert "progress is saved" in result.stderr.splitlines()[-1]
+    assert drafttrain("run", "tiny.yaml").exit_code == 0
+    weights = "runs/tiny/drafter/model.safetensors"
+    assert Path(weights).read_bytes() == (finished[0] / weights).read_bytes()
+
+
+def test_ctrl_c_elsewhere_exits_130_in_one_line(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(STAGES, "regenerate", interrupt)
+    result = drafttrain("regenerate", "tiny.yaml")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].startswith("interrupted; ")
+
+
+def test_training_online_gives_the_drafter_of_captured_features(finished: tuple[Path, Result], workplace: Path) -> None:
+    overrides = ("data.existing=runs/tiny/data", "data.online=true", "output=runs/online")
+    for stage in ("regenerate", "capture", "train"):
+        assert drafttrain(stage, "tiny.yaml", *overrides).exit_code == 0
+    assert not Path("runs/online/features").exists()
+    tau = [json.loads(Path(f"runs/{run}/drafter/config.json").read_text())["notes"]["held_out_tau"] for run in ("tiny", "online")]
+    assert tau[0] == tau[1]
+
+
+def test_generate_writes_the_text_to_stdout_and_statistics_to_stderr(workplace: Path) -> None:
+    words = ("generate", "runs/tiny", "w3 w4", "--max-new-tokens", 12)
+    drafted, plain = drafttrain(*words), drafttrain(*words, "--plain")
+    assert drafted.exit_code == plain.exit_code == 0
+    assert drafted.stdout == plain.stdout != "\n"  # greedy, in float32
+    assert "tau" in drafted.stderr and "tau" not in plain.stderr
+    sampled = [drafttrain(*words, "--temperature", 2, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_accepted_tokens_are_coloured_by_who_wrote_them() -> None:
+    out = io.StringIO()
+    pieces = iter([Piece("the target's ", 0), Piece("the drafter's", 1)])
+    terminal.show(pieces, Console(file=out, force_terminal=True, color_system="standard"))
+    assert out.getvalue() == "the target's \x1b[32mthe drafter's\x1b[0m\n"
+
+
+def test_eval_measures_again_and_export_writes_what_loads(workplace: Path) -> None:
+    before = len(read_rows(Path("runs/tiny/results.jsonl")))
+    assert drafttrain("eval", "runs/tiny", "evaluation.limit=1").exit_code == 0
+    assert len(read_rows(Path("runs/tiny/results.jsonl"))) > before
+    assert drafttrain("export", "runs/tiny", "export.folder=out").exit_code == 0
+    assert load_drafter(Path("out/native")).config.name == "eagle3"
+
+
+def test_doctor_shows_the_trained_tokens_and_finds_nothing_wrong(empty: Path, workplace: Path) -> None:
+    result = drafttrain("doctor", "tiny.yaml")
+    assert result.exit_code == 0, result.output
+    assert sum(line.startswith("ok ") for line in result.stdout.splitlines()) == len(doctor.CHECKS)
+    assert "tokens to learn in 40 conversations" in result.stdout
+
+
+def test_doctor_marks_every_answer_token_but_the_first() -> None:
+    text = doctor.marked(make_target().tokenizer, Conversation.answered([1, 7, 8, 9, 10, 2], 3, {}, 0))
+    assert [(text.plain[span.start : span.end], "bold" in str(span.style)) for span in text.spans] == [
+        ("<s>", False), ("w1", False), ("w2", False), ("w3", False), ("w4", True), ("<end>", True),
+    ]  # fmt: skip
+
+
+def test_schema_and_version_and_help_answer() -> None:
+    assert json.loads(drafttrain("schema").stdout)["properties"].keys() >= {"target", "data", "drafter", "train"}
+    assert drafttrain("--version").stdout.startswith("drafttrain ")
+    for command in ("regenerate", "capture", "train", "eval", "generate", "export", "run", "schema", "doctor"):
+        assert "drafttrain" in drafttrain(command, "--help").stdout
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, drafttrain.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_module_runs_as_a_program_with_the_same_exit_code(empty: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "drafttrain", "train", "tiny.yaml", "train.stps=3"], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: tiny.yaml: train: unknown key 'stps' (did you mean 'steps'?)")
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_path_of_a_target_is_refused(empty: Path) -> None:
+    Path("nothing").mkdir()
+    assert "no config.json in this folder" in complaint("regenerate", "tiny.yaml", "target.model=nothing")
+
+
+def test_a_wrong_model_id_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("nobody there\nmore lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    line = complaint("run", "tiny.yaml", "target.model=no-such/model")
+    assert "'no-such/model'" in line and "check the name" in line and "nobody there" in line
+
+
+@pytest.mark.parametrize("record", [{"prompt": "  "}, {"messages": []}, {"text": "w1"}])
+def test_an_empty_prompt_is_refused_with_its_line(empty: Path, record: dict[str, Any]) -> None:
+    write_lines("prompts.jsonl", [*PROMPTS[:2], record])
+    assert "line 3" in complaint("regenerate", "tiny.yaml")
+
+
+def test_a_file_without_prompts_is_refused(empty: Path) -> None:
+    Path("prompts.jsonl").write_text("\n")
+    assert "holds no prompts" in complaint("regenerate", "tiny.yaml")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_in_every_command(workplace: Path) -> None:
+    long = " ".join(["w7"] * 90)
+    assert "context of 96" in complaint("generate", "runs/tiny", long)
+    write_lines("suite.jsonl", [{"id": "x", "task": "a", "prompt": long}])
+    assert "item 'x'" in complaint("eval", "runs/tiny")
+    write_lines("prompts.jsonl", [{"prompt": long}])
+    assert "data.max_prompt_tokens" in complaint("regenerate", "tiny.yaml", "output=runs/new")
+
+
+def test_an_empty_prompt_to_generate_is_refused(workplace: Path) -> None:
+    assert "an empty prompt" in complaint("generate", "runs/tiny", " ", "--max-new-tokens", 4)
+
+
+def test_a_drafter_of_another_target_is_refused(workplace: Path) -> None:
+    save_target("other", seed=1)
+    assert "was trained for target" in complaint("generate", "runs/tiny", "w1", "target.model=other")
+    assert "was trained for target" in complaint("eval", "runs/tiny", "target.model=other")
+
+
+def test_data_of_another_target_is_refused(workplace: Path) -> None:
+    save_target("other", seed=1)
+    overrides = ("target.model=other", "data.existing=runs/tiny/features", "output=runs/new")
+    assert "use the target that made this data" in complaint("run", "tiny.yaml", *overrides)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: data[:-8] + bytes(255 - byte for byte in data[-8:])])
+@pytest.mark.parametrize("folder", ["data", "features"])
+def test_a_truncated_or_corrupt_shard_is_refused_by_name(workplace: Path, damage: Any, folder: str) -> None:
+    shard = Path(f"runs/tiny/{folder}/shard-00000.safetensors")
+    shard.write_bytes(damage(shard.read_bytes()))
+    shutil.rmtree("runs/tiny/drafter")
+    before = snapshot("runs/tiny/checkpoints")
+    assert f"{folder}/{shard.name}" in complaint("train", "tiny.yaml")
+    assert snapshot("runs/tiny/checkpoints") == before
+
+
+def test_a_truncated_drafter_is_refused(workplace: Path) -> None:
+    weights = Path("runs/tiny/drafter/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-40])
+    for command in (("generate", "runs/tiny", "w1"), ("eval", "runs/tiny"), ("export", "runs/tiny")):
+        assert "truncated" in complaint(*command)
+    assert Path("runs/tiny/export/native/model.safetensors").exists()  # the earlier export stands
+
+
+def test_a_corrupt_checkpoint_is_passed_over(workplace: Path) -> None:
+    newest = Path("runs/tiny/checkpoints/step-00000008/optimizer.bin")
+    newest.write_bytes(newest.read_bytes()[:-40])
+    shutil.rmtree("runs/tiny/drafter")
+    with pytest.warns(UserWarning, match="damaged"):
+        result = drafttrain("train", "tiny.yaml")
+    assert result.exit_code == 0
+    assert load_drafter(Path("runs/tiny/drafter")).config.name == "eagle3"
+
+
+def test_a_corrupt_target_is_refused(empty: Path) -> None:
+    weights = Path("target/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "the model cannot be loaded" in complaint("regenerate", "tiny.yaml")
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_what_was_there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot("runs/tiny")
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(shards, "_sync", full)
+    line = complaint("run", "tiny.yaml", "train.steps=9")
+    assert "train.steps" in line
+    line = complaint("run", "tiny.yaml", "output=runs/new")
+    assert "No space left on device" in line and "make room" in line
+    assert snapshot("runs/tiny") == before
+
+
+def test_other_options_over_a_trained_drafter_are_refused_by_key(workplace: Path) -> None:
+    before = snapshot("runs/tiny/drafter")
+    line = complaint("train", "tiny.yaml", "train.lr=0.5")
+    assert "train.lr = 0.001, now it is 0.5" in line and "output=" in line
+    assert snapshot("runs/tiny/drafter") == before
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("capture", "run `drafttrain regenerate` first"), ("train", "run `drafttrain regenerate` first"), ("eval", "no config.json")],
+)
+def test_a_stage_without_its_input_says_which_comes_first(empty: Path, command: str, said: str) -> None:
+    assert said in complaint(command, "tiny.yaml")
+
+
+def test_training_without_captured_features_says_how_to_get_them(workplace: Path) -> None:
+    assert "drafttrain capture" in complaint("train", "tiny.yaml", "data.existing=runs/tiny/data", "output=runs/new")
+
+
+def test_an_unfinished_store_is_not_trained_on(workplace: Path) -> None:
+    index = Path("runs/tiny/data/index.json")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"complete": False}))
+    shutil.rmtree("runs/tiny/drafter")
+    assert "half done" in complaint("train", "tiny.yaml")
+
+
+def doctor_finds(name: str, *overrides: str) -> str:
+    result = drafttrain("doctor", "tiny.yaml", *overrides)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("failed")]
+    assert line.startswith(f"failed {name}: ")
+    return line
+
+
+def edit_json(path: str, **changes: Any) -> None:
+    file = Path(path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_doctor_finds_a_tokenizer_of_another_model(empty: Path) -> None:
+    edit_json("target/config.json", vocab_size=60)
+    assert "belongs to another model" in doctor_finds("tokenizer")
+
+
+def test_doctor_finds_a_target_without_an_end(empty: Path) -> None:
+    edit_json("target/generation_config.json", eos_token_id=None)
+    edit_json("target/tokenizer_config.json", eos_token=None)
+    assert "no end token" in doctor_finds("end")
+
+
+def test_doctor_finds_a_double_bos(empty: Path) -> None:
+    template = Path("target/chat_template.jinja")
+    template.write_text("{{ '<s> ' }}" + template.read_text())
+    assert "begin with '<s>' twice" in doctor_finds("template")
+
+
+def test_doctor_finds_prompts_beyond_the_context(empty: Path) -> None:
+    assert "exceeds the context of 96" in doctor_finds("prompts", "data.max_new_tokens=95", "data.tokens=100")
+
+
+def test_doctor_finds_a_store_whose_masks_are_empty(empty: Path) -> None:
+    store: Store = make_store(empty / "store", make_target(), count=5)
+    for i in range(len(store)):
+        assert store[i].mask.any()
+    line = doctor_finds("mask", "data.existing=store", "train.row_length=8", *_masked_away(empty))
+    assert "no conversation has an answer token to learn" in line
+
+
+def _masked_away(folder: Path) -> tuple[str, ...]:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    index = json.loads((folder / "store" / "index.json").read_text())
+    for entry in index["shards"]:
+        path = folder / "store" / entry["file"]
+        with safe_open(path, "pt") as file:
+            tensors, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors["mask"] &= False
+        save_file(tensors, path, notes)
+        entry["sha256"] = shards.sha256(path)
+    (folder / "store" / "index.json").write_text(json.dumps(index))
+    return ()
+
+
+def test_doctor_finds_a_draft_deeper_than_the_heads(empty: Path) -> None:
+    overrides = ("drafter={name: medusa, heads: 2}", "runtime.shape.length=3")
+    assert "drafts 3 tokens deep" in doctor_finds("drafter", *overrides)
+
+
+def test_doctor_finds_a_disk_too_small(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(empty)._replace(free=1000)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    assert "of 0 MB free" in doctor_finds("disk")
+
+
+def test_doctor_finds_too_little_memory(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_free_memory", lambda device: 1000)
+    assert "lower data.batch_size" in doctor_finds("memory")
+
+
+def test_doctor_finds_a_suite_beyond_the_context(empty: Path) -> None:
+    assert "evaluation.max_new_tokens" in doctor_finds("suite", "evaluation.max_new_tokens=95")
