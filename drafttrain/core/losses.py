@@ -6,7 +6,8 @@ renormalised; labels outside it are skipped by the label's cross entropy and cou
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drafttrain.core.config import Config
+from drafttrain.core.sampling import likeliest
 from drafttrain.core.vocab import draft_index
 
 
@@ -23,6 +25,24 @@ class OutputHead(Protocol):
     def logits(self, last: Tensor, rows: Tensor | None = None) -> Tensor:
         """[..., D] normed states -> [..., V] logits, or those of the vocabulary `rows` alone."""
         ...
+
+
+class Readout(NamedTuple):
+    """What turns a drafter's states into logits."""
+
+    weight: Tensor  # [Vd, D]
+    bias: Tensor | None = None  # [Vd]
+    finish: Callable[[Tensor], Tensor] | None = None  # what some model families do to their logits: a scale, a soft cap
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., Vd]."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return logits if self.finish is None else self.finish(logits)
+
+    def guesses(self, hidden: Tensor, vocab: Tensor | None, chunk: int) -> Tensor:
+        """[..., D] -> [...] the likeliest target token at each state; logits of `chunk` states stand in memory at a time."""
+        best = torch.cat([likeliest(self.logits(part)) for part in hidden.flatten(0, -2).split(chunk)])
+        return (best if vocab is None else vocab[best]).unflatten(0, hidden.shape[:-1])
 
 
 def soft_cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
@@ -82,8 +102,9 @@ class LossMix(Config):
             loss = loss + self.ce * label_cross_entropy(*draft_index(labels, vocab), log_q)
         return loss
 
-
-    def with_gradient(self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_gradient(
+        self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The sum of `of` over the rows, and its gradient by the logits ([R, Vd], in their dtype)."""
         if self.forward_kl and not (self.reverse_kl or self.tv or self.ce):
             total, gradient = forward_kl_with_gradient(logits, teacher)
@@ -110,10 +131,10 @@ def forward_kl_with_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, T
 
 
 def distill_plain(
-    hidden: Tensor, weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None
+    hidden: Tensor, readout: Readout, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`distill`, with all [R, Vd] logits in memory at once."""
-    logits = F.linear(hidden, weight)
+    logits = readout.logits(hidden)
     with torch.no_grad():
         theirs = head.logits(teacher, vocab)
         hits = _hits(logits, labels, vocab)
@@ -121,14 +142,15 @@ def distill_plain(
 
 
 def distill(
-    hidden: Tensor, weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None, chunk: int
+    hidden: Tensor, readout: Readout, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Sum of `mix` over R rows, and how many rows' likeliest token is the label; logits of `chunk` rows stand in memory at a time.
 
-    hidden: [R, D] the drafter's states; weight: [Vd, D] its output matrix; teacher: [R, D] the target's normed states whose law is
+    hidden: [R, D] the drafter's states; readout: its output layer; teacher: [R, D] the target's normed states whose law is
     learnt; labels: [R] the tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all.
     """
-    return _Distill.apply(hidden, weight, teacher, head, labels, mix, vocab, chunk)
+    return _Distill.apply(hidden, *readout, teacher, head, labels, mix, vocab, chunk)
 
 
 class _Distill(torch.autograd.Function):
@@ -136,40 +158,49 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
-        vocab: Tensor | None, chunk: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, finish: Callable[[Tensor], Tensor] | None, teacher: Tensor,
+        head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None, chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-        matrix = weight.detach().to(dtype)
-        total = torch.zeros((), device=hidden.device)
-        hits = torch.zeros((), device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            part = hidden[rows].detach().to(dtype)
-            logits, theirs = F.linear(part, matrix), head.logits(teacher[rows], vocab)
-            hits += _hits(logits, labels[rows], vocab)
-            loss, d_logits = mix.with_gradient(logits, theirs, labels[rows], vocab)
-            total += loss
+        device, wanted = hidden.device, ctx.needs_input_grad
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        own = Readout(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), finish)
+        total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
+        for rows in torch.arange(len(hidden), device=device).split(chunk):
+            part, theirs = hidden[rows].detach().to(dtype), head.logits(teacher[rows], vocab)
+            loss, d_logits, right = _chunk(part, own, theirs, labels[rows], mix, vocab)
+            total, hits = total + loss, hits + right
             if d_hidden is not None:
-                d_hidden[rows] = (d_logits @ matrix).to(d_hidden.dtype)
+                d_hidden[rows] = (d_logits @ own.weight).to(d_hidden.dtype)
             if d_weight is not None:
                 d_weight += d_logits.T @ part
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+            if d_bias is not None:
+                d_bias += d_logits.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(hits)
         return total, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        d_hidden, d_weight = ctx.saved_tensors
-        d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
-        d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if saved is None else (saved * grad.to(saved.dtype)).to(dtype) for saved, dtype in pairs), *[None] * 7
+
+
+def _chunk(
+    hidden: Tensor, readout: Readout, teacher: Tensor, labels: Tensor, mix: LossMix, vocab: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses of a few rows [R, D], its gradient [R, Vd] by what the output matrix gives, and the hits."""
+    with torch.enable_grad():
+        raw = F.linear(hidden, readout.weight, readout.bias).requires_grad_()
+        logits = raw if readout.finish is None else readout.finish(raw)
+    loss, gradient = mix.with_gradient(logits.detach(), teacher, labels, vocab)
+    return loss, torch.autograd.grad(logits, raw, gradient)[0], _hits(logits.detach(), labels, vocab)
 
 
 def _hits(logits: Tensor, labels: Tensor, vocab: Tensor | None) -> Tensor:
-    """How many rows' argmax is their label: [R, Vd], [R] -> scalar fp32."""
-    guess = logits.argmax(-1)
+    """How many rows' likeliest token is their label: [R, Vd], [R] -> scalar fp32."""
+    guess = likeliest(logits)
     return ((guess if vocab is None else vocab[guess]) == labels).sum().float()

@@ -28,7 +28,7 @@ from drafttrain.core.layers import (
     rotate,
     unrolled_attention,
 )
-from drafttrain.core.losses import LossMix, distill
+from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
@@ -219,7 +219,8 @@ class Eagle3(Drafter):
             rows = supervised.nonzero(as_tuple=True)
             teacher = batch.features["last"][rows[0], rows[1] + step + 1]  # the state that gives x[p + 2 + step]
             loss, hits = distill(
-                self.norm(hidden[rows]), self.lm_head.weight, teacher, head, labels[rows], self.config.loss, self.draft_ids, self.config.loss_chunk
+                self.norm(hidden[rows]), Readout(self.lm_head.weight), teacher, head, labels[rows], self.config.loss, self.draft_ids,
+                self.config.loss_chunk,
             )
             here = supervised.sum()
             total = total + loss * (weights[step] / sum(weights))

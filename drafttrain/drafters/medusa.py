@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drafttrain.core.chance import Chance
-from drafttrain.core.losses import LossMix, distill
+from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
-from drafttrain.core.sampling import Sampling, likeliest
+from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.core.vocab import draft_vocab
@@ -28,7 +28,7 @@ from drafttrain.target.head import TargetHead
 
 
 class MedusaConfig(DrafterConfig):
-    """Blocks are small; the output matrix is what a head costs."""
+    """Residual blocks are small; an output matrix of its own is what a head costs."""
 
     name: Literal["medusa"] = "medusa"
     heads: int = Field(default=4, ge=1)
@@ -81,6 +81,7 @@ class Medusa(Drafter):
     Config = MedusaConfig
     config: MedusaConfig
     needs = frozenset({"last"})
+    vocab: Tensor  # [Vd] ascending target ids
 
     def __init__(self, config: MedusaConfig, target: TargetShape) -> None:
         super().__init__(config, target)
@@ -88,10 +89,10 @@ class Medusa(Drafter):
         self.blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(size) for _ in range(config.layers))) for _ in range(config.heads)
         )
-        self.register_buffer("vocab", torch.arange(draft_size))  # [Vd] ascending target ids
+        self.register_buffer("vocab", torch.arange(draft_size))
         if config.own_heads:
             self.lm_heads = nn.ModuleList(nn.Linear(size, draft_size, bias=False) for _ in range(config.heads))
-        self._borrowed: tuple[Tensor, Tensor] | None = None  # (the target's matrix, its rows of the draft vocabulary)
+        self._borrowed: tuple[TargetHead, Readout] | None = None  # the target's head, cut to the draft vocabulary
 
     @property
     def max_depth(self) -> int:
@@ -105,37 +106,39 @@ class Medusa(Drafter):
     @torch.no_grad()
     def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
         self.vocab.copy_(draft_vocab(counts, len(self.vocab), list(self.target.eos_ids)))
+        self._borrowed = None
         if self.config.own_heads:
             for own in self.lm_heads:
-                own.weight.copy_(head.output[self.vocab])
+                own.get_parameter("weight").copy_(head.output[self.vocab])
+
+    # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        last = batch.features["last"].to(self.blocks[0][0].linear.weight.dtype)
+        last = batch.features["last"].to(self._dtype)
         weights = [self.config.head_decay**index for index in range(self.config.heads)]
         total = last.new_zeros((), dtype=torch.float32)
-        count, metrics = total, {}
+        metrics: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             labels, supervised = batch.ahead(index + 2)
             rows = supervised.nonzero(as_tuple=True)
             teacher = batch.features["last"][rows[0], rows[1] + index + 1]  # the state that gives x[p + 2 + index]
             loss, hits = distill(
-                block(last[rows]), self._matrix(index, head), teacher, head, labels[rows], self.config.loss, self.draft_ids,
+                block(last[rows]), self._readout(index, head), teacher, head, labels[rows], self.config.loss, self.draft_ids,
                 self.config.loss_chunk,
             )
-            here = supervised.sum().float()
             total = total + loss * (weights[index] / sum(weights))
-            count = here if index == 0 else count
-            metrics |= {f"alpha_{index}": hits, f"alpha_{index}_count": here}
-        return Loss(total, count, metrics)
+            metrics |= {f"alpha_{index}": hits, f"alpha_{index}_count": supervised.sum().float()}
+        return Loss(total, metrics["alpha_0_count"], metrics)
 
     @torch.no_grad()
     def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        last = batch.features["last"].to(self.blocks[0][0].linear.weight.dtype)
+        last = batch.features["last"].to(self._dtype)
         guesses = torch.full((*batch.tokens.shape, length), -1, device=last.device)  # deeper than the heads: never right
-        for row in range(len(last)):
-            best = likeliest(self._logits(last[row], head)[:, :length])
-            guesses[row, :, : best.shape[1]] = best if self.draft_ids is None else self.draft_ids[best]
+        for index, block in enumerate(self.blocks[:length]):
+            guesses[..., index] = self._readout(index, head).guesses(block(last), self.draft_ids, self.config.loss_chunk)
         return guesses
+
+    # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> MedusaState:
         row = torch.arange(len(prompts), device=prompts.device)
@@ -144,7 +147,7 @@ class Medusa(Drafter):
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, MedusaState)
         self.calls += 1
-        logits = self._logits(state.last, state.head)  # [B, K, Vd]
+        logits = self._logits(state.last, state.head, plan.shape.depth)  # [B, K, Vd]
 
         def step(frontier: Frontier) -> Tensor:
             return logits[:, frontier.level, None].expand(-1, frontier.tokens.shape[1], -1)
@@ -158,19 +161,25 @@ class Medusa(Drafter):
         state.last = torch.where((committed.count > 0)[:, None], newest, state.last)
 
     @bare_forward
-    def _logits(self, last: Tensor, head: TargetHead) -> Tensor:
-        """[..., D] -> [..., K, Vd]."""
-        hidden = torch.stack([block(last) for block in self.blocks], -2)  # [..., K, D]
-        if self.config.own_heads:
-            return torch.stack([F.linear(hidden[..., index, :], own.weight) for index, own in enumerate(self.lm_heads)], -2)
-        return head.finish(F.linear(hidden, self._matrix(0, head).to(hidden.dtype)))
+    def _logits(self, last: Tensor, head: TargetHead, depth: int) -> Tensor:
+        """[B, D] -> [B, depth, Vd] of the first heads; a shared output matrix is read once."""
+        hidden = torch.stack([block(last.to(self._dtype)) for block in self.blocks[:depth]], 1)  # [B, depth, D]
+        if not self.config.own_heads:
+            return self._readout(0, head).logits(hidden)
+        return torch.stack([self._readout(index, head).logits(hidden[:, index]) for index in range(depth)], 1)
 
-    def _matrix(self, index: int, head: TargetHead) -> Tensor:
-        """[Vd, D] head `index`'s output matrix."""
+    # -- parts ------------------------------------------------------------------------------------------------------------------------
+
+    def _readout(self, index: int, head: TargetHead) -> Readout:
+        """Head `index`'s output layer."""
         if self.config.own_heads:
-            return self.lm_heads[index].weight
-        if self.draft_ids is None:
-            return head.output
-        if self._borrowed is None or self._borrowed[0] is not head.output:
-            self._borrowed = (head.output, head.output[self.vocab])
+            return Readout(self.lm_heads[index].get_parameter("weight"))
+        if self._borrowed is None or self._borrowed[0] is not head:
+            rows = slice(None) if self.draft_ids is None else self.draft_ids
+            bias = None if head.bias is None else head.bias[rows]
+            self._borrowed = head, Readout(head.output[rows], bias, head.finish)
         return self._borrowed[1]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.blocks.parameters()).dtype
