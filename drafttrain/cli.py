@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from drafttrain.recipe import Recipe
 
 BAD_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT
+DISK_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
+"""What safetensors and torch say when the disk is full."""
 
 
 @contextmanager
@@ -35,11 +37,17 @@ def mistakes_in_one_line() -> Iterator[None]:
         _end(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt:
         _end("interrupted; what was finished is saved, run the same command to go on", INTERRUPTED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        if not cannot_write(error):
             raise
-        where = f" ('{error.filename}')" if error.filename else ""
-        _end(f"error: {error.strerror}{where}; make room or choose another output folder, then run the same command to go on", BAD_INPUT)
+        _end(f"error: cannot write ({error}); make room or choose another output folder, then run the same command to go on", BAD_INPUT)
+
+
+def cannot_write(error: Exception) -> bool:
+    """Whether the disk is full or closed to us."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    return any(text in str(error) for text in DISK_FULL)
 
 
 def _end(line: str, code: int) -> None:

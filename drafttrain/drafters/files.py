@@ -40,7 +40,7 @@ def save_drafter(
             "notes": notes or {},
         }
         (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        save_file(drafter.stored() if weights is None else plain(weights), partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(plain(drafter.stored() if weights is None else weights), partial / "model.safetensors", metadata={"format": "pt"})
         drafter.save_extra(partial)
         replace_folder(partial, folder)
     finally:
@@ -49,8 +49,13 @@ def save_drafter(
 
 
 def plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as safetensors takes them: contiguous, detached, on the CPU."""
-    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    """Weights as safetensors takes them: contiguous, detached, on the CPU, and none sharing memory (a tied head is written twice)."""
+    out: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        here = value.detach().cpu().contiguous()
+        shared = any(here.data_ptr() == other.data_ptr() for other in out.values())
+        out[name] = here.clone() if shared else here
+    return out
 
 
 def replace_folder(new: Path, old: Path) -> None:

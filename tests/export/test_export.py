@@ -1,0 +1,87 @@
+"""Exported directories hold the drafter itself: the native one, and a small LM as a plain causal LM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drafttrain.core.chance import Seeded
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Plan
+from drafttrain.core.sampling import Sampling
+from drafttrain.drafters.files import load_drafter, save_drafter
+from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig
+from drafttrain.export import ExportConfig, export
+from drafttrain.target.adapter import Target
+from drafttrain.target.files import TargetConfig
+from tests.data.stores import make_target
+from tests.tiny import tiny_eagle3
+
+PROMPT = [1, 3, 8, 9, 12, 2, 4, 20]
+LENGTH = 6
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    """On disk too, in `tmp_path / "target"`."""
+    made = make_target()
+    made.model.save_pretrained(tmp_path / "target")
+    made.tokenizer.save_pretrained(tmp_path / "target")
+    return Target.load(config(tmp_path))
+
+
+def config(folder: Path) -> TargetConfig:
+    return TargetConfig(model=str(folder / "target"), dtype="float32", device="cpu")
+
+
+def drafted(drafter: SmallLM, target: Target) -> list[int]:
+    """A greedy chain behind the prompt, whose last token is the root."""
+    lengths = torch.tensor([len(PROMPT) - 1])
+    state = drafter.begin(torch.tensor([PROMPT[:-1]]), lengths, {}, target.head, 64)
+    plan = Plan(Chain(length=LENGTH), "point")
+    with torch.inference_mode():
+        tree = drafter.propose(state, torch.tensor(PROMPT[-1:]), plan, Sampling(), Seeded(0, torch.tensor([0])))
+    return tree.tokens[0, 1:].tolist()
+
+
+@pytest.mark.parametrize("options", [{"layers": 2}, {"layers": 1, "hidden_size": 16}], ids=["borrows", "own"])
+def test_the_plain_directory_writes_what_the_small_lm_drafts(tmp_path: Path, target: Target, options: dict[str, int]) -> None:
+    torch.manual_seed(3)
+    drafter = SmallLM(SmallLMConfig(**options), target.shape).eval()
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight.mul_(3.0)  # far from a start at which every token is alike
+    save_drafter(drafter, tmp_path / "drafter")
+    (folder,) = export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("plain",)), tmp_path / "export")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wanted = drafted(drafter, target)
+    tokens = list(PROMPT)
+    for _ in range(LENGTH):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert tokens[len(PROMPT) :] == wanted
+    assert len(set(wanted)) > 1
+    assert AutoTokenizer.from_pretrained(folder).chat_template == target.tokenizer.chat_template
+
+
+def test_the_native_directory_is_the_drafter(tmp_path: Path, target: Target) -> None:
+    drafter = tiny_eagle3(target)
+    save_drafter(drafter, tmp_path / "drafter")
+    (folder,) = export(tmp_path / "drafter", config(tmp_path), ExportConfig(), tmp_path / "export")
+    again = load_drafter(folder, target.fingerprint)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in drafter.state_dict().items())
+
+
+def test_plain_is_refused_for_a_drafter_that_is_no_language_model_and_leaves_nothing_behind(tmp_path: Path, target: Target) -> None:
+    save_drafter(tiny_eagle3(target), tmp_path / "drafter")
+    with pytest.raises(UserError, match="eagle3 drafter reads its target's hidden states"):
+        export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("plain",)), tmp_path / "export")
+    assert list((tmp_path / "export").iterdir()) == []
+
+
+def test_plain_is_refused_for_another_target(tmp_path: Path, target: Target) -> None:
+    save_drafter(SmallLM(SmallLMConfig(layers=1), make_target(1, "another").shape), tmp_path / "drafter")
+    with pytest.raises(UserError, match="was trained for target another"):
+        export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("plain",)), tmp_path / "export")
