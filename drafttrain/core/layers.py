@@ -52,6 +52,13 @@ class Rotary(nn.Module):
         return angle.cos(), angle.sin()
 
 
+def rope_theta(config: dict[str, Any]) -> float:
+    """A model's rotary base; of long-context scalings only the base (drafts see positions as its plain frequencies would)."""
+    parameters = config.get("rope_parameters") or {}
+    nested = parameters.get("full_attention", parameters)
+    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[B, H, T, d] -> the same, turned to its positions."""
     first, second = x.chunk(2, -1)
@@ -153,11 +160,15 @@ def _fused_backward(
     )
 
 
+def document_mask(document: Tensor) -> Tensor:
+    """[B, T] document numbers (-1: padding) -> [B, T, T] bool: causal, documents apart; padding sees itself."""
+    order = torch.arange(document.shape[1], device=document.device)
+    same = (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, :, None]
+    return (same & (order[:, None] >= order)) | (order[:, None] == order)
+
+
 def document_bias(document: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T] document numbers (-1: padding) -> additive causal mask [B, 1, T, T] that keeps documents apart; padding sees itself."""
-    T = document.shape[1]
-    order = torch.arange(T, device=document.device)
-    seen = (document[:, :, None] == document[:, None, :]) & (order[:, None] >= order)
-    seen = (seen & (document >= 0)[:, :, None]) | (order[:, None] == order)
+    """`document_mask` as an additive mask [B, 1, T, T]."""
+    seen = document_mask(document)
     bias = torch.zeros(seen.shape, dtype=dtype, device=document.device)
     return bias.masked_fill_(~seen, -math.inf)[:, None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from drafttrain.core.layers import (
     document_bias,
     heads,
     repeat_heads,
+    rope_theta,
     rotate,
     unrolled_attention,
 )
@@ -133,6 +134,7 @@ class Eagle3(Drafter):
     Config = Eagle3Config
     config: Eagle3Config
     needs = frozenset({"aux"})
+    vocab: Tensor  # [Vd] ascending target ids
 
     def __init__(self, config: Eagle3Config, target: TargetShape) -> None:
         super().__init__(config, target)
@@ -149,7 +151,7 @@ class Eagle3(Drafter):
         self.norm = RMSNorm(size, eps)
         draft_size = min(config.draft_vocab_size or target.vocab_size, target.vocab_size)
         self.lm_head = nn.Linear(size, draft_size, bias=False)
-        self.register_buffer("vocab", torch.arange(draft_size))  # [Vd] ascending target ids
+        self.register_buffer("vocab", torch.arange(draft_size))
         self.rotary = Rotary(self.head_dim, rope_theta(known))
 
     @property
@@ -334,13 +336,6 @@ class Eagle3(Drafter):
             query, repeat_heads(state.keys, groups), repeat_heads(state.values, groups), attn_mask=seen[:, None]
         )
         return self.midlayer.finish(feature, mixed)
-
-
-def rope_theta(config: dict[str, Any]) -> float:
-    """The target's rotary base; long-context scalings keep their base (drafts see positions as the target's plain frequencies would)."""
-    parameters = config.get("rope_parameters") or {}
-    nested = parameters.get("full_attention", parameters)
-    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
 def _select(committed: Committed, rows: Tensor) -> Committed:

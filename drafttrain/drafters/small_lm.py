@@ -1,33 +1,40 @@
 """A small causal LM as a drafter: some of the target's own layers, a narrower model, or any existing one with the target's tokenizer
 (Chen et al., 2023, arXiv:2302.01318; distilled on the target's own outputs).
 
-It drafts token by token with a cache of its own. B rows, T time, W frontier nodes, D hidden, V vocabulary.
+It drafts token by token with a cache of its own. B rows, T time, W frontier nodes, F nodes fed so far, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
-from drafttrain.core.layers import document_bias
-from drafttrain.core.losses import LossMix, distill
+from drafttrain.core.layers import document_mask, rope_theta
+from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
-from drafttrain.core.sampling import Sampling, likeliest
+from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
-from drafttrain.target.adapter import layer_masks, tree_mask
+from drafttrain.target.adapter import kv_shapes, layer_kinds, layer_masks, text_config, tree_mask
 from drafttrain.target.cache import KVShape, TreeCache
 from drafttrain.target.files import TargetShape
-from drafttrain.target.head import TargetHead, layer_list
+from drafttrain.target.head import TargetHead, final_norm, finisher, layer_list
+
+PREFILL_CHUNK = 512
+"""Prompt tokens read in one forward."""
+
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Entries of transformers configurations that hold one value a layer."""
 
 
 class SmallLMConfig(DrafterConfig):
@@ -40,17 +47,21 @@ class SmallLMConfig(DrafterConfig):
     """Train LoRA adapters of this rank on `path` instead of all its weights."""
     layers: int = Field(default=2, ge=1)
     """Decoder layers of a new model: the target's first ones and its last, where they fit."""
-    hidden_size: int | None = Field(default=None, ge=8)
+    hidden_size: int | None = Field(default=None, ge=8, multiple_of=8)
     """Width of a new Llama-shaped model with an embedding of its own (tied); None: the target's shape, embedding and head."""
     loss: LossMix = LossMix()
     """What it learns from the target's law."""
     loss_chunk: int = Field(default=256, ge=1)
     """Labels whose [V] logits stand in memory at once."""
+    architecture: dict[str, Any] | None = None
+    """Filled in when `path` is first read: the model's own configuration, so that a trained drafter no longer needs `path`."""
 
     @model_validator(mode="after")
-    def _adapters_need_a_model(self) -> SmallLMConfig:
+    def _fits_together(self) -> SmallLMConfig:
         if self.lora_rank is not None and self.path is None:
             raise ValueError("lora_rank adapts an existing model; give its `path`, or leave lora_rank out")
+        if self.hidden_size is not None and self.path is not None:
+            raise ValueError("hidden_size makes a new model and path takes an existing one; give one of them")
         return self
 
 
@@ -70,6 +81,7 @@ class SmallLMState(DrafterState):
 
     def join(self, other: DrafterState) -> SmallLMState:
         assert isinstance(other, SmallLMState)
+        assert self.fed is other.fed is None, "rows join between rounds"
         T = max(self.pending.shape[1], other.pending.shape[1])
         pending = [nn.functional.pad(part, (0, T - part.shape[1])) for part in (self.pending, other.pending)]
         waiting = torch.cat([self.waiting, other.waiting])
@@ -90,88 +102,96 @@ class SmallLM(Drafter):
         super().__init__(config, target)
         self.borrows = config.path is None and config.hidden_size is None
         model = self._build()
-        self.lm_config = model.config.get_text_config(decoder=True)
-        if any(self.lm_config.to_dict().get(key) for key in ("final_logit_softcapping", "logit_scale")) and not self.borrows:
-            raise UserError(f"drafter.path '{config.path}': models that scale or cap their logits cannot be distilled; choose another")
-        if model.get_output_embeddings().weight.shape[0] != target.vocab_size:
-            raise UserError(
-                f"drafter.path '{config.path}' has a vocabulary of {model.get_output_embeddings().weight.shape[0]}, the target "
-                f"{target.vocab_size}; a drafter needs the target's own tokenizer"
-            )
+        self.lm_config = text_config(model.config)
+        self._check(model)
+        if config.path is not None:
+            self.config = config.model_copy(update={"architecture": model.config.to_dict()})
+        self.embedding_scale = 1.0
         if self.borrows:
+            self.embedding_scale = embedding_scale(model.get_input_embeddings())
             model.set_input_embeddings(nn.Identity())  # the target's own are handed in
             self.lm: nn.Module = model.base_model
         else:
             self.lm = _with_lora(model, config.lora_rank) if config.lora_rank else model
+        self.kv_shapes = self._probe()
 
     # -- building ---------------------------------------------------------------------------------------------------------------------
 
     def _build(self) -> PreTrainedModel:
-        config, known = self.config, dict(self.target.text_config)
-        if config.path is not None:
-            try:
-                return AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32)
-            except (OSError, ValueError) as error:
-                raise UserError(f"drafter.path '{config.path}': not a causal LM that can be loaded ({str(error).splitlines()[0]})") from error
-        if config.hidden_size is None:
-            known["num_hidden_layers"] = config.layers
-            if known.get("layer_types"):
-                known["layer_types"] = [known["layer_types"][index] for index in self._sources()]
-            shape = AutoConfig.for_model(known.pop("model_type"), **known)
+        config = self.config
+        if config.path is not None and config.architecture is None:
+            return existing_model(config.path)
+        if config.architecture is not None:
+            shape = AutoConfig.for_model(**config.architecture)
+        elif config.hidden_size is not None:
+            shape = narrow_config(self.target, config.layers, config.hidden_size)
         else:
-            head_dim = 64 if config.hidden_size % 64 == 0 else config.hidden_size // 4
-            shape = LlamaConfig(
-                vocab_size=self.target.vocab_size, hidden_size=config.hidden_size, intermediate_size=4 * config.hidden_size,
-                num_hidden_layers=config.layers, num_attention_heads=config.hidden_size // head_dim,
-                max_position_embeddings=int(known.get("max_position_embeddings") or 4096), tie_word_embeddings=True,
-                bos_token_id=None, eos_token_id=list(self.target.eos_ids) or None, pad_token_id=None,
-            )  # fmt: skip
+            shape = shallow_config(self.target, self._sources())
         return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
 
     def _sources(self) -> list[int]:
         """Which of the target's layers the new ones start from: the first ones, and the last."""
-        return [*range(self.config.layers - 1), self.target.num_layers - 1]
+        layers, own = self.target.num_layers, self.config.layers
+        if own > layers:
+            raise UserError(f"drafter.layers {own}: the target has {layers} layers to take them from; give fewer, or a hidden_size")
+        return [*range(own - 1), layers - 1]
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """A `UserError` where the model cannot draft for this target."""
+        origin, vocab_size = self.config.path or "(new)", model.get_output_embeddings().weight.shape[0]
+        if vocab_size != self.target.vocab_size:
+            raise UserError(
+                f"drafter.path '{origin}' has a vocabulary of {vocab_size}, the target {self.target.vocab_size}; "
+                f"a drafter needs the target's own tokenizer"
+            )
+        try:
+            layer_kinds(self.lm_config)
+        except UserError as error:
+            raise UserError(f"drafter.path '{origin}' cannot be rolled back, like a target: {error}") from error
+
+    @torch.no_grad()
+    def _probe(self) -> list[KVShape]:
+        """Each layer's key and value heads, as the model itself fills a cache."""
+        first = torch.zeros(1, 1, self.lm_config.hidden_size, dtype=self._dtype)
+        out = self._backbone()(inputs_embeds=first, use_cache=True)
+        return kv_shapes(out.past_key_values, self.lm_config.num_hidden_layers)
 
     @torch.no_grad()
     def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
         if not self.borrows:
             return
-        for own, source in zip(self._layers(), self._sources(), strict=True):
-            own.load_state_dict(layers[source])
-        norm = [module for name, module in self.lm.named_children() if name in ("norm", "ln_f", "final_layer_norm")]
-        if head.norm is not None and norm:
-            norm[0].weight.copy_(head.norm)
-
-    def _layers(self) -> nn.ModuleList:
-        return layer_list(self.lm if self.borrows else self.lm.base_model)[1]
+        for own, source in zip(layer_list(self.lm)[1], self._sources(), strict=True):
+            for name, parameter in own.named_parameters():
+                if name in layers[source] and layers[source][name].shape == parameter.shape:
+                    parameter.copy_(layers[source][name])
+        norm = final_norm(self.lm)
+        if head.norm is not None and norm is not None:
+            norm.get_parameter("weight").copy_(head.norm)
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
         labels, supervised = batch.ahead(1)
         rows = supervised.nonzero(as_tuple=True)
-        hidden = self._encode(batch, head)[rows]
+        hidden, teacher = self._encode(batch, head)[rows], batch.features["last"][rows]
         loss, hits = distill(
-            hidden, self._matrix(head), batch.features["last"][rows], head, labels[rows], self.config.loss, None, self.config.loss_chunk
+            hidden, self._readout(head), teacher, head, labels[rows], self.config.loss, None, self.config.loss_chunk
         )
         count = supervised.sum().float()
         return Loss(loss, count, {"alpha_0": hits, "alpha_0_count": count})
 
     @torch.no_grad()
     def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        hidden, matrix = self._encode(batch, head), self._matrix(head)
-        best = torch.stack([likeliest(_linear(row, matrix)) for row in hidden])  # [B, T], the guess for token t + 1
+        best = self._readout(head).guesses(self._encode(batch, head), None, self.config.loss_chunk)  # [B, T], for token t + 1
         T = best.shape[1]
-        index = torch.arange(T, device=best.device)[:, None] + 1 + torch.arange(length, device=best.device)
+        index = torch.arange(T, device=best.device)[:, None] + 1 + torch.arange(length, device=best.device)  # [T, length]
         return torch.where(index < T, best[:, index.clamp_max(T - 1)], -1)
 
     def _encode(self, batch: Batch, head: TargetHead) -> Tensor:
         """Packed rows [B, T] -> [B, T, D]."""
-        seen = document_bias(batch.document, torch.float32)[:, 0] == 0
-        dtype = self._dtype
-        if torch.is_autocast_enabled(seen.device.type):
-            dtype = torch.get_autocast_dtype(seen.device.type)
-        masks = layer_masks(self.lm_config, dtype, seen, batch.position, batch.position)
+        kind = batch.tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._dtype
+        masks = layer_masks(self.lm_config, dtype, document_mask(batch.document), batch.position, batch.position)
         return self._backbone()(
             inputs_embeds=self._embed(batch.tokens, head), position_ids=batch.position, attention_mask=masks, use_cache=False
         ).last_hidden_state
@@ -179,21 +199,26 @@ class SmallLM(Drafter):
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> SmallLMState:
-        cache = TreeCache(self._kv_shapes(), len(prompts), capacity + 1, prompts.device, self._dtype)
-        slots = cache.aim_at(0, prompts.shape[1])
-        seen = torch.arange(cache.visible, device=prompts.device) <= slots[:, :, None]
+        cache = TreeCache(self.kv_shapes, len(prompts), capacity + 1, prompts.device, self._dtype)
         state = SmallLMState(head, cache, prompts[:, :0], torch.zeros_like(lengths))
-        self._forward(state, prompts, slots, seen, None)
-        cache.lengths = lengths.clone()
-        cache.reach = prompts.shape[1]
+        for start in range(0, prompts.shape[1], PREFILL_CHUNK):
+            tokens = prompts[:, start : start + PREFILL_CHUNK]
+            slots = cache.aim_at(start, tokens.shape[1])
+            seen = torch.arange(cache.visible, device=prompts.device) <= slots[:, :, None]
+            self._forward(state, tokens, slots, layer_masks(self.lm_config, self._dtype, seen, slots, None))
+        cache.lengths, cache.reach = lengths.clone(), prompts.shape[1]
         return state
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, SmallLMState)
+        depth = torch.zeros(1, dtype=torch.long, device=roots.device)  # [F] of every node fed, the root first
 
         def step(frontier: Frontier) -> Tensor:
-            hidden = self._expand(state, frontier) if frontier.level else self._catch_up(state, roots)
-            return self._logits(hidden, state.head)
+            nonlocal depth
+            if frontier.level == 0:
+                return self._logits(self._catch_up(state, roots), state.head)
+            depth = torch.cat([depth, depth.new_full((frontier.tokens.shape[1],), frontier.level)])
+            return self._logits(self._expand(state, frontier, depth), state.head)
 
         grown = grow(step, roots, plan, sampling, chance)
         state.fed = grown.fed
@@ -201,10 +226,10 @@ class SmallLM(Drafter):
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, SmallLMState)
-        if state.fed is None or committed.nodes is None:  # proposed nothing: all of it waits
-            if state.pending.shape[1]:
-                self._feed_pending(state)
-            state.pending, state.waiting = committed.tokens, committed.count
+        state.cache.reach += committed.tokens.shape[1]  # until the loop says what it is
+        if state.fed is None or committed.nodes is None:  # not from a tree of its own: all of it waits
+            self._feed_pending(state)
+            state.pending, state.waiting, state.fed = committed.tokens, committed.count, None
             return
         row = torch.arange(len(committed.count), device=committed.count.device)
         place = state.fed.gather(1, committed.nodes)  # [B, T] where they stand in the cache
@@ -216,44 +241,44 @@ class SmallLM(Drafter):
 
     def _catch_up(self, state: SmallLMState, roots: Tensor) -> Tensor:
         """Feeds what waits and the root in one call; returns the root's output [B, 1, D]. The root stays uncommitted."""
-        B, T = state.pending.shape
-        row = torch.arange(B, device=roots.device)
-        tokens = torch.cat([state.pending, roots[:, None]], 1)
-        tokens[row, state.waiting] = roots
-        slots = state.cache.aim(T + 1)
-        causal = torch.ones(T + 1, T + 1, dtype=torch.bool, device=roots.device).tril().expand(B, -1, -1)
-        depth = torch.arange(T + 1, device=roots.device).expand(B, -1)
-        seen, key_positions = tree_mask(state.cache, slots, causal, depth)
-        hidden = self._forward(state, tokens, slots, seen, key_positions)
-        room = state.cache.capacity - state.cache.visible  # rows that are done stay where they are
-        state.cache.lengths = state.cache.lengths + state.waiting
-        assert room >= 0
-        return hidden[row, state.waiting][:, None]
+        at = state.waiting[:, None]
+        tokens = torch.cat([state.pending, roots[:, None]], 1).scatter(1, at, roots[:, None])
+        hidden = self._feed(state, tokens)
+        self._count_pending(state)
+        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _feed_pending(self, state: SmallLMState) -> None:
         """Feeds and commits what waits."""
-        B, T = state.pending.shape
-        slots = state.cache.aim(T)
-        causal = torch.ones(T, T, dtype=torch.bool, device=slots.device).tril().expand(B, -1, -1)
-        seen, key_positions = tree_mask(state.cache, slots, causal, torch.arange(T, device=slots.device).expand(B, -1))
-        self._forward(state, state.pending, slots, seen, key_positions)
-        state.cache.lengths = state.cache.lengths + state.waiting
-        state.cache.reach += T
+        if state.pending.shape[1]:
+            self._feed(state, state.pending)
+            self._count_pending(state)
 
-    def _expand(self, state: SmallLMState, frontier: Frontier) -> Tensor:
-        """One level: nodes [B, W] -> [B, W, D]."""
+    def _count_pending(self, state: SmallLMState) -> None:
+        state.cache.lengths = state.cache.lengths + state.waiting
+        state.pending, state.waiting = state.pending[:, :0], torch.zeros_like(state.waiting)
+
+    def _feed(self, state: SmallLMState, tokens: Tensor) -> Tensor:
+        """Tokens [B, T] one after the other behind the committed ones -> [B, T, D]."""
+        B, T = tokens.shape
+        slots, order = state.cache.aim(T), torch.arange(T, device=tokens.device)
+        causal = (order[:, None] >= order).expand(B, -1, -1)
+        seen, key_positions = tree_mask(state.cache, slots, causal, order.expand(B, -1))
+        return self._forward(state, tokens, slots, layer_masks(self.lm_config, self._dtype, seen, slots, key_positions))
+
+    def _expand(self, state: SmallLMState, frontier: Frontier, depth: Tensor) -> Tensor:
+        """One level: nodes [B, W] -> [B, W, D]. depth: [F] of every node fed, these last."""
         B, W, F = frontier.mask.shape
-        slots = state.cache.aim(W, behind=F - W)
-        all_slots = state.cache.lengths[:, None] + torch.arange(F, device=slots.device)
-        level = torch.full((B, F), frontier.level, device=slots.device)  # windows look far beyond one round's tree
-        seen, key_positions = tree_mask(state.cache, all_slots, frontier.mask, level)
+        state.cache.aim(W, behind=F - W)
+        slots = state.cache.lengths[:, None] + torch.arange(F, device=depth.device)
+        seen, key_positions = tree_mask(state.cache, slots, frontier.mask, depth.expand(B, -1))
         positions = (state.cache.lengths + frontier.level)[:, None].expand(B, W)
-        return self._forward(state, frontier.tokens, positions, seen, key_positions)
+        masks = layer_masks(self.lm_config, self._dtype, seen, positions, key_positions)
+        return self._forward(state, frontier.tokens, positions, masks)
 
     @bare_forward
-    def _forward(self, state: SmallLMState, tokens: Tensor, positions: Tensor, seen: Tensor, key_positions: Tensor | None) -> Tensor:
+    def _forward(self, state: SmallLMState, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]) -> Tensor:
+        """Tokens [B, T] at the slots that the cache aims at -> [B, T, D]."""
         self.calls += 1
-        masks = layer_masks(self.lm_config, self._dtype, seen, positions, key_positions)
         return self._backbone()(
             inputs_embeds=self._embed(tokens, state.head), position_ids=positions, attention_mask=masks, past_key_values=state.cache,
             use_cache=True,
@@ -261,55 +286,89 @@ class SmallLM(Drafter):
 
     @bare_forward
     def _logits(self, hidden: Tensor, head: TargetHead) -> Tensor:
-        return head.logits(hidden) if self.borrows else _linear(hidden, self._matrix(head))
+        return self._readout(head).logits(hidden)
 
     # -- parts ------------------------------------------------------------------------------------------------------------------------
 
+    def _own(self) -> Any:
+        """The causal LM under its adapters, where nothing is borrowed."""
+        return self.lm.get_base_model() if self.config.lora_rank else self.lm
+
     def _backbone(self) -> nn.Module:
-        return self.lm if self.borrows else _inner(self.lm).base_model
+        return self.lm if self.borrows else self._own().base_model
 
     def _embed(self, tokens: Tensor, head: TargetHead) -> Tensor:
-        if self.borrows:
-            return head.embed(tokens).to(self._dtype)
-        return _inner(self.lm).get_input_embeddings()(tokens)
+        if not self.borrows:
+            return self._own().get_input_embeddings()(tokens)
+        embedded = head.embed(tokens).to(self._dtype)
+        return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
-    def _matrix(self, head: TargetHead) -> Tensor:
-        """[V, D] the output matrix."""
-        return head.output if self.borrows else _inner(self.lm).get_output_embeddings().weight
+    def _readout(self, head: TargetHead) -> Readout:
+        if self.borrows:
+            return Readout(head.output, head.bias, head.finish)
+        output = self._own().get_output_embeddings()
+        return Readout(output.weight, output.bias, finisher(self.lm_config))
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.lm.parameters()).dtype
 
-    def _kv_shapes(self) -> list[KVShape]:
-        config = self.lm_config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return [KVShape(heads, size, size)] * config.num_hidden_layers
-
+    @torch.no_grad()
     def to_causal_lm(self, head: TargetHead) -> PreTrainedModel:
-        """The drafter as an ordinary transformers causal LM, with the borrowed embedding and head filled in."""
+        """A copy of the drafter as an ordinary transformers causal LM: borrowed embedding and head filled in, adapters merged."""
         if not self.borrows:
-            model: Any = self.lm
+            model: Any = copy.deepcopy(self.lm)
             return model.merge_and_unload() if self.config.lora_rank else model
         model = self._build()
-        model.base_model.load_state_dict(self.lm.state_dict(), strict=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight.copy_(head.embedding)
-            model.get_output_embeddings().weight.copy_(head.output)
-        return model
+        table = model.get_input_embeddings().weight
+        own = {id(parameter): name for name, parameter in model.base_model.named_parameters()}
+        model.base_model.load_state_dict({**self.lm.state_dict(), own[id(table)]: head.embedding})
+        output = model.get_output_embeddings()
+        output.weight.copy_(head.output)
+        if head.bias is not None:
+            output.get_parameter("bias").copy_(head.bias)
+        model.generation_config.eos_token_id = list(self.target.eos_ids) or None
+        return model.eval()
+
+
+def existing_model(path: str) -> PreTrainedModel:
+    """The causal LM in a folder or on the Hub, in fp32, or a `UserError`."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"drafter.path '{path}': not a causal LM that can be loaded ({reason}); give a folder or a Hub id") from error
+
+
+def shallow_config(target: TargetShape, sources: list[int]) -> PretrainedConfig:
+    """The target's own configuration, with only the layers `sources`."""
+    known = {**target.text_config, "num_hidden_layers": len(sources)}
+    for key in PER_LAYER:
+        if known.get(key):
+            known[key] = [known[key][index] for index in sources]
+    return AutoConfig.for_model(**known)
+
+
+def narrow_config(target: TargetShape, layers: int, size: int) -> PretrainedConfig:
+    """A Llama of the given depth and width with the target's vocabulary, context and rotary base."""
+    head_dim = 64 if size % 64 == 0 else size // 4
+    return LlamaConfig(
+        vocab_size=target.vocab_size, hidden_size=size, intermediate_size=4 * size, num_hidden_layers=layers,
+        num_attention_heads=size // head_dim, max_position_embeddings=int(target.text_config["max_position_embeddings"]),
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta(target.text_config)}, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=list(target.eos_ids) or None, pad_token_id=None,
+    )  # fmt: skip
+
+
+def embedding_scale(table: nn.Module) -> float:
+    """What an embedding module multiplies its rows with (Gemma: sqrt(D))."""
+    weight = table.get_parameter("weight")
+    tokens = torch.arange(min(8, len(weight)), device=weight.device)
+    with torch.no_grad():
+        return float(table(tokens).norm() / weight[tokens].norm())
 
 
 def _with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-
-
-def _inner(model: nn.Module) -> Any:
-    """The causal LM under its adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _linear(hidden: Tensor, matrix: Tensor) -> Tensor:
-    return nn.functional.linear(hidden.to(matrix.dtype), matrix)
