@@ -134,8 +134,9 @@ def test_a_finished_run_is_measured_anew_and_its_counts_are_equal_to_the_last_di
 def test_another_configuration_is_another_run(tmp_path: Path) -> None:
     changes = [{}, {"max_new_tokens": 16}, {"seed": 1}, {"limit": 1}]
     configs = [CONFIG.model_copy(update=change) for change in changes]
-    runs = {evaluate(target(), [], SUITE, config, tmp_path / "results.jsonl")[0].run for config in configs}
-    assert len(runs) == len(changes)
+    runs = [evaluate(target(), [], SUITE, config, tmp_path / "results.jsonl")[0].run for config in configs]
+    assert len({run.removesuffix("-1") for run in runs}) == len(changes)
+    assert all(run.endswith("-1") for run in runs)
 
 
 def test_every_runner_is_warmed_up_on_the_longest_prompts_untimed(tmp_path: Path) -> None:
@@ -180,14 +181,16 @@ def test_a_conversation_that_outgrows_the_context_stops_there(tmp_path: Path) ->
     assert pick(rows, PLAIN).measured.prompts == 1
 
 
-def test_sampled_texts_depend_on_seed_and_repeat_only_and_are_not_called_inexact(tmp_path: Path) -> None:
+def test_sampled_texts_depend_on_seed_item_and_repeat_only_and_are_not_called_inexact(tmp_path: Path) -> None:
+    suite = Suite("same", (Item("a", "letters", ("ABC",)), Item("b", "letters", ("ABC",))))
     config = CONFIG.model_copy(update={"temperature": 1.0, "repeats": 2})
     for name in ("one", "two"):
-        rows = evaluate(target(), [contender()], SUITE, config, tmp_path / name / "results.jsonl")
+        rows = evaluate(target(), [contender()], suite, config, tmp_path / name / "results.jsonl")
     samples = [[one for entry in journaled(tmp_path / name) for one in entry["samples"]] for name in ("one", "two")]
     texts = [[one["outcome"]["tokens"] for one in run] for run in samples]
     assert texts[0] == texts[1]
     assert len({tuple(text) for text in texts[0]}) == len(texts[0])
+    assert all(one["difference"] is None for one in samples[0])
     row = pick(rows, contender().label)
     assert (row.measured.rule, row.measured.draws, row.temperature) == ("rejection", "iid", 1.0)
     assert row.measured.exactness is None

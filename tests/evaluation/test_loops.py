@@ -31,6 +31,10 @@ def test_varied_text_does_not_loop_nor_does_one_sentence_said_twice() -> None:
     assert not loops(VARIED[:60] + VARIED[20:50] + VARIED[60:120])
 
 
+def test_repeats_far_apart_do_not_add_up_to_a_loop() -> None:
+    assert not loops([token for place in range(4) for token in VARIED[:20] + VARIED[100 + 60 * place : 160 + 60 * place]])
+
+
 def test_a_text_shorter_than_the_window_never_loops() -> None:
     assert not loops([7] * (WINDOW - 1))
     assert loops([7] * WINDOW)

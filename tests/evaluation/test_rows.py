@@ -24,7 +24,8 @@ DRAFTED = [sample("a", "mine", 1.0, 40, 10), sample("b", "mine", 0.5, 10, 10)]
 
 
 def test_accepted_length_is_pooled_over_prompts_not_a_mean_of_means() -> None:
-    assert summarise(DRAFTED, PLAINLY, Facts(), "mine", "all", "all").tau == (40 + 10) / (10 + 10)
+    uneven = [sample("a", "mine", 1.0, 40, 10), sample("b", "mine", 0.5, 10, 5)]
+    assert summarise(uneven, PLAINLY, Facts(), "mine", "all", "all").tau == (40 + 10) / (10 + 5)
 
 
 def test_speed_up_compares_seconds_per_token_over_all_prompts_without_the_prefill() -> None:
