@@ -1,0 +1,203 @@
+"""Distances between laws, and their sum in chunks beside the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from drafttrain.core.config import parse
+from drafttrain.core.errors import UserError
+from drafttrain.core.losses import (
+    LossMix,
+    Readout,
+    distill,
+    distill_plain,
+    forward_kl,
+    label_cross_entropy,
+    reverse_kl,
+    soft_cross_entropy,
+    tv,
+)
+from drafttrain.core.vocab import draft_index
+
+ROWS, SIZE, VOCAB = 23, 6, 40
+MIXES = [
+    LossMix(),
+    LossMix(forward_kl=0.5),
+    LossMix(forward_kl=0, reverse_kl=1),
+    LossMix(forward_kl=0, tv=1),
+    LossMix(forward_kl=0, ce=1),
+    LossMix(forward_kl=0.3, reverse_kl=0.2, tv=0.7, ce=0.1),
+]
+SUBSET = torch.tensor([0, 3, 4, 9, 11, 17, 18, 25, 33, 39])
+
+
+class Head:
+    """A target's output head."""
+
+    def __init__(self) -> None:
+        self.weight = torch.randn(VOCAB, SIZE)
+
+    def logits(self, last: Tensor, rows: Tensor | None = None) -> Tensor:
+        weight = self.weight if rows is None else self.weight[rows]
+        return F.linear(last.to(weight.dtype), weight)
+
+
+def capped(logits: Tensor) -> Tensor:
+    return 2 * torch.tanh(logits / 2)
+
+
+def laws() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(5, 9).softmax(-1), torch.randn(5, 9).log_softmax(-1)
+
+
+def given(vocab: Tensor | None, finish: Callable[[Tensor], Tensor] | None = None, biased: bool = False) -> dict[str, Any]:
+    """Arguments of `distill` that ask for every gradient."""
+    torch.manual_seed(1)
+    width = VOCAB if vocab is None else len(vocab)
+    bias = torch.randn(width).requires_grad_() if biased else None
+    return {
+        "hidden": torch.randn(ROWS, SIZE).requires_grad_(), "readout": Readout(torch.randn(width, SIZE).requires_grad_(), bias, finish),
+        "teacher": torch.randn(ROWS, SIZE), "head": Head(), "labels": torch.randint(0, VOCAB, (ROWS,)), "vocab": vocab,
+    }  # fmt: skip
+
+
+def gradients(loss: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
+    weight, bias, _ = arguments["readout"]
+    return list(torch.autograd.grad(loss, [one for one in (arguments["hidden"], weight, bias) if one is not None]))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("vocab", [None, SUBSET], ids=["whole", "reduced"])
+@pytest.mark.parametrize(("finish", "biased"), [(None, False), (capped, True)], ids=["linear", "capped and biased"])
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_chunked_value_hits_and_gradients_equal_the_plain_ones(
+    mix: LossMix, vocab: Tensor | None, finish: Callable[[Tensor], Tensor] | None, biased: bool, chunk: int
+) -> None:
+    arguments = given(vocab, finish, biased)
+    expected, hits = distill_plain(**arguments, mix=mix)
+    found, found_hits = distill(**arguments, mix=mix, chunk=chunk)
+    torch.testing.assert_close(found, expected)
+    assert found_hits == hits
+    for ours, plain in zip(gradients(3 * found, arguments), gradients(3 * expected, arguments), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)  # sums in another order
+
+
+def test_frozen_output_matrices_get_no_gradient() -> None:
+    arguments = given(None)
+    arguments["readout"] = Readout(arguments["readout"].weight.detach())
+    distill(**arguments, mix=LossMix(), chunk=8)[0].backward()
+    assert arguments["readout"].weight.grad is None
+    assert arguments["hidden"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mix", [MIXES[0], MIXES[-1]], ids=str)
+def test_autocast_computes_matrices_in_bfloat16_and_stays_near_the_exact_gradient(mix: LossMix) -> None:
+    arguments = given(None)
+    exact = gradients(distill_plain(**arguments, mix=mix)[0], arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = distill(**arguments, mix=mix, chunk=8)
+    for ours, expected in zip(gradients(loss, arguments), exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - expected).norm() < 0.03 * expected.norm()  # bf16 has 8 bits: about 0.4 % an element
+
+
+class Widest(TorchDispatchMode):
+    """Remembers the most elements any tensor had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def test_no_more_than_a_chunk_of_logits_ever_stands_in_memory() -> None:
+    arguments = given(None)
+    with Widest() as seen:
+        distill(**arguments, mix=MIXES[-1], chunk=8)[0].backward()
+    assert seen.elements <= 8 * 256  # `likeliest` pads to blocks of 256
+
+
+def test_no_labels_give_no_loss_and_no_gradient() -> None:
+    arguments = given(None)
+    arguments |= {name: arguments[name][:0] for name in ("teacher", "labels")}
+    hidden = arguments["hidden"]
+    loss, hits = distill(**{**arguments, "hidden": hidden[:0]}, mix=MIXES[-1], chunk=8)
+    assert (float(loss.detach()), float(hits)) == (0, 0)
+    loss.backward()
+    assert not hidden.grad.any()
+
+
+def test_forward_kl_equals_the_library() -> None:
+    p, log_q = laws()
+    torch.testing.assert_close(forward_kl(p, log_q), F.kl_div(log_q, p, reduction="none").sum(-1))
+    torch.testing.assert_close(soft_cross_entropy(p, log_q), F.cross_entropy(log_q, p, reduction="none"))
+
+
+def test_reverse_kl_is_the_forward_one_with_roles_exchanged_and_finite_on_zeros() -> None:
+    p, log_q = laws()
+    torch.testing.assert_close(reverse_kl(p, log_q), F.kl_div(p.log(), log_q.exp(), reduction="none").sum(-1))
+    assert reverse_kl(F.one_hot(torch.arange(5), 9).float(), log_q).isfinite().all()
+
+
+def test_total_variation_is_half_the_distance_and_one_minus_acceptance() -> None:
+    p, log_q = laws()
+    torch.testing.assert_close(tv(p, log_q), (p - log_q.exp()).abs().sum(-1) / 2)
+
+
+def test_every_distance_is_zero_between_equal_laws() -> None:
+    p, _ = laws()
+    for distance in (forward_kl, reverse_kl, tv):
+        torch.testing.assert_close(distance(p, p.log()), torch.zeros(5))
+
+
+def test_label_cross_entropy_skips_labels_outside_the_draft_vocabulary() -> None:
+    _, log_q = laws()
+    vocab = torch.tensor([1, 2, 5, 7, 10, 11, 12, 20, 30])
+    labels = torch.tensor([5, 6, 30, 31, 0])
+    found = label_cross_entropy(*draft_index(labels, vocab), log_q)
+    assert found.tolist() == [-float(log_q[0, 2]), 0, -float(log_q[2, 8]), 0, 0]
+
+
+def test_a_reduced_vocabulary_learns_the_target_law_renormalised_over_it() -> None:
+    arguments = given(SUBSET)
+    head, teacher = arguments["head"], arguments["teacher"]
+    arguments["hidden"], arguments["readout"] = teacher, Readout(head.weight[SUBSET])  # q = p restricted and renormalised
+    assert distill(**arguments, mix=LossMix(), chunk=8)[0].abs() < 1e-4
+    assert distill(**arguments, mix=LossMix(forward_kl=0, tv=1), chunk=8)[0].abs() < 1e-4
+
+
+def test_hits_count_likeliest_tokens_that_are_the_label_and_never_labels_outside_the_vocabulary() -> None:
+    arguments = given(SUBSET)
+    readout = Readout(torch.eye(len(SUBSET)))
+    arguments |= {"hidden": torch.eye(len(SUBSET)), "readout": readout, "teacher": torch.randn(len(SUBSET), SIZE)}
+    for labels, expected in ((SUBSET, 10), (torch.arange(10), 1), (torch.tensor([0, 3, 4, 9, 1, 2, 5, 6, 7, 8]), 4)):
+        assert distill(**{**arguments, "labels": labels}, mix=LossMix(), chunk=3)[1] == expected
+
+
+def test_guesses_are_the_likeliest_target_tokens_whatever_the_chunk() -> None:
+    torch.manual_seed(2)
+    hidden, readout = torch.randn(2, 5, SIZE), Readout(torch.randn(len(SUBSET), SIZE), torch.randn(len(SUBSET)), capped)
+    expected = SUBSET[(F.linear(hidden, *readout[:2])).argmax(-1)]
+    for chunk in (1, 3, 64):
+        assert readout.guesses(hidden, SUBSET, chunk).equal(expected)
+
+
+def test_a_mix_without_weights_and_a_misspelt_weight_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="every weight is 0"):
+        parse(LossMix, {"forward_kl": 0}, "recipe")
+    with pytest.raises(UserError, match="unknown key 'reverse_kd' .*did you mean 'reverse_kl'"):
+        parse(LossMix, {"reverse_kd": 1}, "recipe")
