@@ -94,13 +94,22 @@ class Scripted:
     Use `branches` to walk all of them. The script is a list of outcome indices; past its end the first possible outcome is taken.
     """
 
-    def __init__(self, script: list[int], others: Chance, watch: int = 0) -> None:
+    def __init__(self, script: list[int], others: Seeded, watch: int = 0) -> None:
         self.script, self.others, self.watch = script, others, watch
         self.taken: list[tuple[int, int]] = []  # (outcome, number of outcomes) of each choice so far
         self.probability = 1.0
 
+    def select(self, rows: Tensor) -> Scripted:
+        """Goes on with these rows; once the watched one is left behind, only `others` is asked."""
+        kept = rows.tolist()
+        self.watch = kept.index(self.watch) if self.watch in kept else -1
+        self.others = self.others.select(rows)
+        return self
+
     def bernoulli(self, p: Tensor) -> Tensor:
         out = self.others.bernoulli(p)
+        if self.watch < 0:
+            return out
         ours = p[self.watch].clamp(0, 1)
         flat = [bool(self._choose([1 - float(x), float(x)])) for x in ours.reshape(-1)]
         out[self.watch] = torch.tensor(flat).view(ours.shape)
@@ -108,6 +117,8 @@ class Scripted:
 
     def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
         out = self.others.draw(law, k, replace)
+        if self.watch < 0:
+            return out
         rows = law[self.watch].double().reshape(-1, law.shape[-1])
         drawn = [self._draw_one((row / row.sum()).tolist(), k, replace) for row in rows]
         out[self.watch] = torch.tensor(drawn).view(*law.shape[1:-1], k)
@@ -146,10 +157,10 @@ def _sequence_weight(row: list[float], sequence: tuple[int, ...], replace: bool)
     return weight
 
 
-def branches(others: Chance, watch: int = 0) -> Iterator[Scripted]:
-    """Every branch in turn: run the code with each yielded chance, then read its `probability`."""
+def branches(rows: int, watch: int = 0) -> Iterator[Scripted]:
+    """Every branch of row `watch` of `rows` in turn: run the code with each yielded chance, then read its `probability`."""
     script: list[int] | None = []
     while script is not None:
-        chance = Scripted(script, others, watch)
+        chance = Scripted(script, Seeded(0, torch.arange(rows)), watch)
         yield chance
         script = chance.next_script()

@@ -34,12 +34,13 @@ class Recursive(Rule):
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)
         node = torch.zeros_like(row)  # [B] the deepest node that stands
         P = scored.p[row, node]  # [B, V]
+        going = torch.ones_like(row, dtype=torch.bool)  # [B] a child stood at every level so far
         for _ in range(tree.max_depth):
             children = tree.children[row, node]  # [B, C]
             moved = torch.zeros_like(row, dtype=torch.bool)
             Q: Tensor | None = None
             for child in children.unbind(1):
-                there = (child >= 0) & ~moved
+                there = (child >= 0) & going & ~moved
                 child = child.clamp_min(0)
                 token = tree.tokens[row, child]
                 Q = self._law(tree, child, token, P, Q)
@@ -49,7 +50,7 @@ class Recursive(Rule):
                 P = torch.where(falls[:, None], normalise((P - Q).clamp_min(0)), P)
                 Q = self._drawn(tree, Q, token, falls)
                 node, moved = torch.where(stands, child, node), moved | stands
-            P = torch.where(moved[:, None], scored.p[row, node], P)
+            P, going = torch.where(moved[:, None], scored.p[row, node], P), moved
         path, length = tree.path_to(node)
         return Verdict(path, length, chance.draw(P[:, None], 1, replace=True)[:, 0, 0])
 
