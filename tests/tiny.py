@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,11 +45,7 @@ def tiny_eagle3(target: Target, seed: int = 0, **options: Any) -> Drafter:
 def fitted(drafter: Drafter, target: Target, prompts: list[list[int]], new_tokens: int = 28, steps: int = 60) -> Drafter:
     """The drafter after a few steps on the target's own greedy texts: right often enough that much is accepted."""
     texts = [prompt + greedy_text(target.model, prompt, new_tokens) for prompt in prompts]
-    tokens = torch.tensor([[token for text in texts for token in text]])
-    number = torch.tensor([[index for index, text in enumerate(texts) for _ in text]])
-    position = torch.tensor([[place for text in texts for place in range(len(text))]])
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    batch = Batch(tokens, mask, number, position, target.encode(tokens, position, number, {"aux", "last"}))
+    batch = packed(target, texts, [0] * len(texts))
     drafter.train()
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(steps):
@@ -57,6 +54,15 @@ def fitted(drafter: Drafter, target: Target, prompts: list[list[int]], new_token
         optimizer.step()
         optimizer.zero_grad()
     return drafter.eval()
+
+
+def packed(target: Target, documents: Sequence[list[int]], answers_from: Sequence[int]) -> Batch:
+    """One row of documents, each answered from the given token on, with the target's features."""
+    tokens = torch.tensor([[token for document in documents for token in document]])
+    number = torch.tensor([[index for index, document in enumerate(documents) for _ in document]])
+    position = torch.tensor([[place for document in documents for place in range(len(document))]])
+    starts = torch.tensor([[start for document, start in zip(documents, answers_from, strict=True) for _ in document]])
+    return Batch(tokens, position >= starts, number, position, target.encode(tokens, position, number, {"aux", "last"}))
 
 
 def greedy_text(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:

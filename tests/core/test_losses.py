@@ -199,5 +199,5 @@ def test_guesses_are_the_likeliest_target_tokens_whatever_the_chunk() -> None:
 def test_a_mix_without_weights_and_a_misspelt_weight_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="every weight is 0"):
         parse(LossMix, {"forward_kl": 0}, "recipe")
-    with pytest.raises(UserError, match="unknown key 'reverse_kd' .*did you mean 'reverse_kl'"):
+    with pytest.raises(UserError, match=r"unknown key 'reverse_kd' .*did you mean 'reverse_kl'"):
         parse(LossMix, {"reverse_kd": 1}, "recipe")

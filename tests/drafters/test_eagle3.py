@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tests.tiny import VOCAB, tiny_eagle3, tiny_target
 
 from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
@@ -11,18 +10,9 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch, Committed
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
 from drafttrain.target.adapter import Target
+from tests.tiny import VOCAB, packed, tiny_eagle3, tiny_target
 
 GREEDY = Sampling()
-
-
-def packed(target: Target, documents: list[list[int]], answers_from: list[int]) -> Batch:
-    """One row of documents, with the target's features."""
-    tokens = torch.tensor([[token for document in documents for token in document]])
-    number = torch.tensor([[index for index, document in enumerate(documents) for _ in document]])
-    position = torch.tensor([[place for document in documents for place in range(len(document))]])
-    mask = torch.tensor([[place >= start for document, start in zip(documents, answers_from, strict=True) for place in range(len(document))]])
-    features = target.encode(tokens, position, number, {"aux", "last"})
-    return Batch(tokens, mask, number, position, features)
 
 
 def drafted_chain(target: Target, drafter: Eagle3, text: list[int], length: int) -> list[int]:

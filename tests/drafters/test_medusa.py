@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from tests.tiny import VOCAB, greedy_text, tiny_target
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig
@@ -20,6 +19,7 @@ from drafttrain.drafters.medusa import Medusa, MedusaConfig, MedusaState
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
+from tests.tiny import VOCAB, fitted, greedy_text, packed, tiny_target
 
 SHAPES: list[Shape] = [Chain(length=3), Static(children=(3, 2, 1)), Dynamic(depth=3, beam=3, top_k=4, nodes=12)]
 
@@ -32,15 +32,6 @@ def medusa(target: Target, spread: float = 0.2, **options: object) -> Medusa:
     for parameter in drafter.blocks.parameters():
         torch.nn.init.normal_(parameter, std=spread)
     return drafter.eval()
-
-
-def packed(target: Target, documents: Sequence[list[int]], answers_from: Sequence[int]) -> Batch:
-    """One row of documents and its features."""
-    tokens = torch.tensor([[token for document in documents for token in document]])
-    number = torch.tensor([[index for index, document in enumerate(documents) for _ in document]])
-    position = torch.tensor([[place for document in documents for place in range(len(document))]])
-    mask = torch.tensor([[place >= start for document, start in zip(documents, answers_from, strict=True) for place in range(len(document))]])
-    return Batch(tokens, mask, number, position, target.encode(tokens, position, number, {"last"}))
 
 
 def texts(*lengths: int) -> list[list[int]]:
@@ -227,13 +218,7 @@ def test_greedy_decoding_with_a_trained_drafter_is_the_target_own_text_with_fewe
     target = tiny_target(5)
     prompts = texts(6, 4)
     written = [greedy_text(target.model, prompt, 24) for prompt in prompts]
-    drafter = Medusa(MedusaConfig(heads=3), target.shape)
-    batch = packed(target, [prompt + text for prompt, text in zip(prompts, written, strict=True)], [6, 4])
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.01)
-    for _ in range(120):
-        drafter.loss(batch, target.head).sum.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    drafter = fitted(Medusa(MedusaConfig(heads=3), target.shape), target, prompts, 24, steps=100)
     decoder = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=shape))
     made = decoder.generate(prompts, max_new_tokens=24)
     assert [generation.tokens for generation in made] == written
