@@ -43,6 +43,7 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
         frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.frequency: Tensor
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,7 @@ class _UnrolledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, values, bias, out, total, *own = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         grad = grad.contiguous()

@@ -71,8 +71,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         move = {name: value.to(device, non_blocking=True) for name, value in self.features.items()}
-        own = [value.to(device, non_blocking=True) for value in (self.tokens, self.mask, self.document, self.position)]
-        return Batch(*own, features=move, progress=self.progress)
+        tokens, mask, document, position = (
+            value.to(device, non_blocking=True) for value in (self.tokens, self.mask, self.document, self.position)
+        )
+        return Batch(tokens, mask, document, position, move, self.progress)
 
     def ahead(self, offset: int) -> tuple[Tensor, Tensor]:
         """The tokens `offset` positions later, [B, T], and where they are labels, [B, T] bool.

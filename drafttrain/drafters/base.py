@@ -108,7 +108,7 @@ class Drafter(nn.Module, ABC):
         """Features that only `loss` reads; `last` wherever the teacher's law is."""
         return frozenset({"last"})
 
-    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:  # noqa: B027
+    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
         """Initialise from the frozen target before training.
 
         layers: the target's decoder layers' weights by name (`self_attn.q_proj.weight`, ...), last one last; counts: [V] how often each
@@ -150,7 +150,7 @@ class Drafter(nn.Module, ABC):
         """Bytes of parameters one call reads."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
-    def save_extra(self, folder: Path) -> None:  # noqa: B027
+    def save_extra(self, folder: Path) -> None:
         """Files a family writes besides config.json and model.safetensors."""
 
     @property

@@ -94,5 +94,6 @@ def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
     try:
         drafter.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"drafter '{folder}': model.safetensors is missing, truncated or of another shape ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"drafter '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
     return drafter.eval()

@@ -292,7 +292,8 @@ class SmallLM(Drafter):
 
     def _own(self) -> Any:
         """The causal LM under its adapters, where nothing is borrowed."""
-        return self.lm.get_base_model() if self.config.lora_rank else self.lm
+        model: Any = self.lm
+        return model.get_base_model() if self.config.lora_rank else model
 
     def _backbone(self) -> nn.Module:
         return self.lm if self.borrows else self._own().base_model

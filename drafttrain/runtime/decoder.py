@@ -194,7 +194,7 @@ class SpeculativeDecoder:
         """The ids that stand in the cache before the first new token."""
         tokenizer = self.target.tokenizer
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            return [int(token) for token in prompt]  # type: ignore[call-overload]
+            return [int(token) for token in prompt]
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise UserError("an empty prompt: give a message, a conversation or token ids")
         if tokenizer is None:
@@ -209,7 +209,8 @@ class SpeculativeDecoder:
         """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
         rule, plan = self.runtime.fitted(sampling.check())
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
-            rule, plan = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive").fitted(sampling)
+            lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
+            rule, plan = lone.fitted(sampling)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return Batch(
             self.target, self.drafter, rule, POLICIES[self.runtime.policy](plan), sampling, seed, self.runtime.treat_as, stopper, on_round,

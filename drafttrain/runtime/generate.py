@@ -193,8 +193,8 @@ class Batch:
             before = len(self.written[request])
             allowed = max(0, self.stopper(request, self.written[request] + tokens[:count]) - before) if count else 0
             values[-3:] = [min(count, allowed), min(accepted, allowed), int(alive and allowed >= count)]
-        count, accepted, alive = torch.tensor([values[-3:] for values in fetched], device=kept.count.device).unbind(1)
-        return replace(kept, count=count, alive=alive.bool(), verdict=replace(kept.verdict, length=accepted))
+        counts, lengths, going = torch.tensor([values[-3:] for values in fetched], device=kept.count.device).unbind(1)
+        return replace(kept, count=counts, alive=going.bool(), verdict=replace(kept.verdict, length=lengths))
 
     def _fetch(self, kept: Kept) -> list[list[int]]:
         """The round's one wait for the device: each row's tokens, count, how many the drafter wrote, whether it goes on."""

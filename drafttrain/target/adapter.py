@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Target:
     """A loaded target. Weights are frozen; state lives in the caches it hands out."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, aux_layers: tuple[int, ...] | None = None,
+        self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None, aux_layers: tuple[int, ...] | None = None,
         fingerprint: str = "in-memory", name: str = "in-memory",
     ) -> None:
         """model: a causal LM in eval mode, already on its device. Raises `UserError` where it cannot be verified as a tree target."""

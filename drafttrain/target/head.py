@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,7 +58,7 @@ class TargetHead:
         return moved
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> TargetHead:
+    def from_model(cls, model: Any) -> TargetHead:
         """Shares the tensors of a loaded causal LM."""
         output, backbone = model.get_output_embeddings(), model.base_model
         norm = final_norm(backbone)
@@ -85,15 +86,15 @@ class TargetHead:
         output, norm = skeleton.get_output_embeddings(), final_norm(skeleton.base_model)
         files = SafetensorsFolder(folder)
 
-        def read(parameter: Tensor | None) -> Tensor | None:
-            return None if parameter is None else files.read(names[id(parameter)]).to(device, dtype)
+        def read(parameter: Tensor) -> Tensor:
+            return files.read(names[id(parameter)]).to(device, dtype)
 
         embedding = read(skeleton.get_input_embeddings().weight)
         tied = output.weight is skeleton.get_input_embeddings().weight
         head = cls(
             embedding,
             embedding if tied else read(output.weight),
-            read(output.bias),
+            None if output.bias is None else read(output.bias),
             None if norm is None else read(norm.weight),
             text_config(config),
         )
@@ -150,7 +151,7 @@ def layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     raise UserError(f"{type(backbone).__name__}: found no list of {depth} decoder layers; this architecture is not supported")
 
 
-def final_norm(backbone: nn.Module) -> nn.Module | None:
+def final_norm(backbone: nn.Module) -> Any:
     """The norm after the last layer: the backbone's own child with a weight of one dimension."""
     found = None
     for child in backbone.children():

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from pydantic import Field, model_validator
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from drafttrain.core.config import Config, fingerprint
@@ -116,7 +117,7 @@ class TrainResult:
     alpha: list[float] = field(default_factory=list)
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 (it is no mistake)
     """The run was asked to stop and has saved; `signal` says by what."""
 
     def __init__(self, signum: int) -> None:
@@ -204,7 +205,8 @@ class Run:
         return TrainResult(progress.step, progress.tokens, progress.seconds, progress.best, self.alpha)
 
     def _loop(self, bar: Bar) -> None:
-        task = bar.add_task("training", total=1.0, completed=self._done(), note="")
+        task = bar.add_task("training", total=1.0, note="")
+        bar.update(task, completed=self._done())
         micro = self._micro_batches(self.progress.step * self.config.accumulate)
         while self._done() < 1.0:
             started = time.perf_counter()
@@ -257,12 +259,15 @@ class Run:
             return {}
         self.learner.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            found = replay(lambda batch, length: self.learner(batch, self.head, length), self._ready(self.held_out), self.config.eval_length)
+            found = replay(self._walk, self._ready(self.held_out), self.config.eval_length)
         self.learner.train()
         self.alpha = found.alpha
         if found.tau > self.progress.best:
             self._keep_best(found.tau, found)
         return {"tau": found.tau} | {f"held_out_alpha_{depth}": value for depth, value in enumerate(found.alpha)}
+
+    def _walk(self, batch: Batch, length: int) -> Tensor:
+        return self.learner(batch, self.head, length)
 
     def _keep_best(self, tau: float, found: Replay | None = None) -> None:
         self.progress.best = tau
@@ -304,8 +309,8 @@ class Run:
     def _ready(self, batches: Any) -> Iterator[Batch]:
         """Batches on the device, with the features that were not stored."""
         missing = set(self.wanted) - set(self.stored)
-        for batch in batches:
-            batch = batch.to(self.accelerator.device)
+        for loaded in batches:
+            batch = loaded.to(self.accelerator.device)
             if missing and self.target is not None:
                 batch.features |= self.target.encode(batch.tokens, batch.position, batch.document, missing)
             yield batch
@@ -361,7 +366,8 @@ class Run:
         os.replace(partial, path)
 
     def _bar(self) -> Bar:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+        note = TextColumn("{task.fields[note]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), note, TimeElapsedColumn(), TimeRemainingColumn())
         return Bar(*columns, console=Console(stderr=True), disable=not self.lead)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

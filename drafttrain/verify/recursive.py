@@ -39,9 +39,9 @@ class Recursive(Rule):
             children = tree.children[row, node]  # [B, C]
             moved = torch.zeros_like(row, dtype=torch.bool)
             Q: Tensor | None = None
-            for child in children.unbind(1):
-                there = (child >= 0) & going & ~moved
-                child = child.clamp_min(0)
+            for candidate in children.unbind(1):
+                there = (candidate >= 0) & going & ~moved
+                child = candidate.clamp_min(0)
                 token = tree.tokens[row, child]
                 Q = self._law(tree, child, token, P, Q)
                 ratio = P[row, token] / Q[row, token].clamp_min(1e-38)

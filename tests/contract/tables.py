@@ -31,7 +31,7 @@ class TableCache:
 
     def commit(self, nodes: Tensor, kept: Tensor, moved: bool) -> None:
         for row, text in enumerate(self.texts):
-            text += self.fed[row, nodes[row, : kept[row]]].tolist()
+            text.extend(self.fed[row, nodes[row, : kept[row]]].tolist())
 
     def settle(self, lengths: list[int]) -> None:
         assert lengths == [len(text) for text in self.texts]

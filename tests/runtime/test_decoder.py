@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.drafters.base import Drafter
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target
 
 SHAPES = [Chain(length=4), Static(children=(3, 2)), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
 PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
