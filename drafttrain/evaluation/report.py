@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -56,14 +57,15 @@ def results_table(rows: Iterable[Row], view: View = "summary") -> str:
 
 
 def terminal_table(rows: Iterable[Row], view: View = "summary") -> Group:
-    """The same for `rich.print`, without the columns that only pages have room for."""
-    labels, parts = _labels(view), list[Table | Text]()
+    """The same for `rich.print`, without the columns that only a maintainer reads."""
+    parts: list[Table | Text] = []
+    names = _labels(view)
     for lines in _by_setting(rows, view):
-        table = Table()
-        for place, name in enumerate(_head(view)[: labels + len(COLUMNS)]):
-            table.add_column(name, justify="left" if place < labels else "right", no_wrap=place < labels)
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+        for place, name in enumerate(_head(view)[: names + len(COLUMNS)]):
+            table.add_column(name, justify="left" if place < names else "right", no_wrap=place < names)
         for cells in _cells(lines, view):
-            table.add_row(*cells[: labels + len(COLUMNS)])
+            table.add_row(*cells[: names + len(COLUMNS)])
         parts += [table, Text(footer(lines), style="dim")]
     return Group(*parts)
 
