@@ -1,7 +1,7 @@
 """Tables from results files: Markdown for pages, rich for the terminal, and pages whose tables come from the files by
 name.
 
-A page marks where a table belongs, and everything between its marks is replaced when it is rendered:
+A page marks where a table belongs, at the beginning of a line, and everything between its marks is replaced when it is rendered:
 
     <!-- results:NAME -->            one line a contender, from NAME.jsonl (`results:NAME tasks`: one a contender and task)
     <!-- /results:NAME -->
@@ -30,9 +30,9 @@ View = Literal["summary", "tasks"]
 VIEWS: dict[str, View] = {"summary": "summary", "tasks": "tasks"}
 NONE = "–"
 MARK = re.compile(
-    r"(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>\w+))? -->\n)"
+    r"^(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>\w+))? -->\n)"
     r"(?P<body>.*?)"
-    r"(?P<tail><!-- /results:(?P=name) -->)", re.S,
+    r"(?P<tail><!-- /results:(?P=name) -->)", re.S | re.M,
 )  # fmt: skip
 COLUMNS = (
     "tau", "tau, no loops", "alpha_1 ..", "plain tokens/s", "tokens/s", "speed-up [95%]", "speed-up, no loops [95%]",
@@ -117,7 +117,7 @@ def render_text(text: str, results: Path, where: str) -> str:
             raise UserError(f"{where}: mark 'results:{mark['name']} {mark['view']}': the view is {' or '.join(VIEWS)}")
         return mark["head"] + results_table(rows, VIEWS[mark["view"] or "summary"]) + mark["tail"]
 
-    opened = re.findall(r"<!-- results:([\w.-]+)", text)
+    opened = re.findall(r"^<!-- results:([\w.-]+)", text, re.M)
     closed = [mark["name"] for mark in MARK.finditer(text)]
     if opened != closed:
         lonely = next((name for name in opened if name not in closed), opened[0])

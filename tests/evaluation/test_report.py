@@ -111,6 +111,11 @@ def test_a_page_whose_figure_was_typed_in_is_stale(tmp_path: Path) -> None:
     assert stale(path, tmp_path / "results") == ["quick"]
 
 
+def test_an_indented_mark_is_an_example_and_stays(tmp_path: Path) -> None:
+    path = page(tmp_path, ROWS, "    <!-- results:NAME -->\n    <!-- /results:NAME -->\n")
+    assert not render(path, tmp_path / "results")
+
+
 def test_a_mark_can_ask_for_tasks(tmp_path: Path) -> None:
     path = page(tmp_path, ROWS, PAGE.replace("results:quick -->\n<", "results:quick tasks -->\n<"))
     render(path, tmp_path / "results")
