@@ -58,8 +58,7 @@ class Patient:
 
     @cached_property
     def drafter(self) -> Drafter:
-        with torch.device("meta"):
-            return build(self.recipe.drafter, self.shape)
+        return build(self.recipe.drafter, self.shape)
 
     @cached_property
     def prompts(self) -> list[Prompt]:

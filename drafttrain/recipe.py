@@ -48,7 +48,7 @@ _DATA = ("target.model", "target.revision", "target.dtype", "target.trust_remote
 _DRAFTER = (*_DATA, "target.aux_layers", "drafter", "train")
 DEPENDS: dict[str, tuple[str, ...]] = {
     "regenerate": (*_DATA, "target.aux_layers"),
-    "capture": (*_DATA, "target.aux_layers", "drafter.name"),
+    "capture": (*_DATA, "target.aux_layers", "drafter"),
     "train": _DRAFTER,
     "eval": (*_DRAFTER, "runtime", "evaluation"),
     "export": (*_DRAFTER, "export"),

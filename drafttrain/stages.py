@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def perform(stage: str, recipe: Recipe, again: bool = False) -> Record:
     """
     record = planned(stage, recipe)
     held = read_record(recipe, stage)
-    if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe) and not again:
+    if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe, held) and not again:
         console.print(f"[bold]{stage}[/]: done already ({recipe.folder})")
         return held
     if stage == "train":
@@ -141,7 +141,7 @@ def regenerate(recipe: Recipe) -> dict[str, Any]:
 
 def capture(recipe: Recipe) -> dict[str, Any]:
     """Features that training needs and the conversations lack, unless training computes them itself."""
-    source, needs = conversations(recipe), features_needed(recipe, read_shape(recipe.target))
+    source, needs = conversations(recipe), features_of(new_drafter(recipe, read_shape(recipe.target)))
     missing = needs - set(source.feature_names)
     if not missing or recipe.data.online:
         console.print("the conversations have every feature" if not missing else "features will be computed while training (data.online)")
@@ -154,18 +154,18 @@ def capture(recipe: Recipe) -> dict[str, Any]:
 def train(recipe: Recipe) -> dict[str, Any]:
     """Trains the drafter; runs under `accelerate launch` too."""
     accelerator = training.new_accelerator(recipe.train, recipe.folder)
-    shape = read_shape(recipe.target)
-    store = training_store(recipe, shape)
+    drafter = new_drafter(recipe, read_shape(recipe.target))
+    store = training_store(recipe, features_of(drafter))
     store.check_target(Origin.of_config(recipe.target))
     target = None
-    if features_needed(recipe, shape) <= set(store.feature_names):
+    if features_of(drafter) <= set(store.feature_names):
         head = TargetHead.from_folder(resolve(recipe.target), dtype=recipe.target.torch_dtype())
         store.check_head(head)
     else:
         target = Target.load(recipe.target.model_copy(update={"device": str(accelerator.device)}))
         head = target.head
-    result = training.train(new_drafter(recipe, shape), store, recipe.train, head, recipe.folder, target, accelerator)
-    if LEAD and not MADE["train"](recipe):
+    result = training.train(drafter, store, recipe.train, head, recipe.folder, target, accelerator)
+    if LEAD and not (recipe.folder / "drafter" / "config.json").exists():
         raise UserError(f"run '{recipe.folder}': its checkpoints are at the end of training, but the drafter is gone; delete them")
     alpha = " ".join(f"{value:.2f}" for value in result.alpha)
     console.print(f"{result.steps:,} steps, {result.tokens:,} tokens; held-out tau {result.best_tau:.2f} (alpha {alpha})")
@@ -209,9 +209,9 @@ def conversations(recipe: Recipe) -> Store:
     return Store.open(folder)
 
 
-def training_store(recipe: Recipe, shape: TargetShape) -> Store:
+def training_store(recipe: Recipe, needs: set[str]) -> Store:
     """Conversations with the features that training needs; without them where training computes them itself."""
-    source, needs = conversations(recipe), features_needed(recipe, shape)
+    source = conversations(recipe)
     if needs <= set(source.feature_names) or recipe.data.online:
         return source
     folder = recipe.folder / "features"
@@ -223,10 +223,8 @@ def training_store(recipe: Recipe, shape: TargetShape) -> Store:
     return store
 
 
-def features_needed(recipe: Recipe, shape: TargetShape) -> set[str]:
+def features_of(drafter: Drafter) -> set[str]:
     """What training reads of the target."""
-    with torch.device("meta"):
-        drafter = build(recipe.drafter, shape)
     return set(drafter.needs | drafter.teacher_needs)
 
 
@@ -247,23 +245,11 @@ def rows_of(recipe: Recipe, record: Record) -> list[Row]:
     return [row for row in bench.read_rows(results(recipe)) if row.run == record.notes["run"]]
 
 
-def exported(recipe: Recipe) -> Sequence[Path]:
-    """The folders that `export` writes."""
-    above = Path(recipe.export.folder or recipe.folder / "export")
-    return [above / name for name in recipe.export.formats]
-
-
-def _features_are_there(recipe: Recipe) -> bool:
-    needs = features_needed(recipe, read_shape(recipe.target))
-    held = set(read_index(conversations_folder(recipe)).features)
-    return needs <= held or recipe.data.online or (recipe.folder / "features" / INDEX).exists()
-
-
-MADE: dict[str, Callable[[Recipe], bool]] = {
-    "regenerate": lambda recipe: (conversations_folder(recipe) / INDEX).exists(),
-    "capture": _features_are_there,
-    "train": lambda recipe: (recipe.folder / "drafter" / "config.json").exists(),
-    "eval": lambda recipe: results(recipe).exists(),
-    "export": lambda recipe: all(folder.exists() for folder in exported(recipe)),
+MADE: dict[str, Callable[[Recipe, Record], bool]] = {
+    "regenerate": lambda recipe, held: (conversations_folder(recipe) / INDEX).exists(),
+    "capture": lambda recipe, held: not held.notes.get("features") or (recipe.folder / "features" / INDEX).exists(),
+    "train": lambda recipe, held: (recipe.folder / "drafter" / "config.json").exists(),
+    "eval": lambda recipe, held: results(recipe).exists(),
+    "export": lambda recipe, held: all(Path(folder).exists() for folder in held.notes["folders"]),
 }
-"""Whether a stage's output still lies where it was written."""
+"""Whether a finished stage's output still lies where it was written."""

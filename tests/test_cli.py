@@ -23,6 +23,7 @@ from drafttrain import doctor, terminal
 from drafttrain.cli import app
 from drafttrain.data import shards
 from drafttrain.data.store import Conversation, Store
+from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.files import load_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.recipe import RESOLVED, VERSIONS
@@ -120,7 +121,7 @@ def test_run_goes_from_prompts_to_a_table_and_a_sample(finished: tuple[Path, Res
     rows = {row.measured.label: row.measured for row in read_rows(run / "results.jsonl") if row.measured.task == "all"}
     table, sample = result.stdout.split("Target target", 1)  # what is measured on stands between them
     for label in ("plain", "eagle3 chain-2"):
-        (line,) = [line for line in table.splitlines() if line.startswith(f"│ {label} ")]
+        (line,) = [line for line in table.splitlines() if line.strip("│ ").startswith(f"{label} ")]
         assert f"{rows[label].tau:.2f}" in line
     assert "w" in sample.splitlines()[-1]
     assert "tokens in" in result.stderr
@@ -139,6 +140,17 @@ def test_a_second_run_finds_everything_done_and_touches_nothing(workplace: Path)
     assert result.stderr.count("done already") == len(STAGES)
     assert snapshot("runs") == before
     assert "eagle3 chain-2" in result.stdout
+
+
+@pytest.mark.parametrize("family", DRAFTERS)
+def test_every_family_goes_through_every_stage(workplace: Path, family: str) -> None:
+    """On the features of the first run; nothing in the command line knows a family's name."""
+    changes = (f"drafter={{name: {family}}}", "data.existing=runs/tiny/features", "output=runs/new", "train.steps=2", "evaluation.limit=1")
+    assert drafttrain("doctor", "tiny.yaml", *changes).exit_code == 0
+    result = drafttrain("run", "tiny.yaml", *changes)
+    assert result.exit_code == 0, result.output
+    assert f"{family} chain-2" in result.stdout
+    assert load_drafter(Path("runs/new/export/native")).config.name == family
 
 
 def test_a_change_of_the_runtime_evaluates_again_and_nothing_else(workplace: Path) -> None:
