@@ -152,6 +152,7 @@ def train(
 def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     """What `accelerate launch` set up, or a single process."""
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else accelerate would not join the processes of a launch on CPUs
         mixed_precision="bf16" if config.precision == "bfloat16" else "no",
         gradient_accumulation_steps=config.accumulate,
         log_with=None if config.tracker == "none" else config.tracker,

@@ -1,0 +1,199 @@
+"""The training loop: resumed equals uninterrupted, two processes equal one, damage is passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import VOCAB, tiny_target
+
+from drafttrain.core.errors import UserError
+from drafttrain.data.origin import Origin
+from drafttrain.data.store import Conversation, Store, StoreWriter
+from drafttrain.drafters import DRAFTERS
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.replay import replay
+from drafttrain.target.adapter import Target
+from drafttrain.train import loop
+from drafttrain.train.checkpoint import checkpoints
+from drafttrain.train.loop import Run, Stopped, TrainConfig, new_accelerator, train
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "eagle3": {"unroll": 2, "draft_vocab_size": 40},
+    "medusa": {"heads": 2},
+    "small_lm": {"layers": 1},
+}
+OPTIONS: dict[str, Any] = {
+    "steps": 8, "batch_rows": 2, "row_length": 64, "lr": 3e-3, "precision": "float32", "eval_every": 4, "save_every": 3, "eval_length": 2,
+    "held_out": 0.2,
+}  # fmt: skip
+
+
+def tiny_store(target: Target, folder: Path, conversations: int = 24, new_tokens: int = 24) -> Store:
+    """Greedy answers of the target to random prompts."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, VOCAB, (5,), generator=generator).tolist() for _ in range(conversations)]
+    answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=new_tokens, batch_size=conversations)
+    writer = StoreWriter(folder, Origin.of_target(target))
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        writer.append(Conversation.answered([*prompt, *answer.tokens], len(prompt), {"temperature": 0.0}, index))
+    return writer.finish()
+
+
+def run(family: str, store: Store, target: Target, output: Path, **changes: Any) -> loop.TrainResult:
+    torch.manual_seed(0)
+    drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
+    return train(drafter, store, TrainConfig(**{**OPTIONS, **changes}), target.head, output, target)
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "train.jsonl").read_text().splitlines()]
+
+
+def test_every_family_has_options_here() -> None:
+    assert set(FAMILIES) == set(DRAFTERS)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_loss_by_loss(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny_target(11)
+    store = tiny_store(target, tmp_path / "data")
+    run(family, store, target, tmp_path / "whole")
+    step = Run._step
+
+    def stopping(self: Run, batches: Any) -> dict[str, float]:
+        line = step(self, batches)
+        if self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return line
+
+    monkeypatch.setattr(Run, "_step", stopping)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run(family, store, target, tmp_path / "parts")
+    monkeypatch.setattr(Run, "_step", step)
+    run(family, store, target, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_training_lowers_the_loss_and_raises_the_held_out_accepted_length(tmp_path: Path) -> None:
+    target = tiny_target(12)
+    store = tiny_store(target, tmp_path / "data")
+    result = run("eagle3", store, target, tmp_path / "run", steps=60)
+    curve = losses(tmp_path / "run")
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    assert result.best_tau > 1.0
+    assert result.steps == 60
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_repeats_no_log_line(tmp_path: Path) -> None:
+    target = tiny_target(13)
+    store = tiny_store(target, tmp_path / "data")
+    run("medusa", store, target, tmp_path / "whole")
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tests.train.test_loop import *\n"
+        "step = Run._step\n"
+        "def killing(self, batches):\n"
+        "    line = step(self, batches)\n"
+        "    if self.progress.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return line\n"
+        "Run._step = killing\n"
+        "run('medusa', Store.open(sys.argv[1]), tiny_target(13), Path(sys.argv[2]))\n"
+    )
+    output = tmp_path / "killed"
+    done = subprocess.run([sys.executable, str(script), str(store.folder), str(output)], check=False, cwd=Path.cwd(), env=environment())
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in checkpoints(output / "checkpoints")] == ["step-00000003"]
+    run("medusa", store, target, output)
+    assert losses(output) == losses(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    run("medusa", store, target, tmp_path / "run", steps=6)
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (tmp_path / "run" / "train.jsonl").write_text("")
+    with pytest.warns(UserWarning, match=f"{newest.name}' is damaged"):
+        run("medusa", store, target, tmp_path / "run", steps=6)
+    assert len(losses(tmp_path / "run")) == 3  # steps 4 to 6 were done again
+
+
+def test_other_options_refuse_to_resume(tmp_path: Path) -> None:
+    target = tiny_target(15)
+    store = tiny_store(target, tmp_path / "data")
+    run("medusa", store, target, tmp_path / "run", steps=3)
+    with pytest.raises(UserError, match="other options or data"):
+        run("medusa", store, target, tmp_path / "run", steps=3, lr=1e-4)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_two_processes_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
+    target = tiny_target(16)
+    store = tiny_store(target, tmp_path / "data")
+    run(family, store, target, tmp_path / "one", batch_rows=2)
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.train.test_loop import *\n"
+        f"run('{family}', Store.open(sys.argv[1]), tiny_target(16), Path(sys.argv[2]), batch_rows=1)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", str(script), str(store.folder), str(tmp_path / "two")]  # fmt: skip
+    done = subprocess.run(command, check=False, cwd=Path.cwd(), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_replayed_accepted_length_is_what_decoding_measures(family: str, tmp_path: Path) -> None:
+    target = tiny_target(17)
+    store = tiny_store(target, tmp_path / "data")
+    torch.manual_seed(0)
+    drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
+    trainer = Run(drafter, store, TrainConfig(**{**OPTIONS, "steps": 30}), target.head, tmp_path / "run", target, accelerator(tmp_path))
+    trainer.run()
+    drafter.eval()
+    batches = list(trainer._ready(trainer._packed(list(range(len(store))), 0, 1).batches(0)))
+    replayed = replay(lambda batch, length: drafter.walk(batch, target.head, length), batches, 2)
+    decoder = SpeculativeDecoder(target, drafter, RuntimeConfig.model_validate({"shape": {"shape": "chain", "length": 2}}))
+    prompts = [store[index].tokens[~store[index].mask].tolist() for index in range(len(store))]
+    served = decoder.generate(prompts, max_new_tokens=24)
+    total = sum((one.statistics for one in served[1:]), served[0].statistics)
+    assert (replayed.rounds, replayed.tokens) == (total.rounds, total.tokens)
+    assert (replayed.attempts, replayed.accepts) == (total.attempts, total.accepts)
+    assert total.tau > 1.05
+
+
+def accelerator(folder: Path) -> Any:
+    return new_accelerator(TrainConfig(**OPTIONS), folder)
+
+
+def test_learning_rate_rises_and_falls_as_the_schedule_says() -> None:
+    cosine = TrainConfig(steps=1, lr=1.0, warmup=0.1, lr_floor=0.1)
+    assert [round(cosine.lr_at(done), 3) for done in (0.05, 0.1, 0.55, 1.0)] == [0.5, 1.0, 0.55, 0.1]
+    linear = cosine.model_copy(update={"schedule": "linear"})
+    assert round(linear.lr_at(0.775), 3) == 0.325
+    assert cosine.model_copy(update={"schedule": "constant"}).lr_at(0.9) == 1.0
+
+
+def test_exactly_one_measure_of_length_is_wanted() -> None:
+    with pytest.raises(ValueError, match="exactly one of steps, epochs, minutes"):
+        TrainConfig(steps=3, minutes=1)
