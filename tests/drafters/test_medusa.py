@@ -179,6 +179,9 @@ def test_rows_of_different_lengths_draft_what_each_drafts_alone(shape: Shape) ->
     drafter = medusa(target)
     rows, more = texts(4, 9, 6), texts(3, 3, 3)
     together = begun(target, drafter, rows)
+    first = proposed(drafter, together, shape)
+    for row in range(3):
+        assert proposed(drafter, begun(target, drafter, rows[row : row + 1]), shape).tokens[0, 1:].equal(first.tokens[row, 1:])
     counts = torch.tensor([3, 0, 1])
     last = torch.randn(3, 3, 32)
     drafter.observe(together, Committed(torch.tensor(more), counts, {"last": last}))
@@ -211,6 +214,17 @@ def test_a_reduced_vocabulary_drafts_only_its_own_tokens_and_can_draft_the_end(s
     assert drafter.vocab.tolist() == [0, *range(VOCAB - 11, VOCAB)]  # 0 was never seen
     tree = proposed(drafter, begun(target, drafter, texts(5, 8)), shape)
     assert torch.isin(tree.tokens[:, 1:][tree.live[:, 1:]], drafter.vocab).all()
+
+
+@torch.no_grad()
+def test_a_vocabulary_chosen_after_first_use_is_the_one_drafted_from() -> None:
+    target = tiny_target(4)
+    drafter = medusa(target, draft_vocab_size=12)
+    state = begun(target, drafter, texts(5))
+    proposed(drafter, state, SHAPES[0])
+    drafter.start_from(target.head, [], -torch.arange(VOCAB))
+    row = drafter._readout(0, target.head).weight[3]
+    assert row.equal(target.head.output[3])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
