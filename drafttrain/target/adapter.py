@@ -174,7 +174,7 @@ class Target:
         """One tiny plain pass and one through our own masks, compared: refuses what cannot be decoded as a tree."""
         tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
         plain = self.model(tokens, use_cache=True)
-        shapes = kv_shapes(plain.past_key_values, self.config.num_hidden_layers)
+        shapes = kv_shapes(plain.get("past_key_values"), self.config.num_hidden_layers)
         self.kv_shapes = shapes
         cache = self.new_cache(1, 8)
         first = self.prefill(cache, tokens[:, :2], torch.tensor([2], device=self.device))
@@ -274,12 +274,12 @@ def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerB
     return tuple(sorted({token for token in [*ids, own] if token is not None}))
 
 
-def layer_kinds(config: object) -> list[str]:
+def layer_kinds(config: Any) -> list[str]:
     """Each layer's attention kind, under the names transformers uses for mask dictionaries."""
-    known = config.to_dict()  # type: ignore[attr-defined]
+    known = config.to_dict()
     kinds = known.get("layer_types")
     if kinds is None:
-        kinds = ["sliding_attention" if known.get("sliding_window") else "full_attention"] * known["num_hidden_layers"]
+        kinds = ["sliding_attention" if known.get("sliding_window") else "full_attention"] * config.num_hidden_layers
     for index, kind in enumerate(kinds):
         if kind not in ATTENTION_KINDS:
             raise UserError(
@@ -289,9 +289,9 @@ def layer_kinds(config: object) -> list[str]:
     return list(kinds)
 
 
-def layer_windows(config: object) -> list[int | None]:
+def layer_windows(config: Any) -> list[int | None]:
     """Each layer's attention window in tokens, None where it sees everything."""
-    window = config.to_dict().get("sliding_window")  # type: ignore[attr-defined]
+    window = config.to_dict().get("sliding_window")
     return [window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
 
 

@@ -100,10 +100,17 @@ class TargetHead:
         )
         path, layers = layer_list(skeleton.base_model)
         prefix = f"{skeleton.base_model_prefix}.{path}"
-        head.layer_weights = lambda index: {
-            name: files.read(f"{prefix}.{index % len(layers)}.{name}") for name, _ in layers[index].named_parameters()
-        }
+
+        def layer(index: int) -> dict[str, Tensor]:  # experts are stored under other names than the model's, and left out
+            stored = {name: f"{prefix}.{index % len(layers)}.{name}" for name, _ in layers[index].named_parameters()}
+            return {name: files.read(there) for name, there in stored.items() if there in files.where}
+
+        head.layer_weights = layer
         return head
+
+
+OLDER_NAMES = {"lm_head.weight": "embed_out.weight"}
+"""Tensors that files still keep under a name that the model class has given up (GPT-NeoX)."""
 
 
 class SafetensorsFolder:
@@ -120,6 +127,7 @@ class SafetensorsFolder:
                 raise UserError(f"{shard}: truncated or corrupt ({error}); download or write it again") from error
 
     def read(self, name: str) -> Tensor:
+        name = name if name in self.where else OLDER_NAMES.get(name, name)
         if name not in self.where:
             raise UserError(f"target '{self.folder}': tensor '{name}' is missing from its safetensors; is the model complete?")
         with safe_open(self.where[name], "pt") as file:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import VOCAB, tiny_target
 
 from drafttrain.core.errors import UserError
 from drafttrain.data.origin import Origin
@@ -25,6 +24,7 @@ from drafttrain.target.adapter import Target
 from drafttrain.train import loop
 from drafttrain.train.checkpoint import checkpoints
 from drafttrain.train.loop import Run, Stopped, TrainConfig, new_accelerator, train
+from tests.tiny import VOCAB, tiny_target
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "eagle3": {"unroll": 2, "draft_vocab_size": 40},
