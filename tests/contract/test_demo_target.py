@@ -1,0 +1,138 @@
+"""Greedy identity on the real target: whatever drafts, fp32 text is the target's own."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Committed
+from drafttrain.drafters import DRAFTERS
+from drafttrain.drafters.base import Drafter, DrafterState
+from drafttrain.drafters.grow import Frontier, grow
+from drafttrain.evaluation.suites import load_suite
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.target.adapter import Target
+from drafttrain.target.files import TargetConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.demo]
+PROMPTS, NEW_TOKENS, MARGIN = 20, 128, 1e-4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "eagle3": {"draft_vocab_size": 4096}, "medusa": {"heads": 4}, "small_lm": {"layers": 2},
+}  # fmt: skip
+
+
+@cache
+def demo() -> Target:
+    return Target.load(TargetConfig(dtype="float32"))
+
+
+@cache
+def prompts() -> tuple[tuple[int, ...], ...]:
+    """20 of the built-in suite's, over all of its tasks."""
+    reader, items = SpeculativeDecoder(demo()), load_suite("builtin").items
+    return tuple(tuple(reader.tokenize(item.opening())) for item in items[:: len(items) // PROMPTS][:PROMPTS])  # type: ignore[arg-type]
+
+
+@cache
+def own_texts() -> tuple[tuple[int, ...], ...]:
+    """What transformers itself decodes greedily."""
+    out = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        text = demo().model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        out.append(tuple(text[0, len(prompt) :].tolist()))
+    return tuple(out)
+
+
+def margin(prompt: tuple[int, ...], text: tuple[int, ...]) -> float:
+    """Between the target's two likeliest tokens after `text`."""
+    with torch.inference_mode():
+        best = demo().model(torch.tensor([[*prompt, *text]])).logits[0, -1].topk(2).values
+    return float(best[0] - best[1])
+
+
+class OracleState(DrafterState):
+    def __init__(self, written: list[int]) -> None:
+        self.written = written  # tokens of each row so far, prompt included
+
+    def select(self, rows: Tensor) -> OracleState:
+        return OracleState([self.written[row] for row in rows.tolist()])
+
+    def join(self, other: DrafterState) -> OracleState:
+        raise AssertionError("not needed here")
+
+
+class Oracle:
+    """Proposes the target's own continuation, each token corrupted with probability 0.3."""
+
+    needs: frozenset[str] = frozenset()
+    calls, max_depth = 0, None
+
+    def __init__(self, texts: list[tuple[int, ...]]) -> None:
+        self.texts, self.generator = texts, torch.Generator().manual_seed(0)
+
+    def to(self, *where: Any) -> Oracle:
+        return self
+
+    def eval(self) -> Oracle:
+        return self
+
+    def begin(self, tokens: Tensor, lengths: Tensor, features: Any, head: Any, capacity: int) -> OracleState:
+        return OracleState(lengths.tolist())
+
+    def propose(self, state: OracleState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
+        def step(frontier: Frontier) -> Tensor:
+            logits = torch.rand(len(roots), frontier.tokens.shape[1], demo().vocab_size, generator=self.generator)
+            for row, text in enumerate(self.texts):
+                place = state.written[row] + 1 + frontier.level
+                if place < len(text) and torch.rand(1, generator=self.generator) > 0.3:
+                    logits[row, :, text[place]] = 9.0
+            return logits
+
+        return grow(step, roots, plan, sampling, chance).tree
+
+    def observe(self, state: OracleState, committed: Committed) -> None:
+        state.written = [before + count for before, count in zip(state.written, committed.count.tolist(), strict=True)]
+
+
+def check(generate: Any) -> tuple[int, float]:
+    """(texts that differ, accepted length); a difference is allowed only where the target itself is undecided."""
+    differing, total = 0, None
+    for prompt, own in zip(prompts(), own_texts(), strict=True):
+        got = generate(prompt, own)
+        total = got.statistics if total is None else total + got.statistics
+        if tuple(got.tokens) != own:
+            differing += 1
+            at = next(i for i, (a, b) in enumerate(zip(got.tokens, own, strict=False)) if a != b)
+            assert margin(prompt, own[:at]) < MARGIN, (prompt[-8:], at)
+    assert total is not None
+    return differing, total.tau
+
+
+@pytest.mark.parametrize("shape", [Chain(length=4), Dynamic(depth=4, beam=4, top_k=4, nodes=16)], ids=lambda shape: shape.shape)
+@pytest.mark.parametrize("family", sorted(DRAFTERS))
+def test_greedy_text_in_fp32_is_the_targets_own(family: str, shape: Any) -> None:
+    drafter: Drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **OPTIONS[family]), demo().shape)
+    layers = [demo().head.layer_weights(index) for index in range(demo().config.num_hidden_layers)]  # type: ignore[misc]
+    drafter.start_from(demo().head, layers, torch.arange(demo().vocab_size).flip(0))
+    decoder = SpeculativeDecoder(demo(), drafter, RuntimeConfig(shape=shape))
+    differing, tau = check(lambda prompt, own: decoder.generate(list(prompt), max_new_tokens=NEW_TOKENS)[0])
+    print(f"{family} {shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
+
+
+@pytest.mark.parametrize("shape", [Chain(length=8), Static(children=(2, 1, 1, 1, 1, 1, 1, 1))], ids=lambda shape: shape.shape)
+def test_greedy_text_is_the_targets_own_when_much_is_accepted(shape: Any) -> None:
+    def generate(prompt: tuple[int, ...], own: tuple[int, ...]) -> Any:
+        oracle: Any = Oracle([(*prompt, *own)])
+        return SpeculativeDecoder(demo(), oracle, RuntimeConfig(shape=shape)).generate(list(prompt), max_new_tokens=NEW_TOKENS)[0]
+
+    differing, tau = check(generate)
+    print(f"oracle {shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
+    assert tau - 1 >= 2  # mean accepted
