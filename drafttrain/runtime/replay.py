@@ -7,45 +7,25 @@ B rows, T time, K draft length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from drafttrain.core.types import Batch
+from drafttrain.runtime.stats import Statistics
 
 Walk = Callable[[Batch, int], Tensor]
 """(batch, K) -> [B, T, K] guesses, as `Drafter.walk` gives them."""
 
 
-@dataclass
-class Replay:
-    """What the walk over the texts counted; the same meanings as in `runtime.stats.Statistics`."""
-
-    rounds: int = 0
-    tokens: int = 0
-    attempts: list[int] = field(default_factory=list)
-    accepts: list[int] = field(default_factory=list)
-
-    @property
-    def tau(self) -> float:
-        """Tokens a round, bonus included."""
-        return self.tokens / self.rounds if self.rounds else 0.0
-
-    @property
-    def alpha(self) -> list[float]:
-        """Conditional acceptance by depth."""
-        return [yes / all_ if all_ else 0.0 for yes, all_ in zip(self.accepts, self.attempts, strict=True)]
-
-
 @torch.no_grad()
-def replay(walk: Walk, batches: Iterable[Batch], length: int) -> Replay:
+def replay(walk: Walk, batches: Iterable[Batch], length: int) -> Statistics:
     """Chains of `length` over every answer in `batches`.
 
     Only texts that the target wrote greedily give the figure that greedy decoding measures; choose the conversations accordingly.
     """
-    out = Replay(attempts=[0] * length, accepts=[0] * length)
+    out = Statistics(attempts=[0] * length, accepts=[0] * length)
     for batch in batches:
         runs = matching_runs(batch, walk(batch, length)).cpu().numpy()
         for row, start, stop in answers(batch):
@@ -77,7 +57,7 @@ def answers(batch: Batch) -> Iterator[tuple[int, int, int]]:
             yield row, int(start), int(stop)
 
 
-def _walk_answer(out: Replay, runs: np.ndarray, start: int, stop: int) -> None:
+def _walk_answer(out: Statistics, runs: np.ndarray, start: int, stop: int) -> None:
     """One answer: its first token comes from the prefill and is the first root; each round keeps the right guesses and one more."""
     root, depth = start, len(out.attempts)
     while root + 1 < stop:

@@ -33,7 +33,8 @@ from drafttrain.data.collate import Packed
 from drafttrain.data.store import Store
 from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.files import save_drafter
-from drafttrain.runtime.replay import Replay, replay
+from drafttrain.runtime.replay import replay
+from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
 from drafttrain.train.checkpoint import Progress, resume, save
@@ -270,7 +271,7 @@ class Run:
     def _walk(self, batch: Batch, length: int) -> Tensor:
         return self.learner(batch, self.head, length)
 
-    def _keep_best(self, tau: float, found: Replay | None = None) -> None:
+    def _keep_best(self, tau: float, found: Statistics | None = None) -> None:
         self.progress.best = tau
         weights = self.accelerator.get_state_dict(self.learner)
         if self.lead:
