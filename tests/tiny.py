@@ -36,9 +36,7 @@ def tiny_eagle3(target: Target, seed: int = 0, **options: Any) -> Drafter:
     """A random EAGLE-3 drafter that starts from the target's head, so that it is right now and then."""
     torch.manual_seed(seed)
     drafter = Eagle3(Eagle3Config(**options), target.shape)
-    layer = target.head.layer_weights
-    assert layer is not None
-    drafter.start_from(target.head, [layer(target.config.num_hidden_layers - 1)], torch.arange(target.vocab_size))
+    drafter.start_from(target.head, torch.arange(target.vocab_size))
     return drafter.eval()
 
 

@@ -10,10 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from pathlib import Path
 from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from drafttrain.core.chance import Chance
@@ -108,11 +106,11 @@ class Drafter(nn.Module, ABC):
         """Features that only `loss` reads; `last` wherever the teacher's law is."""
         return frozenset({"last"})
 
-    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
+    def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """Initialise from the frozen target before training.
 
-        layers: the target's decoder layers' weights by name (`self_attn.q_proj.weight`, ...), last one last; counts: [V] how often each
-        token stands in the training answers.
+        head: also reads the decoder layers that are wanted (`head.layer_weights`); counts: [V] how often each token stands in the
+        training answers.
         """
 
     @abstractmethod
@@ -141,18 +139,3 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def observe(self, state: DrafterState, committed: Committed) -> None:
         """Learn what was committed: the root and the accepted nodes, with the target's features there."""
-
-    def stored(self) -> dict[str, Tensor]:
-        """What goes into `model.safetensors`."""
-        return {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-
-    def weight_bytes(self) -> int:
-        """Bytes of parameters one call reads."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
-
-    def save_extra(self, folder: Path) -> None:
-        """Files a family writes besides config.json and model.safetensors."""
-
-    @property
-    def device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))

@@ -162,7 +162,7 @@ class Eagle3(Drafter):
     # -- start ------------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
+    def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """Head, norm and draft vocabulary from the target; attention over features and the MLP from its last layer, where they fit."""
         self.vocab.copy_(draft_vocab(counts, len(self.vocab), list(self.target.eos_ids)))
         self.lm_head.weight.copy_(head.output[self.vocab])
@@ -172,7 +172,7 @@ class Eagle3(Drafter):
         self.fc.weight.zero_()
         self.fc.weight[:, -size:].copy_(torch.eye(size))  # the highest captured layer, as it is
         own = {name: p for name, p in self.midlayer.named_parameters() if name != "input_layernorm.weight"}
-        borrowed = dict(layers[-1])
+        borrowed = dict(head.layer_weights(self.target.num_layers - 1))
         borrowed["hidden_norm.weight"] = borrowed.get("input_layernorm.weight", own["hidden_norm.weight"])
         for name, parameter in own.items():
             source = borrowed.get(name)
@@ -236,9 +236,8 @@ class Eagle3(Drafter):
         return torch.stack(guesses, -1)
 
     def _guess(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T] the likeliest token, rows in turn so that [T, Vd] logits of one row stand in memory."""
-        best = torch.stack([self._logits(row).argmax(-1) for row in hidden])
-        return best if self.draft_ids is None else self.draft_ids[best]
+        """[B, T, D] -> [B, T] the likeliest token."""
+        return Readout(self.lm_head.weight).guesses(self.norm(hidden), self.draft_ids, self.config.loss_chunk)
 
     def _steps_at(self, progress: float) -> int:
         start, end = self.config.unroll_ramp

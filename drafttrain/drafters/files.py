@@ -40,8 +40,7 @@ def save_drafter(
             "notes": notes or {},
         }
         (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        save_file(plain(drafter.stored() if weights is None else weights), partial / "model.safetensors", metadata={"format": "pt"})
-        drafter.save_extra(partial)
+        save_file(plain(drafter.state_dict() if weights is None else weights), partial / "model.safetensors", metadata={"format": "pt"})
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

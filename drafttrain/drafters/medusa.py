@@ -104,7 +104,7 @@ class Medusa(Drafter):
         return self.vocab if len(self.vocab) < self.target.vocab_size else None
 
     @torch.no_grad()
-    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
+    def start_from(self, head: TargetHead, counts: Tensor) -> None:
         self.vocab.copy_(draft_vocab(counts, len(self.vocab), list(self.target.eos_ids)))
         self._borrowed = None
         if self.config.own_heads:

@@ -25,7 +25,7 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
-from drafttrain.target.adapter import kv_shapes, layer_kinds, layer_masks, text_config, tree_mask
+from drafttrain.target.adapter import kv_shapes, layer_masks, mask_windows, text_config, tree_mask
 from drafttrain.target.cache import KVShape, TreeCache
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead, final_norm, finisher, layer_list
@@ -145,7 +145,7 @@ class SmallLM(Drafter):
                 f"a drafter needs the target's own tokenizer"
             )
         try:
-            layer_kinds(self.lm_config)
+            self.windows = mask_windows(self.lm_config)
         except UserError as error:
             raise UserError(f"drafter.path '{origin}' cannot be rolled back, like a target: {error}") from error
 
@@ -157,13 +157,14 @@ class SmallLM(Drafter):
         return kv_shapes(out.past_key_values, self.lm_config.num_hidden_layers)
 
     @torch.no_grad()
-    def start_from(self, head: TargetHead, layers: list[dict[str, Tensor]], counts: Tensor) -> None:
+    def start_from(self, head: TargetHead, counts: Tensor) -> None:
         if not self.borrows:
             return
         for own, source in zip(layer_list(self.lm)[1], self._sources(), strict=True):
+            theirs = head.layer_weights(source)
             for name, parameter in own.named_parameters():
-                if name in layers[source] and layers[source][name].shape == parameter.shape:
-                    parameter.copy_(layers[source][name])
+                if name in theirs and theirs[name].shape == parameter.shape:
+                    parameter.copy_(theirs[name])
         norm = final_norm(self.lm)
         if head.norm is not None and norm is not None:
             norm.get_parameter("weight").copy_(head.norm)
@@ -191,7 +192,7 @@ class SmallLM(Drafter):
         """Packed rows [B, T] -> [B, T, D]."""
         kind = batch.tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._dtype
-        masks = layer_masks(self.lm_config, dtype, document_mask(batch.document), batch.position, batch.position)
+        masks = layer_masks(self.windows, dtype, document_mask(batch.document), batch.position, batch.position)
         return self._backbone()(
             inputs_embeds=self._embed(batch.tokens, head), position_ids=batch.position, attention_mask=masks, use_cache=False
         ).last_hidden_state
@@ -205,7 +206,7 @@ class SmallLM(Drafter):
             tokens = prompts[:, start : start + PREFILL_CHUNK]
             slots = cache.aim_at(start, tokens.shape[1])
             seen = torch.arange(cache.visible, device=prompts.device) <= slots[:, :, None]
-            self._forward(state, tokens, slots, layer_masks(self.lm_config, self._dtype, seen, slots, None))
+            self._forward(state, tokens, slots, layer_masks(self.windows, self._dtype, seen, slots, None))
         cache.lengths, cache.reach = lengths.clone(), prompts.shape[1]
         return state
 
@@ -263,7 +264,7 @@ class SmallLM(Drafter):
         slots, order = state.cache.aim(T), torch.arange(T, device=tokens.device)
         causal = (order[:, None] >= order).expand(B, -1, -1)
         seen, key_positions = tree_mask(state.cache, slots, causal, order.expand(B, -1))
-        return self._forward(state, tokens, slots, layer_masks(self.lm_config, self._dtype, seen, slots, key_positions))
+        return self._forward(state, tokens, slots, layer_masks(self.windows, self._dtype, seen, slots, key_positions))
 
     def _expand(self, state: SmallLMState, frontier: Frontier, depth: Tensor) -> Tensor:
         """One level: nodes [B, W] -> [B, W, D]. depth: [F] of every node fed, these last."""
@@ -272,7 +273,7 @@ class SmallLM(Drafter):
         slots = state.cache.lengths[:, None] + torch.arange(F, device=depth.device)
         seen, key_positions = tree_mask(state.cache, slots, frontier.mask, depth.expand(B, -1))
         positions = (state.cache.lengths + frontier.level)[:, None].expand(B, W)
-        masks = layer_masks(self.lm_config, self._dtype, seen, positions, key_positions)
+        masks = layer_masks(self.windows, self._dtype, seen, positions, key_positions)
         return self._forward(state, frontier.tokens, positions, masks)
 
     @bare_forward

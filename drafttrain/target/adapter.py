@@ -58,7 +58,7 @@ class Target:
         self.dtype: torch.dtype = model.dtype
         self.aux_layers = checked_aux_layers(aux_layers, self.config.num_hidden_layers)
         self.head = TargetHead.from_model(model)
-        layer_kinds(self.config)  # refuses layers that cannot roll back
+        self.windows = mask_windows(self.config)  # refuses layers that cannot roll back
         self.eos_ids = end_ids(model.generation_config, tokenizer)
         self.forwards = 0  # target passes so far: tests count them
         self.kv_shapes = self._probe()
@@ -157,7 +157,7 @@ class Target:
         out = self.backbone(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=layer_masks(self.config, self.dtype, seen, positions, key_positions),
+            attention_mask=layer_masks(self.windows, self.dtype, seen, positions, key_positions),
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states="aux" in wanted,
@@ -206,15 +206,14 @@ def tree_mask(cache: TreeCache, slots: Tensor, mask: Tensor, depth: Tensor) -> t
 
 
 def layer_masks(
-    config: object, dtype: torch.dtype, seen: Tensor, positions: Tensor, key_positions: Tensor | None
+    windows: dict[str, int | None], dtype: torch.dtype, seen: Tensor, positions: Tensor, key_positions: Tensor | None
 ) -> Tensor | dict[str, Tensor]:
     """Additive [B, 1, N, M] masks from `seen` [B, N, M]: one, or one a layer type where the model mixes them.
 
-    key_positions: [B, M] positions of the slots, for windows; None where slot s stands for position s.
+    windows: see `mask_windows`; key_positions: [B, M] positions of the slots, for windows; None where slot s stands for position s.
     """
-    kinds = dict(zip(layer_kinds(config), layer_windows(config), strict=True))
     masks = {}
-    for kind, window in kinds.items():
+    for kind, window in windows.items():
         near = seen
         if window is not None:
             keys = torch.arange(seen.shape[-1], device=seen.device)[None] if key_positions is None else key_positions
@@ -245,7 +244,7 @@ def read_shape(config: TargetConfig) -> TargetShape:
     folder = resolve(config)
     whole = load_config(folder, config.trust_remote_code)
     text = text_config(whole)
-    layer_kinds(text)  # refuses layers that cannot roll back
+    mask_windows(text)  # refuses layers that cannot roll back
     try:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:  # no generation_config.json
@@ -274,25 +273,24 @@ def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerB
     return tuple(sorted({token for token in [*ids, own] if token is not None}))
 
 
-def layer_kinds(config: Any) -> list[str]:
-    """Each layer's attention kind, under the names transformers uses for mask dictionaries."""
+def mask_windows(config: Any) -> dict[str, int | None]:
+    """The attention kinds of a model's layers, as transformers names them in mask dictionaries, each with its window in tokens (None:
+    everything is seen). Read once when a model is loaded: a configuration is slow to ask.
+
+    Raises `UserError` for a layer whose state cannot be rolled back, by its number.
+    """
     known = config.to_dict()
+    window = known.get("sliding_window")
     kinds = known.get("layer_types")
     if kinds is None:
-        kinds = ["sliding_attention" if known.get("sliding_window") else "full_attention"] * config.num_hidden_layers
+        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     for index, kind in enumerate(kinds):
         if kind not in ATTENTION_KINDS:
             raise UserError(
                 f"target layer {index} is of type '{kind}', whose state cannot be rolled back after a rejected draft; "
                 f"only {' and '.join(ATTENTION_KINDS)} layers can be verified"
             )
-    return list(kinds)
-
-
-def layer_windows(config: Any) -> list[int | None]:
-    """Each layer's attention window in tokens, None where it sees everything."""
-    window = config.to_dict().get("sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def kv_shapes(cache: object, layers: int) -> list[KVShape]:

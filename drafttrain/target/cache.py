@@ -83,10 +83,6 @@ class TreeCache(Cache):
             views |= {layer: (keys[place], values[place]) for place, layer in enumerate(members)}
         super().__init__(layers=[TreeLayer(self, *views[index]) for index in range(len(shapes))])
 
-    @property
-    def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.storage)
-
     def aim(self, width: int, behind: int = 0) -> Tensor:
         """Prepares a forward of `width` nodes, `behind` slots after each row's committed tokens; returns their slots [B, N]."""
         nodes = torch.arange(behind, behind + width, device=self.lengths.device)

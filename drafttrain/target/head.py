@@ -22,11 +22,17 @@ from drafttrain.target.files import load_config, text_config
 class TargetHead:
     """Borrowed weights. Drafters get it as an argument and never keep it in a state dict."""
 
-    def __init__(self, embedding: Tensor, output: Tensor, bias: Tensor | None, norm: Tensor | None, config: object) -> None:
-        """embedding, output: [V, D]; norm: [D] the final norm's weight; config: the target's text configuration."""
+    def __init__(
+        self, embedding: Tensor, output: Tensor, bias: Tensor | None, norm: Tensor | None, config: object,
+        layer_weights: Callable[[int], dict[str, Tensor]] = lambda index: {},
+    ) -> None:
+        """embedding, output: [V, D]; norm: [D] the final norm's weight; config: the target's text configuration.
+
+        layer_weights: reads one decoder layer's weights by name (`self_attn.q_proj.weight`, ...) when drafters ask for it.
+        """
         self.embedding, self.output, self.bias, self.norm = embedding, output, bias, norm
         self.finish = finisher(config)
-        self.layer_weights: Callable[[int], dict[str, Tensor]] | None = None
+        self.layer_weights = layer_weights
 
     @property
     def vocab_size(self) -> int:
@@ -62,16 +68,15 @@ class TargetHead:
         """Shares the tensors of a loaded causal LM."""
         output, backbone = model.get_output_embeddings(), model.base_model
         norm = final_norm(backbone)
-        head = cls(
+        _, layers = layer_list(backbone)
+        return cls(
             model.get_input_embeddings().weight,
             output.weight,
             output.bias,
             None if norm is None else norm.weight,
             text_config(model.config),
+            lambda index: {name: p.detach() for name, p in layers[index].named_parameters()},
         )
-        _, layers = layer_list(backbone)
-        head.layer_weights = lambda index: {name: p.detach() for name, p in layers[index].named_parameters()}
-        return head
 
     @classmethod
     def from_folder(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TargetHead:
@@ -89,15 +94,6 @@ class TargetHead:
         def read(parameter: Tensor) -> Tensor:
             return files.read(names[id(parameter)]).to(device, dtype)
 
-        embedding = read(skeleton.get_input_embeddings().weight)
-        tied = output.weight is skeleton.get_input_embeddings().weight
-        head = cls(
-            embedding,
-            embedding if tied else read(output.weight),
-            None if output.bias is None else read(output.bias),
-            None if norm is None else read(norm.weight),
-            text_config(config),
-        )
         path, layers = layer_list(skeleton.base_model)
         prefix = f"{skeleton.base_model_prefix}.{path}"
 
@@ -105,8 +101,16 @@ class TargetHead:
             stored = {name: f"{prefix}.{index % len(layers)}.{name}" for name, _ in layers[index].named_parameters()}
             return {name: files.read(there) for name, there in stored.items() if there in files.where}
 
-        head.layer_weights = layer
-        return head
+        embedding = read(skeleton.get_input_embeddings().weight)
+        tied = output.weight is skeleton.get_input_embeddings().weight
+        return cls(
+            embedding,
+            embedding if tied else read(output.weight),
+            None if output.bias is None else read(output.bias),
+            None if norm is None else read(norm.weight),
+            text_config(config),
+            layer,
+        )
 
 
 OLDER_NAMES = {"lm_head.weight": "embed_out.weight"}

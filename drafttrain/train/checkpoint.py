@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from drafttrain.core.errors import UserError
+from drafttrain.data.shards import sha256, write_whole
 
 STATE = "state.json"
 
@@ -43,8 +43,8 @@ def save(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) 
         raise UserError(f"checkpoint '{final}' cannot be written ({error}); free some disk space and run again, it resumes") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        progress.files = {str(path.relative_to(partial)): _sha256(path) for path in _files(partial)}
-        _write_synced(partial / STATE, json.dumps(asdict(progress)))
+        progress.files = {str(path.relative_to(partial)): sha256(path) for path in _files(partial)}
+        write_whole(partial / STATE, lambda path: path.write_text(json.dumps(asdict(progress))))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for old in checkpoints(folder)[:-keep]:
@@ -82,7 +82,7 @@ def _whole(folder: Path) -> Progress | None:
     try:
         known: dict[str, Any] = json.loads((folder / STATE).read_text())
         progress = Progress(**known)
-        if all(_sha256(folder / name) == digest for name, digest in progress.files.items()):
+        if all(sha256(folder / name) == digest for name, digest in progress.files.items()):
             return progress
     except (OSError, json.JSONDecodeError, TypeError):
         pass
@@ -91,18 +91,3 @@ def _whole(folder: Path) -> Progress | None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from drafttrain.core.config import Config, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.types import Batch
 from drafttrain.data.collate import Packed
+from drafttrain.data.shards import write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.files import save_drafter
@@ -321,11 +321,8 @@ class Run:
 
     def _start(self, drafter: Drafter) -> None:
         drafter.to(self.accelerator.device)
-        if self.config.start == "target" and self.head.layer_weights is not None:
-            layers = drafter.target.num_layers
-            read = [self.head.layer_weights(index) for index in range(layers)]
-            weights = [{name: value.to(self.accelerator.device).float() for name, value in layer.items()} for layer in read]
-            drafter.start_from(self.head, weights, self.store.answer_counts(drafter.target.vocab_size))
+        if self.config.start == "target":
+            drafter.start_from(self.head, self.store.answer_counts(drafter.target.vocab_size))
 
     def _optimizer(self, drafter: Drafter) -> torch.optim.Optimizer:
         trained = [p for p in drafter.parameters() if p.requires_grad]
@@ -363,9 +360,7 @@ class Run:
         if not self.lead or not path.exists():
             return
         kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, path)
+        write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
 
     def _bar(self) -> Bar:
         note = TextColumn("{task.fields[note]}")

@@ -28,7 +28,7 @@ def medusa(target: Target, spread: float = 0.2, **options: object) -> Medusa:
     """A drafter of random blocks that starts from the target's head."""
     torch.manual_seed(7)
     drafter = Medusa(MedusaConfig(**{"heads": 3, **options}), target.shape)  # type: ignore[arg-type]
-    drafter.start_from(target.head, [], torch.arange(target.vocab_size))
+    drafter.start_from(target.head, torch.arange(target.vocab_size))
     for parameter in drafter.blocks.parameters():
         torch.nn.init.normal_(parameter, std=spread)
     return drafter.eval()
@@ -101,7 +101,7 @@ def test_own_output_matrices_start_as_the_target_own() -> None:
     target = tiny_target()
     batch = packed(target, texts(11, 8), [3, 2])
     drafter = Medusa(MedusaConfig(heads=3, own_heads=True), target.shape)
-    drafter.start_from(target.head, [], torch.ones(VOCAB))
+    drafter.start_from(target.head, torch.ones(VOCAB))
     loss = drafter.loss(batch, target.head).sum.detach()
     torch.testing.assert_close(loss, fresh_loss(target, batch, 3, 0.8), rtol=1e-4, atol=1e-5)
 
@@ -222,7 +222,7 @@ def test_a_vocabulary_chosen_after_first_use_is_the_one_drafted_from() -> None:
     drafter = medusa(target, draft_vocab_size=12)
     state = begun(target, drafter, texts(5))
     proposed(drafter, state, SHAPES[0])
-    drafter.start_from(target.head, [], -torch.arange(VOCAB))
+    drafter.start_from(target.head, -torch.arange(VOCAB))
     row = drafter._readout(0, target.head).weight[3]
     assert row.equal(target.head.output[3])
 

@@ -67,9 +67,7 @@ def family(name: str) -> Target:
 def small_lm(target: Target, **options: Any) -> SmallLM:
     torch.manual_seed(1)
     drafter = SmallLM(SmallLMConfig(**options), target.shape)
-    weights = target.head.layer_weights
-    assert weights is not None
-    drafter.start_from(target.head, [weights(index) for index in range(3)], torch.ones(target.vocab_size))
+    drafter.start_from(target.head, torch.ones(target.vocab_size))
     return drafter.eval()
 
 
@@ -169,9 +167,7 @@ def test_training_lowers_the_loss_and_leaves_the_target_alone() -> None:
 def test_a_new_drafter_starts_from_the_targets_first_layers_its_last_one_and_its_norm() -> None:
     target = tiny_target(num_hidden_layers=4)
     drafter = SmallLM(SmallLMConfig(layers=2), target.shape)
-    weights = target.head.layer_weights
-    assert weights is not None
-    drafter.start_from(target.head, [weights(index) for index in range(4)], torch.ones(VOCAB))
+    drafter.start_from(target.head, torch.ones(VOCAB))
     own, theirs = drafter.lm.state_dict(), target.model.model.state_dict()
     for here, there in ((0, 0), (1, 3)):
         name = "layers.{}.mlp.up_proj.weight"
