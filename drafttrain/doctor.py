@@ -19,7 +19,7 @@ from drafttrain.data.prompts import Prompt, SelfPrompts, read_prompts, tokenize
 from drafttrain.data.shards import INDEX
 from drafttrain.data.store import Conversation, Store, bytes_per_token
 from drafttrain.data.turns import frame, openings
-from drafttrain.drafters import build
+from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.recipe import Recipe
@@ -179,7 +179,7 @@ def drafter(patient: Patient) -> str:
 
 def rule(patient: Patient) -> str:
     runtime, sampling = patient.recipe.runtime, patient.recipe.evaluation.sampling
-    fitted, plan = runtime.fitted(sampling)
+    fitted, plan = runtime.fitted(sampling, DRAFTERS[patient.recipe.drafter.name])
     exact = "lossless" if fitted.lossless else "LOSSY"
     return f"{fitted.config.name} ({exact}) for {plan.draws} draws in a {runtime.shape.shape} of {runtime.shape.nodes} nodes"
 

@@ -100,7 +100,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if isinstance(data.get(section, {}), dict):
             data[section] = {"seed": data.get("seed", 0), **data.get(section, {})}
     recipe = parse(Recipe, data, str(source))
-    recipe.runtime.fitted(recipe.evaluation.sampling.check())
+    recipe.runtime.fitted(recipe.evaluation.sampling.check(), DRAFTERS[recipe.drafter.name])
     for contender in recipe.evaluation.contenders:
         (contender.runtime or recipe.runtime).fitted(recipe.evaluation.sampling)
     return recipe

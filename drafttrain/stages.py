@@ -26,10 +26,12 @@ from drafttrain.data import regenerate as regenerating
 from drafttrain.data.origin import Origin
 from drafttrain.data.shards import INDEX, first_line, read_index, write_whole
 from drafttrain.data.store import Store
-from drafttrain.drafters import build
+from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.files import save_drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.rows import Row
+from drafttrain.evaluation.runners import Runner
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.export import export as export_drafter
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, write_resolved
@@ -130,6 +132,9 @@ def refuse_other_options(held: Record | None, record: Record, recipe: Recipe) ->
 
 def regenerate(recipe: Recipe) -> dict[str, Any]:
     """The target writes the conversations; a finished store that the recipe names is only checked."""
+    if not DRAFTERS[recipe.drafter.name].trainable:
+        console.print(f"a {recipe.drafter.name} drafter learns nothing: no conversations are needed")
+        return {}
     if recipe.data.existing is not None:
         store = Store.open(recipe.data.existing)
         store.check_target(Origin.of_config(recipe.target))
@@ -141,6 +146,8 @@ def regenerate(recipe: Recipe) -> dict[str, Any]:
 
 def capture(recipe: Recipe) -> dict[str, Any]:
     """Features that training needs and the conversations lack, unless training computes them itself."""
+    if not DRAFTERS[recipe.drafter.name].trainable:
+        return {}
     source, needs = conversations(recipe), features_of(new_drafter(recipe, read_shape(recipe.target)))
     missing = needs - set(source.feature_names)
     if not missing or recipe.data.online:
@@ -152,7 +159,10 @@ def capture(recipe: Recipe) -> dict[str, Any]:
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Trains the drafter; runs under `accelerate launch` too."""
+    """Trains the drafter; runs under `accelerate launch` too. A family without weights is only written down."""
+    if not DRAFTERS[recipe.drafter.name].trainable:
+        save_drafter(new_drafter(recipe, read_shape(recipe.target)), recipe.folder / "drafter")
+        return {}
     accelerator = training.new_accelerator(recipe.train, recipe.folder)
     drafter = new_drafter(recipe, read_shape(recipe.target))
     store = training_store(recipe, features_of(drafter))
@@ -175,7 +185,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Plain and speculative decoding side by side on the suite."""
     target = Target.load(recipe.target)
-    runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
+    own: list[Runner] = [*bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)]
+    runs = [*own, *bench.peers(target, recipe.evaluation)]
     rows = bench.evaluate(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, results(recipe))
     return {"run": rows[0].run}
 
@@ -246,7 +257,7 @@ def rows_of(recipe: Recipe, record: Record) -> list[Row]:
 
 
 MADE: dict[str, Callable[[Recipe, Record], bool]] = {
-    "regenerate": lambda recipe, held: (conversations_folder(recipe) / INDEX).exists(),
+    "regenerate": lambda recipe, held: not held.notes or (conversations_folder(recipe) / INDEX).exists(),
     "capture": lambda recipe, held: not held.notes.get("features") or (recipe.folder / "features" / INDEX).exists(),
     "train": lambda recipe, held: (recipe.folder / "drafter" / "config.json").exists(),
     "eval": lambda recipe, held: results(recipe).exists(),

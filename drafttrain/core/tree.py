@@ -6,6 +6,8 @@ and siblings stand in the order they were drawn. Everything is a tensor of stati
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -39,6 +41,7 @@ class Tree:
     origin: Tensor | None = None  # [B, N] int8: which proposer (hybrids); None where there is one
     law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
+    reach: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
 
     @property
     def topology(self) -> Literal["chain", "tree"]:
@@ -97,3 +100,90 @@ def root_only(roots: Tensor) -> Tree:
     """The tree of plain decoding: [B] -> a tree of one node, max_depth 0."""
     zeros = torch.zeros_like(roots)[:, None]
     return Tree(roots[:, None], zeros, zeros == 0, "point", max_depth=0, max_children=0)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Tokens one below the other, and how likely the path down to each is thought to be."""
+
+    tokens: Sequence[int]
+    reach: Sequence[float]
+
+
+def from_branches(roots: Tensor, rows: Sequence[Sequence[Branch]], nodes: int, static: tuple[int, int] | None = None) -> Tree:
+    """Point tree of branches found on the host: under each of `roots` [B] its row's branches, shared prefixes merged.
+
+    nodes: the most that a row keeps, the likeliest. static: depth and children to declare, in a tree of
+    all `nodes`, where a row's later draws must not depend on what other rows found; by default the tree is as wide as its widest row.
+    """
+    grown = [_merged(branches) for branches in rows]
+    return from_nodes(roots, [row.only(row.likeliest()[:nodes]) for row in grown], nodes if static else None, static)
+
+
+@dataclass
+class Nodes:
+    """One row's nodes below the root on the host: node i + 1 has tokens[i] and hangs from parents[i]."""
+
+    tokens: list[int]
+    parents: list[int]
+    reach: list[float]
+    origin: list[int]
+
+    @property
+    def depth(self) -> int:
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return max(depths)
+
+    @property
+    def children(self) -> int:
+        """The most that one node has."""
+        return max(Counter(self.parents).values(), default=0)
+
+    def likeliest(self) -> list[int]:
+        """Indices of the nodes by their chance, the best first; a parent, whose chance is never less, before its child."""
+        return sorted(range(len(self.tokens)), key=lambda place: -self.reach[place])
+
+    def only(self, places: Sequence[int]) -> Nodes:
+        """The nodes of these indices, among them every parent of one."""
+        kept = sorted(places)
+        number = {-1: 0} | {place: node for node, place in enumerate(kept, 1)}
+        parents = [number[self.parents[place] - 1] for place in kept]
+        return Nodes([self.tokens[p] for p in kept], parents, [self.reach[p] for p in kept], [self.origin[p] for p in kept])
+
+
+def from_nodes(roots: Tensor, rows: Sequence[Nodes], nodes: int | None = None, static: tuple[int, int] | None = None) -> Tree:
+    """The tree of rows described on the host, `nodes` wide or as wide as its widest row. static: see `from_branches`."""
+    N = 1 + (nodes if nodes is not None else max(len(row.tokens) for row in rows))
+
+    def padded(part: str, root: float) -> Tensor:
+        lists: list[list[float]] = [[root, *vars(row)[part]] for row in rows]
+        return torch.tensor([values + [0] * (N - len(values)) for values in lists], device=roots.device)
+
+    tokens = padded("tokens", 0).long()
+    tokens[:, 0] = roots
+    live = torch.arange(N, device=roots.device) <= torch.tensor([[len(row.tokens)] for row in rows], device=roots.device)
+    depth, children = static or (max(row.depth for row in rows), max(row.children for row in rows))
+    return Tree(
+        tokens, padded("parents", 0).long(), live, "point", depth, children,
+        origin=padded("origin", 0).to(torch.int8), reach=padded("reach", 1.0).float(),
+    )  # fmt: skip
+
+
+def _merged(branches: Sequence[Branch]) -> Nodes:
+    """Branches as nodes; where two share a node, the likelier guess counts."""
+    out = Nodes([], [], [], [])
+    known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+    for branch in branches:
+        node = 0
+        for token, reach in zip(branch.tokens, branch.reach, strict=True):
+            if (node, token) not in known:
+                out.tokens.append(token)
+                out.parents.append(node)
+                out.reach.append(reach)
+                out.origin.append(0)
+                known[node, token] = len(out.tokens)
+            node = known[node, token]
+            out.reach[node - 1] = max(out.reach[node - 1], reach)
+    return out

@@ -56,6 +56,20 @@ class Committed:
     features: Features = field(default_factory=dict)  # name -> [B, T, ...], the target's, at these tokens
     nodes: Tensor | None = None  # [B, T] where they stood in the tree the drafter proposed; None if it proposed none
 
+    def then(self, later: Committed) -> Committed:
+        """These tokens followed by the later ones, row by row; where they stood in trees is forgotten."""
+        features = {name: appended(value, self.count, later.features[name]) for name, value in self.features.items()}
+        return Committed(appended(self.tokens, self.count, later.tokens), self.count + later.count, features)
+
+
+def appended(values: Tensor, count: Tensor, more: Tensor) -> Tensor:
+    """[B, T, ...] of which `count` [B] are real, and [B, U, ...] -> [B, T + U, ...] with the second behind each row's real values."""
+    B, U = more.shape[:2]
+    out = torch.cat([values, torch.zeros_like(more)], 1)
+    row = torch.arange(B, device=values.device)[:, None]
+    out[row, count[:, None] + torch.arange(U, device=values.device)] = more
+    return out
+
 
 @dataclass
 class Batch:

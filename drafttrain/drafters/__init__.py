@@ -5,10 +5,11 @@ from __future__ import annotations
 from drafttrain.drafters.base import Drafter, DrafterConfig
 from drafttrain.drafters.eagle3 import Eagle3
 from drafttrain.drafters.medusa import Medusa
+from drafttrain.drafters.ngram import Ngram
 from drafttrain.drafters.small_lm import SmallLM
 from drafttrain.target.files import TargetShape
 
-DRAFTERS: dict[str, type[Drafter]] = {"small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3}
+DRAFTERS: dict[str, type[Drafter]] = {"small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3, "ngram": Ngram}
 
 
 def build(config: DrafterConfig, target: TargetShape) -> Drafter:

@@ -89,6 +89,8 @@ class Drafter(nn.Module, ABC):
     config: DrafterConfig
     needs: frozenset[str] = frozenset()  # features the target must hand over, decoding and training alike
     first_label: ClassVar[int] = 2  # the row of token t first predicts token t + first_label; `Loss.count` counts those labels
+    trainable: ClassVar[bool] = True  # False: no weights, `loss` and `start_from` are never called
+    draws: ClassVar[frozenset[str]] = frozenset({"point", "iid", "without_replacement"})  # how it can draw siblings
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
 
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:

@@ -290,9 +290,7 @@ class Eagle3(Drafter):
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, Eagle3State)
-        if state.pending is not None:  # proposed nothing in between: the next committed token completes what waited
-            self._refresh(state, committed.tokens[:, 0])
-        state.pending = committed
+        state.pending = committed if state.pending is None else state.pending.then(committed)  # proposed nothing in between
 
     def _refresh(self, state: Eagle3State, roots: Tensor) -> Tensor:
         """Pairs of what was committed, with the target's features: writes them, returns the newest one's output [B, 1, D]."""

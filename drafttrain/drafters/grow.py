@@ -134,7 +134,8 @@ def _rerank(tokens: list[Tensor], scores: list[Tensor], parents: list[Tensor], f
     live = torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept) > float("-inf")
     above = place.gather(1, torch.cat(parents, 1).gather(1, kept))
     tree = Tree(
-        torch.cat(tokens, 1).gather(1, kept), torch.where(live, above, 0), live, "point", max_depth=shape.depth, max_children=shape.top_k
+        torch.cat(tokens, 1).gather(1, kept), torch.where(live, above, 0), live, "point", max_depth=shape.depth, max_children=shape.top_k,
+        reach=torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept).exp(),
     )
     return Growth(tree, torch.cat(fed, 1).gather(1, kept))
 

@@ -22,11 +22,11 @@ from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.core.types import Batch, Committed, Features, appended
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.adapter import kv_shapes, layer_masks, mask_windows, text_config, tree_mask
-from drafttrain.target.cache import KVShape, TreeCache
+from drafttrain.target.cache import Aim, KVShape, TreeCache
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead, final_norm, finisher, layer_list
 
@@ -206,7 +206,7 @@ class SmallLM(Drafter):
             tokens = prompts[:, start : start + PREFILL_CHUNK]
             slots = cache.aim_at(start, tokens.shape[1])
             seen = torch.arange(cache.visible, device=prompts.device) <= slots[:, :, None]
-            self._forward(state, tokens, slots, layer_masks(self.windows, self._dtype, seen, slots, None))
+            self._forward(state, cache.aimed, tokens, slots, layer_masks(self.windows, self._dtype, seen, slots, None))
         cache.lengths, cache.reach = lengths.clone(), prompts.shape[1]
         return state
 
@@ -229,8 +229,8 @@ class SmallLM(Drafter):
         assert isinstance(state, SmallLMState)
         state.cache.reach += committed.tokens.shape[1]  # until the loop says what it is
         if state.fed is None or committed.nodes is None:  # not from a tree of its own: all of it waits
-            self._feed_pending(state)
-            state.pending, state.waiting, state.fed = committed.tokens, committed.count, None
+            state.pending = appended(state.pending, state.waiting, committed.tokens)
+            state.waiting, state.fed = state.waiting + committed.count, None
             return
         row = torch.arange(len(committed.count), device=committed.count.device)
         place = state.fed.gather(1, committed.nodes)  # [B, T] where they stand in the cache
@@ -245,18 +245,9 @@ class SmallLM(Drafter):
         at = state.waiting[:, None]
         tokens = torch.cat([state.pending, roots[:, None]], 1).scatter(1, at, roots[:, None])
         hidden = self._feed(state, tokens)
-        self._count_pending(state)
-        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
-
-    def _feed_pending(self, state: SmallLMState) -> None:
-        """Feeds and commits what waits."""
-        if state.pending.shape[1]:
-            self._feed(state, state.pending)
-            self._count_pending(state)
-
-    def _count_pending(self, state: SmallLMState) -> None:
         state.cache.lengths = state.cache.lengths + state.waiting
         state.pending, state.waiting = state.pending[:, :0], torch.zeros_like(state.waiting)
+        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _feed(self, state: SmallLMState, tokens: Tensor) -> Tensor:
         """Tokens [B, T] one after the other behind the committed ones -> [B, T, D]."""
@@ -264,7 +255,8 @@ class SmallLM(Drafter):
         slots, order = state.cache.aim(T), torch.arange(T, device=tokens.device)
         causal = (order[:, None] >= order).expand(B, -1, -1)
         seen, key_positions = tree_mask(state.cache, slots, causal, order.expand(B, -1))
-        return self._forward(state, tokens, slots, layer_masks(self.windows, self._dtype, seen, slots, key_positions))
+        masks = layer_masks(self.windows, self._dtype, seen, slots, key_positions)
+        return self._forward(state, state.cache.aimed, tokens, slots, masks)
 
     def _expand(self, state: SmallLMState, frontier: Frontier, depth: Tensor) -> Tensor:
         """One level: nodes [B, W] -> [B, W, D]. depth: [F] of every node fed, these last."""
@@ -274,12 +266,15 @@ class SmallLM(Drafter):
         seen, key_positions = tree_mask(state.cache, slots, frontier.mask, depth.expand(B, -1))
         positions = (state.cache.lengths + frontier.level)[:, None].expand(B, W)
         masks = layer_masks(self.windows, self._dtype, seen, positions, key_positions)
-        return self._forward(state, frontier.tokens, positions, masks)
+        return self._forward(state, state.cache.aimed, frontier.tokens, positions, masks)
 
     @bare_forward
-    def _forward(self, state: SmallLMState, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]) -> Tensor:
-        """Tokens [B, T] at the slots that the cache aims at -> [B, T, D]."""
+    def _forward(
+        self, state: SmallLMState, aim: Aim, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]
+    ) -> Tensor:
+        """Tokens [B, T] at the slots of `aim` -> [B, T, D]."""
         self.calls += 1
+        state.cache.aim_as(aim)
         return self._backbone()(
             inputs_embeds=self._embed(tokens, state.head), position_ids=positions, attention_mask=masks, past_key_values=state.cache,
             use_cache=True,

@@ -21,11 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drafttrain.core.config import Config, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
+from drafttrain.drafters import build
+from drafttrain.drafters.base import DrafterConfig
 from drafttrain.drafters.files import load_drafter
+from drafttrain.drafters.hybrid import AnyFree
 from drafttrain.evaluation.efficiency import Efficiency, measure
 from drafttrain.evaluation.journal import Journal, append_whole, parse_lines
 from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.machine import commit, device_name, versions
+from drafttrain.evaluation.peers import Peer, PeerConfig, make_peer
 from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows
 from drafttrain.evaluation.runners import PLAIN, Contender, Runner, shape_name
 from drafttrain.evaluation.suites import Item, Suite
@@ -41,8 +45,9 @@ class ContenderConfig(Config):
 
     label: str = Field(min_length=1)
     """Its name in tables."""
-    drafter: str | None = None
-    """Folder of another drafter of the same target, or of the run that trained it; by default the recipe's own."""
+    drafter: str | AnyFree | None = None
+    """Folder of another drafter of the same target, or of the run that trained it; or a family that needs no training by `name`, with its
+    options; by default the recipe's own drafter."""
     runtime: RuntimeConfig | None = None
     """How it drafts and verifies; by default as the recipe's `runtime` section says."""
 
@@ -74,6 +79,8 @@ class EvaluationConfig(Config):
     """Prompts decoded untimed by every contender before the first one counts."""
     contenders: tuple[ContenderConfig, ...] = ()
     """More drafters and settings to compare."""
+    peers: tuple[PeerConfig, ...] = ()
+    """Modes of transformers' own `generate` to compare with."""
     efficiency: bool = True
     """Measure the loop efficiency too: a few prompts are decoded again while bare forwards are replayed."""
 
@@ -92,15 +99,24 @@ def contenders(target: Target, drafter: Path, runtime: RuntimeConfig, config: Ev
     drafter: its folder, or that of the run that trained it. Raises `UserError` where a drafter is missing or another
     target's.
     """
-    wanted = [(None, drafter, runtime)]
-    wanted += [(one.label, Path(one.drafter or drafter), one.runtime or runtime) for one in config.contenders]  # type: ignore[misc]
-    out = []
-    for label, path, how in wanted:
-        folder = find_drafter(path)
-        decoder = SpeculativeDecoder(target, load_drafter(folder, target.fingerprint), how)
-        assert decoder.drafter is not None
-        out.append(Contender(label or f"{decoder.drafter.config.name} {shape_name(how.shape)}", decoder, folder))
+    out = [_contender(target, None, drafter, runtime)]
+    for one in config.contenders:
+        which = Path(one.drafter) if isinstance(one.drafter, str) else one.drafter or drafter
+        out.append(_contender(target, one.label, which, one.runtime or runtime))
     return out
+
+
+def _contender(target: Target, label: str | None, which: Path | DrafterConfig, how: RuntimeConfig) -> Contender:
+    folder = find_drafter(which) if isinstance(which, Path) else None
+    drafter = build(which, target.shape) if isinstance(which, DrafterConfig) else load_drafter(find_drafter(which), target.fingerprint)
+    decoder = SpeculativeDecoder(target, drafter, how)
+    assert decoder.drafter is not None
+    return Contender(label or f"{decoder.drafter.config.name} {shape_name(how.shape)}", decoder, folder)
+
+
+def peers(target: Target, config: EvaluationConfig) -> list[Peer]:
+    """Transformers' modes that `config.peers` asks for, ready to run."""
+    return [make_peer(target, peer) for peer in config.peers]
 
 
 def evaluate(

@@ -1,15 +1,15 @@
 """How much of a round is model arithmetic: the forwards of its target and drafter, replayed alone at the same shapes.
 
-Rounds of one decoding are left alone and looked into by turns. A round left alone gives what a round takes; in the next one
-every call of the target's backbone and head and every `bare_forward` of the drafter is done again `TIMES` times, on the very
-tensors it was given (slots of caches are written again with the same values), and timed. Medians over rounds that stand a few
-milliseconds apart keep a busy machine out of the ratio. What is left of a round is masks, growing, verification, commit and Python.
+At the end of a round's target forward, every `bare_forward` of the drafter and the call of the target's backbone and head are done again
+`TIMES` times in the order in which they came, on the very tensors they were given (slots of caches are written again with the same
+values), and timed. The order matters: each model finds the processor's caches full of the other's weights, as it does in a real round.
+The time of doing it again is taken out of the round. What is left of a round is masks, growing, verification, commit and Python.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from types import TracebackType
@@ -28,69 +28,66 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Seconds of a typical round: as measured, and of its bare forwards."""
+    """Medians over rounds."""
 
-    round: float  # from the end of the round before to its own end
-    draft: float  # its `draft` phase
-    bare_target: float
-    bare_drafter: float
-
-    @property
-    def loop(self) -> float:
-        """Share of a round that is bare forwards; what is missing to 1 is this runtime's own cost."""
-        return (self.bare_target + self.bare_drafter) / self.round
-
-    @property
-    def drafting(self) -> float | None:
-        """Drafting time over its bare forwards; None where a drafter has none (plain decoding, lookup)."""
-        return self.draft / self.bare_drafter if self.bare_drafter else None
+    round: float  # seconds, replays taken out
+    loop: float  # share of a round that is bare forwards; what is missing to 1 is this runtime's own cost
+    drafting: float | None  # drafting time over its bare forwards; None where a drafter has none (plain decoding, lookup)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one round."""
+
+    whole: float
+    draft: float
+    bare_target: float
+    bare_drafter: float
+
+
 def measure(
     decoder: SpeculativeDecoder, prompts: Iterable[list[int]], sampling: Sampling, seed: int, new_tokens: int = NEW_TOKENS
 ) -> Efficiency | None:
-    """Over the first `new_tokens` tokens of each prompt (token ids); None where no prompt gives two rounds."""
-    alone: list[tuple[float, float]] = []  # seconds of a round and of its drafting
-    bare: list[tuple[float, float]] = []  # seconds of a round's target and drafter forwards
-    replay = Replay(decoder)
-    for prompt in prompts:
-        batch = decoder.batch(sampling, seed)
-        batch.start([Request(prompt, 0, new_tokens)])
-        batch.clock.seconds()  # waits for the device and forgets the prefill
-        watched = False
-        while not batch.done:
-            start = time.perf_counter()
-            if watched:
-                with replay:
-                    batch.step()
-                bare.append((replay.target_seconds, replay.drafter_seconds))
-                batch.clock.seconds()
-            else:
-                batch.step()
-                drafting = batch.clock.seconds()["draft"]
-                alone.append((time.perf_counter() - start, drafting))
-            watched = not watched
-    if not alone or not bare:
+    """Over the first `new_tokens` tokens of each prompt (token ids); None where no prompt gives a round."""
+    rounds = [found for prompt in prompts for found in _rounds(decoder, prompt, sampling, seed, new_tokens)]
+    if not rounds:
         return None
-    (rounds, drafts), (targets, drafters) = zip(*alone, strict=True), zip(*bare, strict=True)
-    return Efficiency(median(rounds), median(drafts), median(targets), median(drafters))
+    drafted = [one for one in rounds if one.bare_drafter]
+    return Efficiency(
+        median(one.whole for one in rounds),
+        median((one.bare_target + one.bare_drafter) / one.whole for one in rounds),
+        median(one.draft / one.bare_drafter for one in drafted) if drafted else None,
+    )
+
+
+def _rounds(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling, seed: int, new_tokens: int) -> Iterator[Round]:
+    batch, replay = decoder.batch(sampling, seed), Replay(decoder)
+    batch.start([Request(prompt, 0, new_tokens)])
+    batch.clock.seconds()  # waits for the device and forgets the prefill
+    while not batch.done:
+        start = time.perf_counter()
+        with replay:
+            batch.step()
+        drafting = batch.clock.seconds()["draft"]
+        yield Round(time.perf_counter() - start - replay.seconds, drafting, replay.target_seconds, replay.drafter_seconds)
 
 
 class Replay:
-    """Adds up the seconds of bare forwards while it is entered, doing each of them again."""
+    """Does the bare forwards of a round again while it is entered."""
 
     def __init__(self, decoder: SpeculativeDecoder) -> None:
         self.target, self.drafter = decoder.target, decoder.drafter
-        self.target_seconds, self.drafter_seconds = 0.0, 0.0
+        self.calls: list[Callable[[], object]] = []  # the drafter's, in this round so far
+        self.seconds, self.target_seconds, self.drafter_seconds = 0.0, 0.0, 0.0
 
     def __enter__(self) -> Replay:
-        self.target_seconds, self.drafter_seconds = 0.0, 0.0
+        self.calls, self.seconds, self.target_seconds, self.drafter_seconds = [], 0.0, 0.0, 0.0
         self._hook = self.target.backbone.register_forward_hook(self._after_backbone, with_kwargs=True)
         if self.drafter is not None:
-            self.drafter.watcher = self._after_drafter
+            self.drafter.watcher = self.calls.append
         return self
 
     def __exit__(
@@ -101,23 +98,22 @@ class Replay:
             self.drafter.watcher = None
 
     def _after_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        def again() -> object:
-            return self.target.head.logits(module.forward(*args, **kwargs).last_hidden_state)
-
-        self.target_seconds += self._timed(again)
-
-    def _after_drafter(self, again: Callable[[], object]) -> None:
-        self.drafter_seconds += self._timed(again)
-
-    def _timed(self, again: Callable[[], object]) -> float:
-        """Mean seconds of doing it again."""
-        self._wait()
-        start = time.perf_counter()
+        start = self._now()
         for _ in range(TIMES):
-            again()
-        self._wait()
-        return (time.perf_counter() - start) / TIMES
+            self.drafter_seconds += self._timed(self.calls) / TIMES
+            self.target_seconds += self._timed([lambda: self.target.head.logits(module.forward(*args, **kwargs).last_hidden_state)]) / TIMES
+        self.seconds += self._now() - start
 
-    def _wait(self) -> None:
+    def _timed(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Seconds of doing them again."""
+        if not calls:
+            return 0.0
+        start = self._now()
+        for again in calls:
+            again()
+        return self._now() - start
+
+    def _now(self) -> float:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()

@@ -100,7 +100,7 @@ class Contender:
         drafter, runtime = self.decoder.drafter, self.decoder.runtime
         if drafter is None:
             return Facts()
-        rule, plan = runtime.fitted(sampling)
+        rule, plan = runtime.fitted(sampling, type(drafter))
         shape = runtime.shape
         return Facts(
             drafter.config.name, self._fingerprint, rule.config.name, rule.lossless, runtime.treat_as or plan.draws,

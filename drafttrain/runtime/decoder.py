@@ -18,6 +18,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter
+from drafttrain.drafters.hybrid import Hybrid, HybridConfig
 from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
 from drafttrain.runtime.policy import POLICIES
 from drafttrain.runtime.stats import Statistics
@@ -64,12 +65,20 @@ class RuntimeConfig(Config):
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
     drafter_temperature: float | None = Field(default=None, gt=0)
     """The drafter's own temperature; by default the target's."""
+    hybrid: HybridConfig | None = None
+    """Draft beside the trained drafter with a lookup that costs nothing, under one budget of nodes; None drafts with the drafter alone."""
     prefill_chunk: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward."""
 
-    def fitted(self, sampling: Sampling) -> tuple[Rule, Plan]:
-        """The rule and the plan for these sampling options, or a `UserError` where they would not be exact."""
-        draws: Draws = _auto_draws(self.shape.shape, sampling) if self.draws == "auto" else self.draws
+    def fitted(self, sampling: Sampling, drafter: type[Drafter] | None = None) -> tuple[Rule, Plan]:
+        """The rule and the plan for these sampling options, or a `UserError` where they would not be exact.
+
+        drafter: its family, where it is known: some can draw in one way only.
+        """
+        able = frozenset({"point"}) if self.hybrid is not None else (drafter or Drafter).draws
+        draws: Draws = _auto_draws(self.shape.shape, sampling, able) if self.draws == "auto" else self.draws
+        if draws not in able:
+            raise UserError(f"runtime.draws '{draws}': this drafter makes {' or '.join(sorted(able))} draws only; leave draws at 'auto'")
         if self.shape.shape == "dynamic" and draws != "point":
             raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'point' draws stay exact")
         if self.policy not in POLICIES:
@@ -109,8 +118,10 @@ class SpeculativeDecoder:
 
     def __init__(self, target: Target, drafter: Drafter | None = None, runtime: RuntimeConfig | None = None) -> None:
         self.target = target
-        self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
         self.runtime = runtime or RuntimeConfig()
+        if drafter is not None and self.runtime.hybrid is not None:
+            drafter = Hybrid(self.runtime.hybrid, drafter)
+        self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
         if drafter is not None and drafter.max_depth is not None and self.runtime.shape.depth > drafter.max_depth:
             raise UserError(
                 f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "
@@ -207,7 +218,7 @@ class SpeculativeDecoder:
 
     def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> Batch:
         """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
-        rule, plan = self.runtime.fitted(sampling.check())
+        rule, plan = self.runtime.fitted(sampling.check(), None if self.drafter is None else type(self.drafter))
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
             rule, plan = lone.fitted(sampling)
@@ -281,8 +292,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _auto_draws(shape: str, sampling: Sampling) -> Draws:
-    if sampling.greedy or shape == "dynamic":
+def _auto_draws(shape: str, sampling: Sampling, able: frozenset[str]) -> Draws:
+    if sampling.greedy or shape == "dynamic" or able == {"point"}:
         return "point"
     return "iid" if shape == "chain" else "without_replacement"
 

@@ -24,6 +24,14 @@ class KVShape(NamedTuple):
     value_dim: int
 
 
+class Aim(NamedTuple):
+    """Where a forward writes: slots [B, N], and the first of them where they are the same consecutive ones in all rows; slots it reads."""
+
+    slots: Tensor
+    start: int | None
+    visible: int
+
+
 class TreeLayer(CacheLayerMixin):
     """One layer's view of the storage, as transformers calls it."""
 
@@ -91,6 +99,15 @@ class TreeCache(Cache):
             self.start = self.reach + behind
         self.visible = self._bucket(self.reach + behind + width)
         return self.slots
+
+    @property
+    def aimed(self) -> Aim:
+        """Where the current forward writes and what it reads."""
+        return Aim(self.slots, self.start, self.visible)
+
+    def aim_as(self, aim: Aim) -> None:
+        """Prepares the same forward once more."""
+        self.slots, self.start, self.visible = aim
 
     exact = False
     """Whether `reach` is every row's length (known by the host): a lone row then writes by plain copies."""

@@ -16,6 +16,7 @@ from drafttrain.core.types import Committed
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter, DrafterState
 from drafttrain.drafters.grow import Frontier, grow
+from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
@@ -24,7 +25,7 @@ from drafttrain.target.files import TargetConfig
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 PROMPTS, NEW_TOKENS, MARGIN = 20, 128, 1e-4
 OPTIONS: dict[str, dict[str, Any]] = {
-    "eagle3": {"draft_vocab_size": 4096}, "medusa": {"heads": 4}, "small_lm": {"layers": 2},
+    "eagle3": {"draft_vocab_size": 4096}, "medusa": {"heads": 4}, "small_lm": {"layers": 2}, "ngram": {},
 }  # fmt: skip
 
 
@@ -118,13 +119,15 @@ def check(generate: Any) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("shape", [Chain(length=4), Dynamic(depth=4, beam=4, top_k=4, nodes=16)], ids=lambda shape: shape.shape)
+@pytest.mark.parametrize("beside", [None, HybridConfig()], ids=["alone", "hybrid"])
 @pytest.mark.parametrize("family", sorted(DRAFTERS))
-def test_greedy_text_in_fp32_is_the_targets_own(family: str, shape: Any) -> None:
+def test_greedy_text_in_fp32_is_the_targets_own(family: str, shape: Any, beside: HybridConfig | None) -> None:
     drafter: Drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **OPTIONS[family]), demo().shape)
-    drafter.start_from(demo().head, torch.arange(demo().vocab_size).flip(0))
-    decoder = SpeculativeDecoder(demo(), drafter, RuntimeConfig(shape=shape))
+    if drafter.trainable:
+        drafter.start_from(demo().head, torch.arange(demo().vocab_size).flip(0))
+    decoder = SpeculativeDecoder(demo(), drafter, RuntimeConfig(shape=shape, hybrid=beside))
     differing, tau = check(lambda prompt, own: decoder.generate(list(prompt), max_new_tokens=NEW_TOKENS)[0])
-    print(f"{family} {shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
+    print(f"{family} {'' if beside is None else 'hybrid '}{shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
 
 
 @pytest.mark.parametrize("shape", [Chain(length=8), Static(children=(2, 1, 1, 1, 1, 1, 1, 1))], ids=lambda shape: shape.shape)

@@ -83,7 +83,7 @@ def test_one_prompt_alone_has_no_interval() -> None:
 def rows_of(*samples: Sample) -> dict[tuple[str, str, str], Row]:
     shape = {"shape": "chain", "length": 4}
     facts = {PLAIN: Facts(), "mine": Facts("eagle3", "cafe", "greedy", True, "point", shape, 4, 4)}
-    efficiency = {"mine": Efficiency(0.10, 0.03, 0.06, 0.02)}
+    efficiency = {"mine": Efficiency(0.10, 0.8, 1.5)}
     rows = make_rows(samples, facts, efficiency, SETTING)
     return {(row.measured.label, row.measured.task, row.measured.outputs): row for row in rows}
 

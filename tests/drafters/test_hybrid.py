@@ -1,0 +1,78 @@
+"""Two proposers in one tree: what is merged, what is kept, and when the trained one is run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drafttrain.core.plan import Chain, Dynamic
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Nodes, Tree
+from drafttrain.drafters.hybrid import FREE, TRAINED, Hybrid, HybridConfig, merged
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.target.adapter import Target
+from tests.families import tiny_drafter, trained_drafter
+from tests.tiny import tiny_target
+
+PROMPT = [5, 9, 11, 30, 2, 7]
+SHAPE = Dynamic(depth=3, beam=2, top_k=2, nodes=8)
+
+
+def hybrid(target: Target, **options: float) -> Hybrid:
+    return Hybrid(HybridConfig(**options), tiny_drafter("eagle3", target))  # type: ignore[arg-type]
+
+
+def chain(tokens: list[int], reach: list[float], origin: int) -> Nodes:
+    return Nodes(tokens, list(range(len(tokens))), reach, [origin] * len(tokens))
+
+
+def test_a_shared_prefix_stands_once_and_keeps_the_first_origin_and_the_better_chance() -> None:
+    both = merged(chain([4, 5, 6], [0.9, 0.5, 0.2], TRAINED), chain([4, 5, 7], [0.7, 0.6, 0.5], FREE))
+    assert both.tokens == [4, 5, 6, 7]
+    assert both.parents == [0, 1, 2, 2]
+    assert both.origin == [TRAINED, TRAINED, TRAINED, FREE]
+    assert both.reach == [0.9, 0.6, 0.2, 0.5]
+
+
+def test_nodes_stay_while_their_chance_is_worth_their_cost_and_never_without_their_parent() -> None:
+    drafter = hybrid(tiny_target(), node_cost=0.1)
+    kept = drafter.worth(Nodes([1, 2, 3, 4], [0, 0, 1, 3], [0.9, 0.05, 0.8, 0.7], [FREE] * 4), False, 8)
+    assert (kept.tokens, kept.parents) == ([1, 3, 4], [0, 1, 2])  # 0.05 is worth less than 0.1 of the 3.4 tokens a forward
+    assert drafter.worth(kept, False, 2).tokens == [1, 3]  # the budget
+
+
+def test_the_trained_drafter_is_run_where_nothing_is_found_and_not_where_the_lookup_is_sure() -> None:
+    drafter = hybrid(tiny_target(), head_cost=0.4, node_cost=0.01)
+    sure, nothing = chain([1] * 8, [0.95**k for k in range(1, 9)], FREE), chain([], [], FREE)
+    assert drafter.wants_head(nothing, gain=1.0, budget=8)
+    assert not drafter.wants_head(sure, gain=1.0, budget=8)
+    assert not drafter.wants_head(nothing, gain=0.1, budget=8)  # it adds less than it costs: plain decoding
+
+
+def test_a_drafter_that_is_never_right_is_soon_left_alone() -> None:
+    target = tiny_target()
+    drafter = tiny_drafter("eagle3", target)
+    torch.nn.init.normal_(drafter.lm_head.weight, std=1.0)
+    decoder = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=SHAPE, hybrid=HybridConfig(head_cost=0.5)))
+    (out,) = decoder.generate([PROMPT], max_new_tokens=60)
+    alone = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=SHAPE)).generate([PROMPT], max_new_tokens=60)[0]
+    assert out.statistics.drafter_calls < alone.statistics.drafter_calls / 2
+    assert out.tokens == alone.tokens
+
+
+def test_what_the_lookup_finds_adds_to_what_the_trained_drafter_finds() -> None:
+    target, prompt = tiny_target(), PROMPT * 2
+    drafter = trained_drafter("eagle3", target, [prompt])
+    trees: list[Tree] = []
+    runtime = RuntimeConfig(shape=SHAPE, hybrid=HybridConfig(head_cost=0.01, node_cost=0.0))
+    SpeculativeDecoder(target, drafter, runtime).generate([prompt], 24, on_round=lambda tree, *rest: trees.append(tree))
+    origins = [set(tree.origin[tree.live].tolist()) for tree in trees if tree.origin is not None]
+    assert any({TRAINED, FREE} <= origin for origin in origins)
+    assert all(int(tree.live.sum()) - 1 <= SHAPE.nodes for tree in trees)
+
+
+def test_any_draws_but_point_are_refused_beside_a_lookup() -> None:
+    with pytest.raises(Exception, match="point draws only"):
+        RuntimeConfig(shape=Chain(), draws="iid", hybrid=HybridConfig()).fitted(Sampling(1.0))
+
+
