@@ -37,7 +37,7 @@ class Tree:
     max_depth: int  # static bound on a node's depth
     max_children: int  # static bound on a node's children
     origin: Tensor | None = None  # [B, N] int8: which proposer (hybrids); None where there is one
-    law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from
+    law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from; of a `point` tree (if recorded) chosen by
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
 
     @property
