@@ -12,7 +12,9 @@ from torch import Tensor
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
-from drafttrain.core.tree import Tree
+from drafttrain.core.plan import Shape
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Draws, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import Rule
 from drafttrain.verify.greedy import Greedy, GreedyConfig
@@ -36,10 +38,16 @@ def lossless_rule(name: Inner, tree: Tree, scored: Scored) -> Rule:
     return INNER["rejection" if tree.topology == "chain" else "recursive"]
 
 
-def plain_law(tree: Tree, scored: Scored) -> Tensor:
-    """[B, N, V] the target's law at the tree's nodes; at temperature 0, where it would be one-hot, the softmax of its logits."""
+def check_inner(name: Inner, shape: Shape, draws: Draws, sampling: Sampling) -> None:
+    """A `UserError` where the inner rule does not take such trees; `auto` takes all."""
+    if name != "auto":
+        INNER[name].check(shape, draws, sampling)
+
+
+def plain_law(tree: Tree, scored: Scored, raw: bool = False) -> Tensor:
+    """[B, N, V] the target's law at the tree's nodes; at temperature 0, where it is one-hot, and if `raw`, the softmax of its logits."""
     N = tree.tokens.shape[1]
-    return scored.logits[:, :N].float().softmax(-1) if scored.sampling.greedy else scored.p[:, :N]
+    return scored.logits[:, :N].float().softmax(-1) if raw or scored.sampling.greedy else scored.p[:, :N]
 
 
 def drafter_laws(tree: Tree, rule: str) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,7 @@ class Round:
     tree: Tree
     scored: Scored
 
+    @torch.inference_mode()
     def judged(self, rule: Rule) -> Verdict:
         """The rule's verdict, every rule with the same chance."""
         return rule(self.tree, self.scored, Seeded(7, torch.arange(len(self.tree.tokens))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -23,17 +24,23 @@ from drafttrain.runtime.policy import Confident, ConfidentConfig
 from drafttrain.verify import build
 from drafttrain.verify.base import RuleConfig
 from drafttrain.verify.confidence import Confidence, ConfidenceConfig, confidence
+from drafttrain.verify.divergence import Divergence, DivergenceConfig, divergence
+from drafttrain.verify.judge import JudgeConfig
 from drafttrain.verify.lossy import longest
 from drafttrain.verify.typical import Typical, TypicalConfig, threshold
 from tests.evaluation.toys import sample
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, Round, decoded, drafter, lengths, rounds, target
 
-OFF: dict[str, RuleConfig] = {"typical": TypicalConfig(epsilon=None), "confidence": ConfidenceConfig(tau_base=1.0)}
+OFF: dict[str, RuleConfig] = {
+    "typical": TypicalConfig(epsilon=None), "confidence": ConfidenceConfig(tau_base=1.0), "judge": JudgeConfig(threshold=1.0),
+    "divergence": DivergenceConfig(bound=0.0),
+}  # fmt: skip
 LOOSENED: dict[str, list[RuleConfig]] = {
     "typical by epsilon": [TypicalConfig(epsilon=value, delta=0.99) for value in (0.9, 0.5, 0.1, 0.02, 0.0)],
     "typical by delta": [TypicalConfig(epsilon=0.99, delta=value) for value in (0.99, 0.5, 0.2, 0.05, 0.0)],
     "confidence by tau_base": [ConfidenceConfig(tau_base=value) for value in (0.999, 0.7, 0.4, 0.1, 0.0)],
     "confidence by gamma": [ConfidenceConfig(tau_base=0.05, gamma=value) for value in (3.0, 1.0, 0.5, 0.1, 0.0)],
+    "divergence by bound": [DivergenceConfig(bound=value) for value in (1e-9, 0.5, 1.0, 2.0, 20.0)],
 }
 
 
@@ -176,6 +183,35 @@ def drafter_tree(shape: str) -> Tree:
     return seen[0]
 
 
+# -- divergence ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_is_kullback_leibler_and_finite_where_the_drafter_cannot_propose() -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]), torch.tensor([0.25, 0.5, 0.25, 0.0])
+    assert divergence(p, q).item() == pytest.approx(0.25 * math.log(2))
+    assert divergence(p, p).item() == pytest.approx(0, abs=1e-6)
+    missing = 0.25 * math.log(0.5) + 0.25 * math.log(0.25e9)
+    assert divergence(p, torch.tensor([0.5, 0.5, 0.0, 0.0])).item() == pytest.approx(missing, rel=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
+def test_where_drafter_and_target_have_the_same_laws_a_whole_chain_stands(sampling: Sampling) -> None:
+    logged = rounds("chain", sampling)[0]
+    raw = logged.scored.logits[:, :-1].softmax(-1)
+    same = Round(replace(logged.tree, law_rows=raw), logged.scored)
+    assert set(same.judged(Divergence(DivergenceConfig(bound=1e-3))).length.tolist()) == {4}
+    far = Round(replace(logged.tree, law_rows=raw.roll(1, -1)), logged.scored)
+    auto = RuntimeConfig(shape=Chain(length=4), draws="point").fitted(sampling)[0]
+    assert torch.equal(far.judged(Divergence(DivergenceConfig(bound=1e-3))).length, far.judged(auto).length)
+
+
+def test_an_inner_rule_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"rule 'greedy' decodes greedily, but temperature is 0\.8"):
+        RuntimeConfig(rule=DivergenceConfig(inner="greedy")).fitted(WARM)
+    with pytest.raises(UserError, match=r"rule 'rejection' is not exact for point draws in a tree"):
+        RuntimeConfig(shape=SHAPES["static"], rule=DivergenceConfig(inner="rejection")).fitted(COLD)
+
+
 # -- the policy ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +253,10 @@ def test_the_policy_stops_a_row_for_good_and_begins_every_round_afresh() -> None
         ("runtime.rule={name: typical, delta: -1}", r"runtime\.rule\.delta.*-1"),
         ("runtime.rule={name: confidence, tau_base: 1.1}", r"runtime\.rule\.tau_base.*1\.1"),
         ("runtime.rule={name: confidence, gama: 1}", r"unknown key 'gama' \(did you mean 'gamma'\?\)"),
+        ("runtime.rule={name: judge}", r"rule 'judge' has no head; give .* runtime\.rule\.head"),
+        ("runtime.rule={name: judge, threshold: -0.1}", r"runtime\.rule\.threshold.*-0\.1"),
+        ("runtime.rule={name: divergence, bound: -1}", r"runtime\.rule\.bound.*-1"),
+        ("runtime.rule={name: divergence, inner: typical}", r"runtime\.rule\.inner.*'recursive'"),
         ("runtime.policy={name: confidence, floor: 2}", r"runtime\.policy.*2"),
         ("runtime.policy=confidense", r"did you mean 'confidence'"),
     ],
