@@ -8,12 +8,14 @@ from drafttrain.verify.divergence import Divergence
 from drafttrain.verify.greedy import Greedy
 from drafttrain.verify.judge import Judge
 from drafttrain.verify.recursive import Recursive
+from drafttrain.verify.reflective import Reflective
 from drafttrain.verify.rejection import Rejection
 from drafttrain.verify.typical import Typical
 
 RULES: dict[str, type[Rule]] = {
     "greedy": Greedy, "rejection": Rejection, "recursive": Recursive,
     "typical": Typical, "confidence": Confidence, "judge": Judge, "divergence": Divergence,
+    "reflective": Reflective,
 }  # fmt: skip
 
 

@@ -27,13 +27,14 @@ from drafttrain.verify.confidence import Confidence, ConfidenceConfig, confidenc
 from drafttrain.verify.divergence import Divergence, DivergenceConfig, divergence
 from drafttrain.verify.judge import JudgeConfig
 from drafttrain.verify.lossy import longest
+from drafttrain.verify.reflective import ReflectiveConfig
 from drafttrain.verify.typical import Typical, TypicalConfig, threshold
 from tests.evaluation.toys import sample
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, Round, decoded, drafter, lengths, rounds, target
 
 OFF: dict[str, RuleConfig] = {
     "typical": TypicalConfig(epsilon=None), "confidence": ConfidenceConfig(tau_base=1.0), "judge": JudgeConfig(threshold=1.0),
-    "divergence": DivergenceConfig(bound=0.0),
+    "divergence": DivergenceConfig(bound=0.0), "reflective": ReflectiveConfig(alpha=0.0),
 }  # fmt: skip
 LOOSENED: dict[str, list[RuleConfig]] = {
     "typical by epsilon": [TypicalConfig(epsilon=value, delta=0.99) for value in (0.9, 0.5, 0.1, 0.02, 0.0)],
@@ -255,6 +256,7 @@ def test_the_policy_stops_a_row_for_good_and_begins_every_round_afresh() -> None
         ("runtime.rule={name: confidence, gama: 1}", r"unknown key 'gama' \(did you mean 'gamma'\?\)"),
         ("runtime.rule={name: judge}", r"rule 'judge' has no head; give .* runtime\.rule\.head"),
         ("runtime.rule={name: judge, threshold: -0.1}", r"runtime\.rule\.threshold.*-0\.1"),
+        ("runtime.rule={name: reflective, alpha: 1.2}", r"runtime\.rule\.alpha.*1\.2"),
         ("runtime.rule={name: divergence, bound: -1}", r"runtime\.rule\.bound.*-1"),
         ("runtime.rule={name: divergence, inner: typical}", r"runtime\.rule\.inner.*'recursive'"),
         ("runtime.policy={name: confidence, floor: 2}", r"runtime\.policy.*2"),
