@@ -110,12 +110,16 @@ Shape = Annotated[Chain | Static | Dynamic, Field(discriminator="shape")]
 
 @dataclass(frozen=True)
 class Plan:
-    """One round's licence to draft. `stop(level)` sees only what is known before that level is drawn."""
+    """One round's licence to draft. `stop` sees only what is known before a level is drawn."""
 
     shape: Chain | Static | Dynamic
     draws: Draws = "point"
     """How siblings are drawn."""
     temperature: float | None = None
     """The drafter's own temperature; None takes the target's."""
-    stop: Callable[[int], Tensor] | None = None
-    """level -> [B] bool: rows that draw nothing from this level on (their nodes are dead)."""
+    stop: Callable[[int, Tensor], Tensor] | None = None
+    """(level, the drafter's logits [B, W, Vd] at the nodes that the level would hang from) -> [B] bool: rows that draw nothing from this
+    level on (their nodes are dead). Asked once a level, in order, before its tokens are drawn: looking at a token and dropping it would
+    change the law."""
+    laws: bool = False
+    """Record the drafter's laws of `point` trees too: the softmax of its logits, as nothing was drawn from them."""

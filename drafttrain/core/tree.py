@@ -39,7 +39,7 @@ class Tree:
     max_depth: int  # static bound on a node's depth
     max_children: int  # static bound on a node's children
     origin: Tensor | None = None  # [B, N] int8: which proposer (hybrids); None where there is one
-    law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from
+    law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from; of a `point` tree (if recorded) chosen by
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
     reach: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
 

@@ -37,6 +37,15 @@ class Scored:
         """[B, N, V] fp32: the target's law at each node, after sampling options."""
         return self.sampling.law(self.logits)
 
+    def at(self, nodes: Tensor) -> Scored:
+        """The answer at `nodes` ([B, M]) alone; laws that were read already are not computed again."""
+        row = torch.arange(len(nodes), device=nodes.device)[:, None]
+        part = Scored(self.logits[row, nodes], self.sampling, {name: value[row, nodes] for name, value in self.features.items()})
+        for name in ("top", "p"):
+            if name in self.__dict__:
+                part.__dict__[name] = self.__dict__[name][row, nodes]
+        return part
+
 
 @dataclass
 class Verdict:

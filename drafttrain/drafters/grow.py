@@ -57,7 +57,7 @@ def grow(
     """
     if isinstance(plan.shape, Dynamic):
         assert plan.draws == "point", "best-first trees drop tokens after seeing them: only point draws stay exact"
-        return _best_first(step, roots, plan.shape, plan, vocab)
+        return _best_first(step, roots, plan.shape, plan, vocab, size)
     if plan.temperature is not None:
         sampling = sampling._replace(temperature=plan.temperature)
     return _static(step, roots, plan.shape, plan, sampling, chance, vocab, size)
@@ -75,18 +75,21 @@ def _static(
         if level:
             frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1))
         logits = step(frontier)
+        stopped = None if plan.stop is None else plan.stop(level, logits)
         if plan.draws == "point":
             drawn = top(logits, stage.width)
             real = torch.ones_like(drawn, dtype=torch.bool)
+            if plan.laws:
+                laws.append(widen(logits.float().softmax(-1), vocab, size))
         else:
             law = sampling.law(logits)
             drawn = chance.draw(law, stage.width, replace=plan.draws == "iid")
             real = law.gather(-1, drawn) > 0  # a law of fewer tokens than siblings
-            laws.append(law if vocab is None else widen(law, vocab, size))
+            laws.append(widen(law, vocab, size))
         drawn = drawn if vocab is None else vocab[drawn]
         tokens.append(drawn[:, stage.slot, stage.rank])
         alive = real[:, stage.slot, stage.rank]
-        live.append(alive if plan.stop is None else alive & ~plan.stop(level)[:, None])
+        live.append(alive if stopped is None else alive & ~stopped[:, None])
     tree = Tree(
         torch.cat(tokens, 1), parents.expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=len(stages),
         max_children=max(stage.width for stage in stages),
@@ -95,20 +98,24 @@ def _static(
     return Growth(tree, fed.expand(B, -1))
 
 
-def _best_first(step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Tensor | None) -> Growth:
+def _best_first(step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Tensor | None, size: int) -> Growth:
     B, device = len(roots), roots.device
     frontier = Frontier(0, roots[:, None], torch.zeros(B, 1, dtype=torch.long, device=device), _itself(roots[:, None]))
     number = torch.zeros(B, 1, dtype=torch.long, device=device)  # [B, W] the frontier's candidate numbers; the root is 0
     score = torch.zeros(B, 1, device=device)  # [B, W] log probability of the path
     tokens, scores, parents, fed = [roots[:, None]], [], [number], [number]
+    laws: list[Tensor] = []
     seen, placed = 1, 1  # candidates and fed nodes so far
     for level in range(shape.depth):
         logits = step(frontier).float()
+        stopped = None if plan.stop is None else plan.stop(level, logits)
+        if plan.laws:
+            laws.append(widen(logits.softmax(-1), vocab, size))
         best = logits.topk(min(shape.top_k, logits.shape[-1]), -1)
         k = best.indices.shape[-1]
         reach = score[..., None] + best.values - logits.logsumexp(-1, keepdim=True)  # [B, W, k]
-        if plan.stop is not None:
-            reach = reach.masked_fill(plan.stop(level)[:, None, None], float("-inf"))
+        if stopped is not None:
+            reach = reach.masked_fill(stopped[:, None, None], float("-inf"))
         drawn = (best.indices if vocab is None else vocab[best.indices]).flatten(1)  # [B, W * k]
         tokens.append(drawn)
         scores.append(reach.flatten(1))
@@ -121,10 +128,12 @@ def _best_first(step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Te
             fed[-1] = fed[-1].scatter(1, chosen, placed + _ranks(chosen))
             placed += chosen.shape[1]
         seen += drawn.shape[1]
-    return _rerank(tokens, scores, parents, fed, shape)
+    return _rerank(tokens, scores, parents, fed, laws, shape)
 
 
-def _rerank(tokens: list[Tensor], scores: list[Tensor], parents: list[Tensor], fed: list[Tensor], shape: Dynamic) -> Growth:
+def _rerank(
+    tokens: list[Tensor], scores: list[Tensor], parents: list[Tensor], fed: list[Tensor], laws: list[Tensor], shape: Dynamic
+) -> Growth:
     """The likeliest candidates, parents before children: a stable sort keeps a parent ahead of a child of equal score."""
     score = torch.cat(scores, 1)
     B, C = score.shape
@@ -132,12 +141,14 @@ def _rerank(tokens: list[Tensor], scores: list[Tensor], parents: list[Tensor], f
     kept = torch.cat([torch.zeros_like(kept[:, :1]), kept], 1)  # [B, N] candidate numbers, the root first
     place = torch.zeros(B, C + 1, dtype=torch.long, device=score.device).scatter(1, kept, _ranks(kept))
     live = torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept) > float("-inf")
-    above = place.gather(1, torch.cat(parents, 1).gather(1, kept))
+    parent, order = torch.cat(parents, 1).gather(1, kept), torch.cat(fed, 1)
+    above = place.gather(1, parent)
     tree = Tree(
         torch.cat(tokens, 1).gather(1, kept), torch.where(live, above, 0), live, "point", max_depth=shape.depth, max_children=shape.top_k,
         reach=torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept).exp(),
+        law_rows=torch.cat(laws, 1) if laws else None, law_of=order.gather(1, parent) if laws else None,
     )
-    return Growth(tree, torch.cat(fed, 1).gather(1, kept))
+    return Growth(tree, order.gather(1, kept))
 
 
 def top(logits: Tensor, k: int) -> Tensor:
@@ -145,8 +156,10 @@ def top(logits: Tensor, k: int) -> Tensor:
     return likeliest(logits)[..., None] if k == 1 else logits.topk(k, -1).indices
 
 
-def widen(law: Tensor, vocab: Tensor, size: int) -> Tensor:
-    """A law over the draft vocabulary as one over the target's: [..., Vd] -> [..., V]."""
+def widen(law: Tensor, vocab: Tensor | None, size: int) -> Tensor:
+    """A law over the draft vocabulary as one over the target's: [..., Vd] -> [..., V]. Without a draft vocabulary, itself."""
+    if vocab is None:
+        return law
     wide = law.new_zeros(*law.shape[:-1], size)
     wide[..., vocab] = law
     return wide

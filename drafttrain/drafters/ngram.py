@@ -208,14 +208,12 @@ class Ngram(Drafter):
         return NgramState(rows)
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
-        """A lookup has no levels to pay for: it may be as deep as the plan has nodes."""
+        """A lookup has no levels to pay for: it may be as deep as the plan has nodes, and `plan.stop` has nothing to save."""
         assert isinstance(state, NgramState)
         self.calls += 1
         width, length = self._width(plan), plan.shape.nodes
-        stopped = [False] * len(roots) if plan.stop is None else plan.stop(0).tolist()
         rows = [
-            [] if stops else text.branches(root, self.config.shortest, width, length)
-            for text, root, stops in zip(state.rows, roots.tolist(), stopped, strict=True)
+            text.branches(root, self.config.shortest, width, length) for text, root in zip(state.rows, roots.tolist(), strict=True)
         ]
         return from_branches(roots, rows, length, None if sampling.greedy else (length, width))
 

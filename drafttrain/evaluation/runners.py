@@ -102,10 +102,12 @@ class Contender:
             return Facts()
         rule, plan = runtime.fitted(sampling, type(drafter))
         shape = runtime.shape
+        options = runtime.model_dump(mode="json", exclude={"shape", "rule", "draws"}, exclude_defaults=True)
+        knobs = {} if rule.lossless else rule.config.model_dump(mode="json", exclude={"name"})  # what a lossy row's quality hangs on
         return Facts(
             drafter.config.name, self._fingerprint, rule.config.name, rule.lossless, runtime.treat_as or plan.draws,
             shape.model_dump(mode="json"), shape.depth, shape.nodes,
-            runtime.model_dump(mode="json", exclude={"shape", "rule", "draws"}, exclude_defaults=True),
+            options | ({"rule": knobs} if knobs else {}),
         )
 
     @cached_property

@@ -20,7 +20,7 @@ from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
 from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
-from drafttrain.runtime.policy import POLICIES
+from drafttrain.runtime.policy import POLICIES, Policy, PolicyConfig
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
@@ -44,8 +44,10 @@ REFUSED = {
 
 if TYPE_CHECKING:
     AnyRule = RuleConfig | str
+    AnyPolicy = PolicyConfig | str
 else:
     AnyRule = Literal[("auto", *RULES)] | Annotated[reduce(or_, (rule.Config for rule in RULES.values())), Field(discriminator="name")]
+    AnyPolicy = str | Annotated[reduce(or_, (policy.Config for policy in POLICIES.values())), Field(discriminator="name")]
 
 
 class RuntimeConfig(Config):
@@ -59,8 +61,8 @@ class RuntimeConfig(Config):
     rule: AnyRule = "auto"
     """Verification rule: its name, or `name` with its options. `auto`: `greedy` at temperature 0, else `rejection` for chains and
     `recursive` for trees."""
-    policy: str = "fixed"
-    """What makes the plans of rounds."""
+    policy: AnyPolicy = "fixed"
+    """What makes the plans of rounds: its name, or `name` with its options."""
     treat_as: Literal["point"] | None = None
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
     drafter_temperature: float | None = Field(default=None, gt=0)
@@ -81,17 +83,22 @@ class RuntimeConfig(Config):
             raise UserError(f"runtime.draws '{draws}': this drafter makes {' or '.join(sorted(able))} draws only; leave draws at 'auto'")
         if self.shape.shape == "dynamic" and draws != "point":
             raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'point' draws stay exact")
-        if self.policy not in POLICIES:
+        if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise UserError(f"runtime.policy '{self.policy}' is unknown{nearest(self.policy, POLICIES)}; known: {', '.join(POLICIES)}")
         rule = self._rule(sampling)
         rule.check(self.shape, self.treat_as or draws, sampling)
-        return rule, Plan(self.shape, draws, self.drafter_temperature)
+        return rule, Plan(self.shape, draws, self.drafter_temperature, laws=rule.reads_laws)
 
     def _rule(self, sampling: Sampling) -> Rule:
         if not isinstance(self.rule, str):
             return build(self.rule)
         name = _auto_rule(self.shape.shape, sampling) if self.rule == "auto" else self.rule
         return build(RULES[name].Config(name=name))
+
+    def planner(self, plan: Plan) -> Policy:
+        """The policy that makes rounds' plans out of `plan`."""
+        config = POLICIES[self.policy].Config(name=self.policy) if isinstance(self.policy, str) else self.policy
+        return POLICIES[config.name](plan, config)
 
 
 @dataclass
@@ -224,7 +231,7 @@ class SpeculativeDecoder:
             rule, plan = lone.fitted(sampling)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return Batch(
-            self.target, self.drafter, rule, POLICIES[self.runtime.policy](plan), sampling, seed, self.runtime.treat_as, stopper, on_round,
+            self.target, self.drafter, rule, self.runtime.planner(plan), sampling, seed, self.runtime.treat_as, stopper, on_round,
             self.runtime.prefill_chunk,
         )
 

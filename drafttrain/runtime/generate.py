@@ -74,6 +74,7 @@ class Batch:
         self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
         self.history, self.clock = Statistics(), Clock(target.device)
         self.calls_before = (target.forwards, drafter.calls if drafter else 0)
+        rule.prepare(target)
 
     @torch.inference_mode()
     def start(self, requests: Sequence[Request]) -> list[Emission]:
@@ -84,7 +85,8 @@ class Batch:
         prompts = pad_sequence([torch.tensor(prompt, device=device) for prompt in distinct], batch_first=True)
         lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        capacity = longest + self.policy.plan(self.history).shape.slots + 1
+        shape = self.policy.plan(self.history).shape
+        capacity = longest + shape.slots + self.rule.slots(shape) + 1
         self.cache = self.target.new_cache(len(distinct), capacity)
         read = self.target.prefill(self.cache, prompts, lengths, self.needs, self.prefill_chunk)
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from drafttrain.verify.base import Rule, RuleConfig
+from drafttrain.verify.confidence import Confidence
+from drafttrain.verify.divergence import Divergence
 from drafttrain.verify.greedy import Greedy
+from drafttrain.verify.judge import Judge
 from drafttrain.verify.recursive import Recursive
+from drafttrain.verify.reflective import Reflective
 from drafttrain.verify.rejection import Rejection
+from drafttrain.verify.typical import Typical
 
-RULES: dict[str, type[Rule]] = {"greedy": Greedy, "rejection": Rejection, "recursive": Recursive}
+RULES: dict[str, type[Rule]] = {
+    "greedy": Greedy, "rejection": Rejection, "recursive": Recursive,
+    "typical": Typical, "confidence": Confidence, "judge": Judge, "divergence": Divergence,
+    "reflective": Reflective,
+}  # fmt: skip
 
 
 def build(config: RuleConfig) -> Rule:

@@ -15,6 +15,10 @@ from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Layout, Tree
 from drafttrain.core.types import Scored, Verdict
+from drafttrain.target.adapter import Target
+
+ANY = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))
+"""`Rule.accepts` of a rule that takes every tree."""
 
 
 class RuleConfig(Config):
@@ -29,9 +33,11 @@ class Rule(ABC):
     Config: ClassVar[type[RuleConfig]]
     lossless: ClassVar[bool] = True
     accepts: ClassVar[frozenset[tuple[str, str]]]
-    """Pairs of (draws, topology) for which the rule keeps the target's law."""
+    """Pairs of (draws, topology) for which the rule keeps the target's law; of a lossy rule: that it can read."""
     temperatures: ClassVar[str] = "any"
     """`zero` where the rule decodes greedily only."""
+    reads_laws: ClassVar[bool] = False
+    """Reads the drafter's laws of `point` trees too; the plan then has them recorded."""
 
     def __init__(self, config: RuleConfig) -> None:
         self.config = config
@@ -40,6 +46,13 @@ class Rule(ABC):
     def needs(self) -> frozenset[str]:
         """Target features the rule reads."""
         return frozenset()
+
+    def prepare(self, target: Target) -> None:  # noqa: B027
+        """Called before a batch is decoded with `target`: what the rule loads or tokenizes is checked against it."""
+
+    def slots(self, shape: Shape) -> int:
+        """Tokens that `layout` appends to a tree of this shape at most."""
+        return 0
 
     def layout(self, tree: Tree) -> Layout:
         """What the target scores; a rule may append tokens of its own after the tree's nodes."""
@@ -58,6 +71,6 @@ class Rule(ABC):
         if (draws, topology) not in self.accepts:
             fits = ", ".join(f"{drawn} {form}" for drawn, form in sorted(self.accepts))
             raise UserError(
-                f"rule '{name}' is not exact for {draws} draws in a {topology}; it takes {fits}. "
+                f"rule '{name}' {'is not exact for' if self.lossless else 'cannot read'} {draws} draws in a {topology}; it takes {fits}. "
                 f"Choose another rule, or set runtime.treat_as to 'point', which is exact for every tree"
             )

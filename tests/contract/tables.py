@@ -46,7 +46,7 @@ class TableTarget:
     device, dtype, eos_ids, head, forwards = torch.device("cpu"), torch.float32, (), None, 0
 
     def __init__(self, vocab: int, seed: int = 1) -> None:
-        self.vocab, self.seed = vocab, seed
+        self.vocab, self.vocab_size, self.seed = vocab, vocab, seed
 
     def p(self, context: Sequence[int]) -> np.ndarray:
         return law(self.seed, context, self.vocab)

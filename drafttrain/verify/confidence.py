@@ -1,0 +1,68 @@
+"""Confidence-modulated acceptance (Sen et al., 2025, arXiv:2508.15371), the relaxed mode: the drafter's certainty sets how
+much probability a drafted token needs. LOSSY. (The exact mode is a policy, `confidence` in `runtime/policy.py`: only the length follows.)
+
+p the target's law, q the drafter's, V vocabulary. The paper's exact formulas could not be had; these are ours for what it describes:
+
+    c   = w (1 - H(q) / log V) + (1 - w) (q_1 - q_2)        confidence, 0 to 1: entropy, and margin of the two likeliest tokens
+    tau = clip(tau_base + gamma (1 - c), 0, 1)              a token x stands where p(x) / max p >= tau
+
+Of all paths whose tokens stand the longest is kept, of equals the likeliest. The token after it is drawn from p (the argmax at temperature
+0). p is the law after the sampling options; at temperature 0, where that is one-hot, the softmax of the target's logits. q is the
+softmax of the drafter's logits where tokens were chosen (`point`), and where they were drawn the law that drew them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, special
+
+from drafttrain.core.chance import Chance
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.verify.base import ANY, Rule, RuleConfig
+from drafttrain.verify.lossy import after, chosen, drafter_laws, longest, lossless_rule, plain_law
+
+
+class ConfidenceConfig(RuleConfig):
+    """Lower values accept more."""
+
+    name: Literal["confidence"] = "confidence"
+    tau_base: float = Field(default=0.5, ge=0, le=1)
+    """Share of the likeliest token's probability that is enough where the drafter is certain. 1 turns the rule off: every threshold
+    would be 1, and the lossless rule decides."""
+    gamma: float = Field(default=0.5, ge=0)
+    """How much stricter the rule is where the drafter is uncertain."""
+    entropy_weight: float = Field(default=0.5, ge=0, le=1)
+    """Of the entropy in the confidence (w); the rest is the margin's."""
+
+
+class Confidence(Rule):
+    """Any tree whose drafter gives laws."""
+
+    Config = ConfidenceConfig
+    config: ConfidenceConfig
+    lossless = False
+    accepts = ANY
+    reads_laws = True
+
+    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+        config = self.config
+        if config.tau_base == 1:
+            return lossless_rule("auto", tree, scored)(tree, scored, chance)
+        p = plain_law(tree, scored)  # [B, N, V]
+        likely = chosen(tree, p)  # [B, N]
+        share = likely / p.amax(-1).gather(1, tree.parents)
+        q, drawn_from = drafter_laws(tree, config.name)
+        certain = confidence(q, config.entropy_weight).gather(1, drawn_from)  # [B, R] -> [B, N]
+        tau = (config.tau_base + config.gamma * (1 - certain)).clamp(0, 1)
+        return after(tree, scored, longest(tree, share >= tau, likely), chance)
+
+
+def confidence(q: Tensor, entropy_weight: float) -> Tensor:
+    """[..., V] laws -> [...] in [0, 1]: certain is 1. Weighted mean of 1 - H(q) / log V and of the margin between the two likeliest."""
+    entropy = special.entr(q).sum(-1) / math.log(q.shape[-1])
+    best = q.topk(2, -1).values
+    return entropy_weight * (1 - entropy) + (1 - entropy_weight) * (best[..., 0] - best[..., 1])

@@ -1,0 +1,102 @@
+"""Lossy rules: switched off they are lossless, by enumeration through the real round; switched on the same sum sees that they are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from drafttrain.core.chance import branches
+from drafttrain.core.plan import Chain, Plan, Shape, Static
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.runtime import generate
+from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.policy import Confident, ConfidentConfig, Fixed, Policy
+from drafttrain.verify import RULES, build
+from drafttrain.verify.base import RuleConfig
+from drafttrain.verify.confidence import ConfidenceConfig
+from drafttrain.verify.divergence import DivergenceConfig
+from drafttrain.verify.judge import JudgeConfig
+from drafttrain.verify.recursive import RecursiveConfig
+from drafttrain.verify.reflective import ReflectiveConfig
+from drafttrain.verify.rejection import RejectionConfig
+from drafttrain.verify.typical import TypicalConfig
+from tests.contract.tables import TableDrafter, TableTarget
+
+OFF: dict[str, RuleConfig] = {
+    "typical": TypicalConfig(epsilon=None), "confidence": ConfidenceConfig(tau_base=1.0), "judge": JudgeConfig(threshold=1.0),
+    "divergence": DivergenceConfig(bound=0.0), "reflective": ReflectiveConfig(alpha=0.0),
+}  # fmt: skip
+ON: dict[str, RuleConfig] = {
+    "typical": TypicalConfig(), "confidence": ConfidenceConfig(tau_base=0.3), "divergence": DivergenceConfig(bound=0.5),
+    "reflective": ReflectiveConfig(alpha=0.3, prompt=(0, 1)),
+}  # fmt: skip
+READS_STATES = {"judge"}  # tables have none: see tests/verify/test_judge.py
+TREES: dict[str, Shape] = {"2": Static(children=(2,)), "1-1": Chain(length=2), "2-1": Static(children=(2, 1))}
+
+
+def distance(
+    monkeypatch: pytest.MonkeyPatch, config: RuleConfig, policy: Policy, sampling: Sampling, vocab: int, trees: list[Tree] | None = None
+) -> float:
+    """Total variation between the joint law of the two tokens after the first one, as it comes out, and the target's own."""
+    target = TableTarget(vocab)
+
+    def law(*context: int) -> np.ndarray:
+        return sampling.law(torch.tensor(target.p(context)).log().float()).double().numpy()
+
+    out, total = np.zeros((vocab, vocab)), 0.0
+    for chance in branches(1):
+        monkeypatch.setattr(generate, "Seeded", lambda seed, ids, chance=chance: chance)
+        batch = Batch(
+            target, TableDrafter(vocab), build(config), policy, sampling, seed=0,  # type: ignore[arg-type]
+            on_round=lambda tree, scored, verdict: None if trees is None else trees.append(tree),
+        )  # fmt: skip
+        batch.start([Request([1, 1], 0, 9)])
+        batch.step()
+        tokens = batch.written[0][1:]
+        out[tokens[0]] += chance.probability * (np.eye(vocab)[tokens[1]] if len(tokens) > 1 else law(1, 1, 0, tokens[0]))
+        total += chance.probability
+    assert abs(total - 1) < 1e-9, total  # every branch was walked once
+    own = law(1, 1, 0)[:, None] * np.array([law(1, 1, 0, first) for first in range(vocab)])
+    return float(np.abs(out - own).sum() / 2)
+
+
+def fixed(config: RuleConfig, tree: str, draws: Any) -> Fixed:
+    return Fixed(Plan(TREES[tree], draws, laws=RULES[config.name].reads_laws))
+
+
+def test_every_lossy_rule_is_named_here() -> None:
+    assert set(OFF) == set(ON) | READS_STATES == {name for name, rule in RULES.items() if not rule.lossless}
+
+
+@pytest.mark.parametrize("tree", sorted(TREES))
+@pytest.mark.parametrize("draws", ["point", "iid", "without_replacement"])
+@pytest.mark.parametrize("name", sorted(OFF))
+def test_a_lossy_rule_that_is_off_keeps_the_targets_law(monkeypatch: pytest.MonkeyPatch, name: str, draws: str, tree: str) -> None:
+    vocab = 3 if draws == "point" else 2
+    for sampling in (Sampling(1.0), Sampling()):
+        assert distance(monkeypatch, OFF[name], fixed(OFF[name], tree, draws), sampling, vocab) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(ON))
+def test_a_lossy_rule_that_is_on_is_seen_to_be_lossy(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert distance(monkeypatch, ON[name], fixed(ON[name], "1-1", "point"), Sampling(1.0), 3) > 0.01
+
+
+@pytest.mark.parametrize(("config", "shape", "draws"), [
+    (RejectionConfig(), Chain(length=3), "iid"),
+    (RecursiveConfig(), Static(children=(2, 1)), "without_replacement"),
+    (RecursiveConfig(), Static(children=(2, 2)), "point"),
+])  # fmt: skip
+def test_a_draft_length_that_follows_the_drafters_confidence_keeps_the_law(
+    monkeypatch: pytest.MonkeyPatch, config: RuleConfig, shape: Shape, draws: Any
+) -> None:
+    trees: list[Tree] = []
+    for floor in (0.1, 0.2, 0.4):
+        policy = Confident(Plan(shape, draws), ConfidentConfig(floor=floor, at_least=0))
+        assert distance(monkeypatch, config, policy, Sampling(1.0), 3, trees) < 1e-6
+    assert any(not tree.live.all() for tree in trees)  # some stopped early
+    assert any(tree.live.all() for tree in trees)  # and some did not
