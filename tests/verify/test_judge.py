@@ -202,7 +202,7 @@ def test_questions_that_the_target_gets_wrong_teach_nothing() -> None:
 def planted(count: int = 400, noise: float = 0.3) -> Examples:
     generator = torch.Generator().manual_seed(0)
     last = 5 + 3 * torch.randn(count, 8, generator=generator)
-    good = last[:, 2] - last[:, 5] + noise * torch.randn(count, generator=generator) > 1
+    good = last[:, 2] - 0.3 * last[:, 5] + noise * torch.randn(count, generator=generator) > 4.5
     return Examples(last, good, torch.arange(count) // 4)
 
 

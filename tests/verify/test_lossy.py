@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Plan
@@ -25,7 +26,7 @@ from drafttrain.verify import build
 from drafttrain.verify.base import RuleConfig
 from drafttrain.verify.confidence import Confidence, ConfidenceConfig, confidence
 from drafttrain.verify.divergence import Divergence, DivergenceConfig, divergence
-from drafttrain.verify.judge import JudgeConfig
+from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
 from drafttrain.verify.lossy import longest
 from drafttrain.verify.reflective import ReflectiveConfig
 from drafttrain.verify.typical import Typical, TypicalConfig, threshold
@@ -242,6 +243,42 @@ def test_the_policy_stops_a_row_for_good_and_begins_every_round_afresh() -> None
         assert stop(0, sure).tolist() == [False, False]
         assert stop(1, lost).tolist() == [True, False]
         assert stop(2, sure).tolist() == [True, False]  # a sure level after a lost one opens nothing
+
+
+# -- no waiting for the host --------------------------------------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a value or a size would have to be fetched from the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket._qualified_op_name not in WAITS, func
+        return func(*args, **(kwargs or {}))
+
+
+WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique2")}
+SWITCHED_ON: list[RuleConfig] = [
+    TypicalConfig(), ConfidenceConfig(), DivergenceConfig(bound=1.0), JudgeConfig(head="in memory"), ReflectiveConfig(prompt=(1, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("config", SWITCHED_ON, ids=lambda config: config.name)
+def test_no_lossy_rule_waits_for_the_host(config: RuleConfig, shape: str, sampling: Sampling) -> None:
+    rule, logged = build(config), rounds(shape, sampling)[0]
+    if isinstance(rule, Judge):
+        rule.head = JudgeHead(32, "in-memory")
+    else:
+        rule.prepare(target())
+    with NoWaiting():
+        rule.layout(logged.tree)
+        logged.judged(rule)
+
+
+def test_the_watch_over_waits_sees_one() -> None:
+    with NoWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        bool(torch.ones(1))
 
 
 # -- options and rows ---------------------------------------------------------------------------------------------------------------------
