@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,12 +19,17 @@ from drafttrain.drafters.base import Drafter, DrafterState
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation.suites import load_suite
-from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.replay import replay
+from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
+from tests.families import TRAINABLE
+from tests.tiny import packed
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 PROMPTS, NEW_TOKENS, MARGIN = 20, 128, 1e-4
+SHAPES = [Chain(length=4), Dynamic(depth=4, beam=4, top_k=4, nodes=16)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "eagle3": {"draft_vocab_size": 4096}, "medusa": {"heads": 4}, "small_lm": {"layers": 2}, "ngram": {},
 }  # fmt: skip
@@ -104,38 +110,68 @@ class Oracle:
         state.written = [before + count for before, count in zip(state.written, committed.count.tolist(), strict=True)]
 
 
-def check(generate: Any) -> tuple[int, float]:
+def check(generations: Sequence[Generation]) -> tuple[int, float]:
     """(texts that differ, accepted length); a difference is allowed only where the target itself is undecided."""
-    differing, total = 0, None
-    for prompt, own in zip(prompts(), own_texts(), strict=True):
-        got = generate(prompt, own)
-        total = got.statistics if total is None else total + got.statistics
+    differing, total = 0, Statistics()
+    for got, prompt, own in zip(generations, prompts(), own_texts(), strict=True):
+        total = total + got.statistics
         if tuple(got.tokens) != own:
             differing += 1
             at = next(i for i, (a, b) in enumerate(zip(got.tokens, own, strict=False)) if a != b)
             assert margin(prompt, own[:at]) < MARGIN, (prompt[-8:], at)
-    assert total is not None
     return differing, total.tau
 
 
-@pytest.mark.parametrize("shape", [Chain(length=4), Dynamic(depth=4, beam=4, top_k=4, nodes=16)], ids=lambda shape: shape.shape)
-@pytest.mark.parametrize("beside", [None, HybridConfig()], ids=["alone", "hybrid"])
-@pytest.mark.parametrize("family", sorted(DRAFTERS))
-def test_greedy_text_in_fp32_is_the_targets_own(family: str, shape: Any, beside: HybridConfig | None) -> None:
-    drafter: Drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **OPTIONS[family]), demo().shape)
+def fresh(family: str) -> Drafter:
+    """An untrained drafter that starts from the target where its family can."""
+    drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **OPTIONS[family]), demo().shape)
     if drafter.trainable:
         drafter.start_from(demo().head, torch.arange(demo().vocab_size).flip(0))
-    decoder = SpeculativeDecoder(demo(), drafter, RuntimeConfig(shape=shape, hybrid=beside))
-    differing, tau = check(lambda prompt, own: decoder.generate(list(prompt), max_new_tokens=NEW_TOKENS)[0])
-    print(f"{family} {'' if beside is None else 'hybrid '}{shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
+    return drafter.eval()
+
+
+def shown(part: Any) -> str:
+    if isinstance(part, (Chain, Dynamic)):
+        return part.shape
+    return part if isinstance(part, str) else "hybrid" if part else "alone"
+
+
+CASES = [
+    *((family, shape, None) for family in sorted(DRAFTERS) for shape in SHAPES),
+    *((family, SHAPES[1], HybridConfig()) for family in TRAINABLE),
+]
+
+
+@pytest.mark.parametrize(("family", "shape", "beside"), CASES, ids=shown)
+def test_greedy_text_in_fp32_is_the_targets_own(family: str, shape: Any, beside: HybridConfig | None) -> None:
+    decoder = SpeculativeDecoder(demo(), fresh(family), RuntimeConfig(shape=shape, hybrid=beside))
+    differing, tau = check(decoder.generate([list(prompt) for prompt in prompts()], max_new_tokens=NEW_TOKENS, batch_size=PROMPTS))
+    print(f"{family} {'hybrid ' if beside else ''}{shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
+
+
+@pytest.mark.parametrize("family", TRAINABLE)
+def test_replay_counts_what_decoding_counts(family: str) -> None:
+    """Teacher-forced acceptance over the target's own texts, and the served walk, count by count."""
+    few, drafter = 6, fresh(family)
+    asked = [list(prompt) for prompt in prompts()[:few]]
+    decoder = SpeculativeDecoder(demo(), drafter, RuntimeConfig(shape=Chain(length=4)))
+    served = decoder.generate(asked, max_new_tokens=NEW_TOKENS)
+    total, found = Statistics(), Statistics()
+    for prompt, one in zip(asked, served, strict=True):
+        batch = packed(demo(), [prompt + one.tokens], [len(prompt)])
+        total = total + one.statistics
+        found = found + replay(lambda rows, K: drafter.walk(rows, demo().head, K), [batch], 4)
+    assert (found.rounds, found.tokens) == (total.rounds, total.tokens)
+    assert (found.attempts, found.accepts) == (total.attempts, total.accepts)
+    print(f"{family}: tau {found.tau:.3f} replayed, {total.tau:.3f} served")
 
 
 @pytest.mark.parametrize("shape", [Chain(length=8), Static(children=(2, 1, 1, 1, 1, 1, 1, 1))], ids=lambda shape: shape.shape)
 def test_greedy_text_is_the_targets_own_when_much_is_accepted(shape: Any) -> None:
-    def generate(prompt: tuple[int, ...], own: tuple[int, ...]) -> Any:
+    def generate(prompt: tuple[int, ...], own: tuple[int, ...]) -> Generation:
         oracle: Any = Oracle([(*prompt, *own)])
         return SpeculativeDecoder(demo(), oracle, RuntimeConfig(shape=shape)).generate(list(prompt), max_new_tokens=NEW_TOKENS)[0]
 
-    differing, tau = check(generate)
+    differing, tau = check([generate(prompt, own) for prompt, own in zip(prompts(), own_texts(), strict=True)])
     print(f"oracle {shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
     assert tau - 1 >= 2  # mean accepted
