@@ -119,3 +119,5 @@ class Plan:
     """The drafter's own temperature; None takes the target's."""
     stop: Callable[[int], Tensor] | None = None
     """level -> [B] bool: rows that draw nothing from this level on (their nodes are dead)."""
+    draft: bool = True
+    """False: this round decodes plainly, and the drafter is not asked."""

@@ -56,6 +56,19 @@ class Committed:
     features: Features = field(default_factory=dict)  # name -> [B, T, ...], the target's, at these tokens
     nodes: Tensor | None = None  # [B, T] where they stood in the tree the drafter proposed; None if it proposed none
 
+    def then(self, later: Committed) -> Committed:
+        """These tokens and those committed after them, row by row without gaps: [B, T] and [B, S] -> [B, T + S]."""
+        at = self.count[:, None] + torch.arange(later.tokens.shape[1], device=self.count.device)  # [B, S]
+        row = torch.arange(len(at), device=at.device)[:, None]
+
+        def joined(first: Tensor, second: Tensor) -> Tensor:
+            both = torch.cat([first, torch.zeros_like(second)], 1)
+            both[row, at] = second
+            return both
+
+        features = {name: joined(value, later.features[name]) for name, value in self.features.items()}
+        return Committed(joined(self.tokens, later.tokens), self.count + later.count, features)
+
 
 @dataclass
 class Batch:

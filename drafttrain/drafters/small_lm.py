@@ -23,7 +23,7 @@ from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
-from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
+from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.adapter import kv_shapes, layer_masks, mask_windows, text_config, tree_mask
 from drafttrain.target.cache import KVShape, TreeCache
@@ -200,7 +200,7 @@ class SmallLM(Drafter):
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> SmallLMState:
-        cache = TreeCache(self.kv_shapes, len(prompts), capacity + 1, prompts.device, self._dtype)
+        cache = TreeCache(self.kv_shapes, len(prompts), capacity + 1 + CATCH_UP, prompts.device, self._dtype)
         state = SmallLMState(head, cache, prompts[:, :0], torch.zeros_like(lengths))
         for start in range(0, prompts.shape[1], PREFILL_CHUNK):
             tokens = prompts[:, start : start + PREFILL_CHUNK]
@@ -229,8 +229,10 @@ class SmallLM(Drafter):
         assert isinstance(state, SmallLMState)
         state.cache.reach += committed.tokens.shape[1]  # until the loop says what it is
         if state.fed is None or committed.nodes is None:  # not from a tree of its own: all of it waits
-            self._feed_pending(state)
-            state.pending, state.waiting, state.fed = committed.tokens, committed.count, None
+            if state.pending.shape[1] + committed.tokens.shape[1] > CATCH_UP:
+                self._feed_pending(state)
+            waiting = Committed(state.pending, state.waiting).then(committed)
+            state.pending, state.waiting, state.fed = waiting.tokens, waiting.count, None
             return
         row = torch.arange(len(committed.count), device=committed.count.device)
         place = state.fed.gather(1, committed.nodes)  # [B, T] where they stand in the cache

@@ -19,7 +19,7 @@ from drafttrain.core.tree import Draws
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter
 from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
-from drafttrain.runtime.policy import POLICIES
+from drafttrain.runtime.policy import POLICIES, Fixed, Policy
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
@@ -59,7 +59,8 @@ class RuntimeConfig(Config):
     """Verification rule: its name, or `name` with its options. `auto`: `greedy` at temperature 0, else `rejection` for chains and
     `recursive` for trees."""
     policy: str = "fixed"
-    """What makes the plans of rounds."""
+    """What makes the plans of rounds. `adaptive` decodes plainly while drafting loses: greedy texts stay the same, and sampled ones keep
+    the target's law, but as it goes by measured times, the same seed may give another sample."""
     treat_as: Literal["point"] | None = None
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
     drafter_temperature: float | None = Field(default=None, gt=0)
@@ -111,6 +112,7 @@ class SpeculativeDecoder:
         self.target = target
         self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
         self.runtime = runtime or RuntimeConfig()
+        self._policies: dict[Plan, Policy] = {}  # they learn from batch to batch
         if drafter is not None and drafter.max_depth is not None and self.runtime.shape.depth > drafter.max_depth:
             raise UserError(
                 f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "
@@ -211,10 +213,10 @@ class SpeculativeDecoder:
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
             rule, plan = lone.fitted(sampling)
+        policy = Fixed(plan) if self.drafter is None else self._policies.setdefault(plan, POLICIES[self.runtime.policy](plan))
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return Batch(
-            self.target, self.drafter, rule, POLICIES[self.runtime.policy](plan), sampling, seed, self.runtime.treat_as, stopper, on_round,
-            self.runtime.prefill_chunk,
+            self.target, self.drafter, rule, policy, sampling, seed, self.runtime.treat_as, stopper, on_round, self.runtime.prefill_chunk,
         )
 
     def _keep(self, tokens: list[int], stop: tuple[str, ...]) -> int:
