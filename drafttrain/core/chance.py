@@ -54,7 +54,7 @@ class Seeded:
         index = self.count[:, None] + torch.arange(size, device=self.key.device)
         bits = _mix(self.key[:, None] + index * _GOLDEN)
         self.count = self.count + size
-        return ((bits >> 11) & _MASK53).double().mul_(2.0**-53).view(-1, *shape)
+        return ((bits >> 11) & _MASK53).double().mul_(2.0**-53).view(len(self.key), *shape)
 
     def bernoulli(self, p: Tensor) -> Tensor:
         return self.uniform(*p.shape[1:]) < p

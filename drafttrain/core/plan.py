@@ -123,3 +123,5 @@ class Plan:
     change the law."""
     laws: bool = False
     """Record the drafter's laws of `point` trees too: the softmax of its logits, as nothing was drawn from them."""
+    draft: bool = True
+    """False: this round decodes plainly, and the drafter is not asked."""

@@ -23,6 +23,9 @@ from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
+CATCH_UP = 32
+"""Committed tokens at most that an idle drafter lets wait, to read them in one call: its caches have room for so many more."""
+
 
 class DrafterConfig(Config):
     """Base of the families' configurations; `name` is the key in `DRAFTERS`."""
@@ -140,4 +143,7 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def observe(self, state: DrafterState, committed: Committed) -> None:
-        """Learn what was committed: the root and the accepted nodes, with the target's features there."""
+        """Learn what was committed: the root and the accepted nodes, with the target's features there.
+
+        Rounds may pass without a proposal (the loop decoded plainly); what they commit is best read with the next one, in one call.
+        """

@@ -35,7 +35,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.core.vocab import draft_vocab
-from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
+from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -263,12 +263,13 @@ class Eagle3(Drafter):
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> Eagle3State:
         B, P = prompts.shape
-        storage = torch.zeros(B, self.midlayer.kv_heads, capacity, self.head_dim, device=prompts.device, dtype=self.fc.weight.dtype)
+        slots = capacity + CATCH_UP
+        storage = torch.zeros(B, self.midlayer.kv_heads, slots, self.head_dim, device=prompts.device, dtype=self.fc.weight.dtype)
         state = Eagle3State(head, storage, torch.zeros_like(storage), torch.zeros_like(lengths), None)
         if P > 1:  # all pairs but the last, which waits for the first root
-            slots = torch.arange(P - 1, device=prompts.device).expand(B, -1)
-            causal = slots[0][:, None] >= torch.arange(storage.shape[2], device=prompts.device)
-            self._run(state, prompts[:, 1:], self._fuse(features["aux"][:, :-1]), slots, causal.expand(B, -1, -1))
+            place = torch.arange(P - 1, device=prompts.device).expand(B, -1)
+            causal = place[0][:, None] >= torch.arange(slots, device=prompts.device)
+            self._run(state, prompts[:, 1:], self._fuse(features["aux"][:, :-1]), place, causal.expand(B, -1, -1))
         state.lengths = lengths - 1
         last = (lengths - 1)[:, None]
         aux = features["aux"].gather(1, last[..., None].expand(-1, -1, features["aux"].shape[-1]))
@@ -290,7 +291,11 @@ class Eagle3(Drafter):
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, Eagle3State)
-        state.pending = committed if state.pending is None else state.pending.then(committed)  # proposed nothing in between
+        waiting = state.pending  # not None: proposed nothing in between
+        if waiting is not None and waiting.tokens.shape[1] + committed.tokens.shape[1] > CATCH_UP:
+            self._refresh(state, committed.tokens[:, 0])  # the next committed token completes what waited
+            waiting = None
+        state.pending = committed if waiting is None else waiting.then(committed)
 
     def _refresh(self, state: Eagle3State, roots: Tensor) -> Tensor:
         """Pairs of what was committed, with the target's features: writes them, returns the newest one's output [B, 1, D]."""

@@ -23,7 +23,7 @@ from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features, appended
-from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
+from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.adapter import kv_shapes, layer_masks, mask_windows, text_config, tree_mask
 from drafttrain.target.cache import Aim, KVShape, TreeCache
@@ -200,7 +200,7 @@ class SmallLM(Drafter):
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> SmallLMState:
-        cache = TreeCache(self.kv_shapes, len(prompts), capacity + 1, prompts.device, self._dtype)
+        cache = TreeCache(self.kv_shapes, len(prompts), capacity + 1 + CATCH_UP, prompts.device, self._dtype)
         state = SmallLMState(head, cache, prompts[:, :0], torch.zeros_like(lengths))
         for start in range(0, prompts.shape[1], PREFILL_CHUNK):
             tokens = prompts[:, start : start + PREFILL_CHUNK]
@@ -229,6 +229,8 @@ class SmallLM(Drafter):
         assert isinstance(state, SmallLMState)
         state.cache.reach += committed.tokens.shape[1]  # until the loop says what it is
         if state.fed is None or committed.nodes is None:  # not from a tree of its own: all of it waits
+            if state.pending.shape[1] + committed.tokens.shape[1] > CATCH_UP:
+                self._feed_pending(state)
             state.pending = appended(state.pending, state.waiting, committed.tokens)
             state.waiting, state.fed = state.waiting + committed.count, None
             return
@@ -245,9 +247,18 @@ class SmallLM(Drafter):
         at = state.waiting[:, None]
         tokens = torch.cat([state.pending, roots[:, None]], 1).scatter(1, at, roots[:, None])
         hidden = self._feed(state, tokens)
+        self._count_pending(state)
+        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _feed_pending(self, state: SmallLMState) -> None:
+        """Feeds and commits what waits."""
+        if state.pending.shape[1]:
+            self._feed(state, state.pending)
+            self._count_pending(state)
+
+    def _count_pending(self, state: SmallLMState) -> None:
         state.cache.lengths = state.cache.lengths + state.waiting
         state.pending, state.waiting = state.pending[:, :0], torch.zeros_like(state.waiting)
-        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _feed(self, state: SmallLMState, tokens: Tensor) -> Tensor:
         """Tokens [B, T] one after the other behind the committed ones -> [B, T, D]."""

@@ -20,7 +20,7 @@ from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
 from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
-from drafttrain.runtime.policy import POLICIES, Policy, PolicyConfig
+from drafttrain.runtime.policy import POLICIES, Fixed, Policy, PolicyConfig
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
@@ -62,7 +62,8 @@ class RuntimeConfig(Config):
     """Verification rule: its name, or `name` with its options. `auto`: `greedy` at temperature 0, else `rejection` for chains and
     `recursive` for trees."""
     policy: AnyPolicy = "fixed"
-    """What makes the plans of rounds: its name, or `name` with its options."""
+    """What makes the plans of rounds: its name, or `name` with its options. `adaptive` decodes plainly while drafting loses: greedy texts
+    stay the same, and sampled ones keep the target's law, but as it goes by measured times, the same seed may give another sample."""
     treat_as: Literal["point"] | None = None
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
     drafter_temperature: float | None = Field(default=None, gt=0)
@@ -128,6 +129,7 @@ class SpeculativeDecoder:
         self.runtime = runtime or RuntimeConfig()
         if drafter is not None and self.runtime.hybrid is not None:
             drafter = Hybrid(self.runtime.hybrid, drafter)
+        self._policies: dict[Plan, Policy] = {}  # they learn from batch to batch
         self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
         if drafter is not None and drafter.max_depth is not None and self.runtime.shape.depth > drafter.max_depth:
             raise UserError(
@@ -229,10 +231,10 @@ class SpeculativeDecoder:
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
             rule, plan = lone.fitted(sampling)
+        policy = Fixed(plan) if self.drafter is None else self._policies.setdefault(plan, self.runtime.planner(plan))
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return Batch(
-            self.target, self.drafter, rule, self.runtime.planner(plan), sampling, seed, self.runtime.treat_as, stopper, on_round,
-            self.runtime.prefill_chunk,
+            self.target, self.drafter, rule, policy, sampling, seed, self.runtime.treat_as, stopper, on_round, self.runtime.prefill_chunk,
         )
 
     def _keep(self, tokens: list[int], stop: tuple[str, ...]) -> int:

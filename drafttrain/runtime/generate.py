@@ -5,6 +5,7 @@ B rows, N nodes, D depth, V vocabulary. A round waits for the host once, to hand
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from drafttrain.core.tree import Draws, Tree, root_only
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter, DrafterState
 from drafttrain.runtime.policy import Policy
-from drafttrain.runtime.stats import Clock, Statistics, Tally
+from drafttrain.runtime.stats import Clock, History, Round, Statistics, Tally
 from drafttrain.target.adapter import Target
 from drafttrain.verify.base import Rule
 
@@ -72,7 +73,8 @@ class Batch:
         self.seed, self.treat_as, self.stopper, self.on_round, self.prefill_chunk = seed, treat_as, stopper, on_round, prefill_chunk
         self.needs = rule.needs | (drafter.needs if drafter else frozenset())
         self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
-        self.history, self.clock = Statistics(), Clock(target.device)
+        self.history, self.clock = History(), Clock(target.device)
+        self.now: Callable[[], float] = time.perf_counter  # what policies are told of time
         self.calls_before = (target.forwards, drafter.calls if drafter else 0)
         rule.prepare(target)
 
@@ -118,8 +120,10 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[Emission]:
         """One round for every row that is not done."""
+        begun = self.now()
         self.clock.start()
-        tree = self._propose(self.policy.plan(self.history))
+        plan = self.policy.plan(self.history)
+        tree = self._propose(plan)
         self.clock.lap("draft")
         scored = self.target.score(self.cache, self.rule.layout(tree), self.sampling, self.needs)
         self.clock.lap("score")
@@ -140,6 +144,7 @@ class Batch:
         self.lengths = [length + count for length, (*_, count, _, _) in zip(self.lengths, fetched, strict=True)]
         self._settle()
         out = self._hand_out(kept, fetched)
+        self._remember(plan, fetched, begun)
         self._drop_finished()
         self.clock.lap("other")
         return out
@@ -164,7 +169,7 @@ class Batch:
         return self.chance.draw(self.sampling.law(logits)[:, None], 1, replace=True)[:, 0, 0]
 
     def _propose(self, plan: Plan) -> Tree:
-        if self.drafter is None or self.state is None:
+        if self.drafter is None or self.state is None or not plan.draft:
             return root_only(self.roots)
         tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.chance)
         return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
@@ -225,6 +230,12 @@ class Batch:
             out.append(Emission(request, tokens[:count], accepted, not alive))
         self.running = [bool(values[-1]) for values in fetched]
         return [emission for emission, (*_, count, _, alive) in zip(out, fetched, strict=True) if count or not alive]
+
+    def _remember(self, plan: Plan, fetched: list[list[int]], begun: float) -> None:
+        """What the next plan may be made from."""
+        counts = [count for *_, count, _, _ in fetched]
+        going, drafted = sum(count > 0 for count in counts), plan.draft and self.drafter is not None
+        self.history.add(Round(len(counts), going, sum(counts), drafted, self.now() - begun))
 
     def _settle(self) -> None:
         self.cache.settle(self.lengths)

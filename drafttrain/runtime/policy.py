@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from drafttrain.core.config import Config
 from drafttrain.core.plan import Plan
-from drafttrain.runtime.stats import Statistics
+from drafttrain.runtime.stats import History, Round
 from drafttrain.verify.confidence import confidence
 
 
@@ -28,8 +31,9 @@ class Policy(Protocol):
 
     def __init__(self, plan: Plan, config: PolicyConfig) -> None: ...
 
-    def plan(self, history: Statistics) -> Plan:
-        """The next round's plan; `history` is the batch's statistics so far."""
+    def plan(self, history: History) -> Plan:
+        """The next round's plan; `history` is the batch's so far. Asked once more before the prompts are read, for the cache's
+        size."""
         ...
 
 
@@ -47,7 +51,7 @@ class Fixed:
     def __init__(self, plan: Plan, config: PolicyConfig | None = None) -> None:
         self._plan = plan
 
-    def plan(self, history: Statistics) -> Plan:
+    def plan(self, history: History) -> Plan:
         return self._plan
 
 
@@ -77,7 +81,7 @@ class Confident:
         self.config, self._plan = config, replace(plan, stop=self._stop)
         self._reached = torch.empty(0)  # [B] product of the confidences of this round's levels
 
-    def plan(self, history: Statistics) -> Plan:
+    def plan(self, history: History) -> Plan:
         return self._plan
 
     def _stop(self, level: int, logits: Tensor) -> Tensor:
@@ -87,4 +91,91 @@ class Confident:
         return (self._reached < self.config.floor) & (level >= self.config.at_least)
 
 
-POLICIES: dict[str, type[Policy]] = {"fixed": Fixed, "confidence": Confident}
+PROBE = 8
+"""Drafted rounds after which drafting is judged."""
+WINDOW = 32
+"""Drafted rounds, the latest ones, that a judgement rests on."""
+PLAIN_PROBE = 2
+"""Plain rounds in a row that tell what a plain round takes."""
+RENEW = 128
+"""Drafted rounds after which plain ones are timed again: texts grow, and machines get busy."""
+PAUSE, LONGEST_PAUSE = 16, 512
+"""Plain rounds before drafting is tried again; they double with every try in vain."""
+
+
+@dataclass
+class Evidence:
+    """What is known of batches of one number of rows, whose rounds are comparable."""
+
+    drafted: deque[Round] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    plain: deque[Round] = field(default_factory=lambda: deque(maxlen=2 * PLAIN_PROBE))
+    drafted_since: int = 0  # rounds since plain ones were timed
+    plain_left: int = 0  # rounds to go before drafting is tried again
+    pause: int = PAUSE  # the next one's length
+
+    @property
+    def gain(self) -> float:
+        """Tokens a second of drafting over those of plain decoding: tau x seconds of a plain round / seconds of a drafted one."""
+        tau = sum(one.tokens for one in self.drafted) / max(1, sum(one.going for one in self.drafted))
+        drafted = _seconds(self.drafted)
+        return tau * _seconds(self.plain) / drafted if drafted else float("inf")
+
+
+class AdaptiveConfig(PolicyConfig):
+    """No options."""
+
+    name: Literal["adaptive"] = "adaptive"
+
+
+class Adaptive:
+    """Drafts while that pays, by the accepted length and the median times of the rounds so far; else decodes plainly, and tries again
+    now and then.
+
+    Counts and times of past rounds say nothing about the tokens to come, so that every rule stays exact. A batch is judged as a whole. What
+    was learnt serves the decoder's next batches too.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = AdaptiveConfig
+
+    def __init__(self, plan: Plan, config: PolicyConfig | None = None) -> None:
+        self._plan, self._plainly = plan, replace(plan, draft=False)
+        self._known: dict[int, Evidence] = {}  # by number of rows
+        self._rows = 0  # of the last round seen
+
+    def plan(self, history: History) -> Plan:
+        if history.latest is not None:
+            self._learn(history.latest)
+        return self._plan if self._drafts(self._known.setdefault(self._rows, Evidence())) else self._plainly
+
+    def _learn(self, last: Round) -> None:
+        known = self._known.setdefault(last.rows, Evidence())
+        self._rows = last.rows
+        (known.drafted if last.drafted else known.plain).append(last)
+        if last.drafted:
+            known.drafted_since += 1
+        else:
+            known.plain_left -= 1
+
+    @staticmethod
+    def _drafts(known: Evidence) -> bool:
+        """Whether the next round drafts; changes nothing but which phase it is in."""
+        if known.plain_left > 0:
+            return False
+        if len(known.drafted) < PROBE:
+            return True
+        if len(known.plain) < PLAIN_PROBE or known.drafted_since >= RENEW:
+            known.drafted_since, known.plain_left = 0, PLAIN_PROBE
+            return False
+        if known.gain >= 1:
+            known.pause = PAUSE
+            return True
+        known.plain_left, known.pause = known.pause, min(2 * known.pause, LONGEST_PAUSE)
+        known.drafted.clear()  # the next try is judged by itself
+        return False
+
+
+def _seconds(rounds: Iterable[Round]) -> float:
+    return median(one.seconds for one in rounds)
+
+
+POLICIES: dict[str, type[Policy]] = {"fixed": Fixed, "confidence": Confident, "adaptive": Adaptive}

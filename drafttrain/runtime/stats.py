@@ -61,6 +61,28 @@ class Statistics:
         )
 
 
+@dataclass(frozen=True)
+class Round:
+    """One round of a batch, as the host knows it afterwards."""
+
+    rows: int  # computed, finished ones included
+    going: int  # rows that gained tokens
+    tokens: int  # that they gained together
+    drafted: bool  # False: decoded plainly
+    seconds: float  # by the host's clock; it waits for the device once a round
+
+
+@dataclass
+class History(Statistics):
+    """All that a policy may know before a round. Of the counts it holds `rounds`, `tokens` and `syncs`, over all rows."""
+
+    latest: Round | None = None
+
+    def add(self, round_: Round) -> None:
+        """The round that has just ended."""
+        self.rounds, self.tokens, self.latest = self.rounds + round_.going, self.tokens + round_.tokens, round_
+
+
 class Tally:
     """Per-row counts of a running batch, kept on the device: [B] rounds and tokens, [B, K] attempts and accepts."""
 
