@@ -232,8 +232,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _content(text: str) -> str | None:
-    """A hash of the file, or of the store's index, that `text` names; None where it names neither."""
-    for path in (text, os.path.join(text, INDEX)):
+    """A hash of the file (also behind a prefix, as in `gsm8k:FILE`), or of the store's index, that `text` names; None where it names
+    neither."""
+    for path in (text, os.path.join(text, INDEX), text.partition(":")[2]):
         if os.path.isfile(path):
             return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return None

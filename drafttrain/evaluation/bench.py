@@ -56,7 +56,8 @@ class EvaluationConfig(Config):
     """What `drafttrain eval` measures."""
 
     suite: str = "builtin"
-    """`builtin`, or the path of a JSONL file with `id`, `task` and one of `prompt`, `turns`, `messages`."""
+    """`builtin`, `checkable`, a public benchmark (`spec_bench`, `mt_bench`, `humaneval`, `gsm8k`, `alpaca`; `gsm8k:PATH` reads it from a
+    file or folder), or the path of a JSONL file with `id`, `task` and one of `prompt`, `turns`, `messages`."""
     tasks: tuple[str, ...] = ()
     """Tasks of the suite to run; none named: all."""
     limit: int | None = Field(default=None, ge=1)

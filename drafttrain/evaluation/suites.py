@@ -1,8 +1,9 @@
-"""Suites: prompts by task, from the one that ships with the package or from any JSONL file.
+"""Suites: prompts by task, from those that ship with the package, a public benchmark (`layouts.py`) or any JSONL file.
 
 A line holds `id`, `task`, one of `prompt` (a user's message), `turns` (several, asked one after another) or `messages`
-(a conversation whose last message is the user's), and optionally `answer`, which a program can check. Other keys, such
-as Spec-Bench's `category`, are let be.
+(a conversation whose last message is the user's), and optionally `answer` (one, or a list of accepted ones) to the last
+turn, which a program can check, with `check` (how: `number`, `choice`, `option` with `options`, `word`, `code` with
+`header`; by default `number` where the answer is one, else `word`). Other keys are let be.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any
 
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError, nearest
+from drafttrain.evaluation.check import KINDS, NUMBER, Check
+from drafttrain.evaluation.layouts import LAYOUTS, layout_lines
 
 Message = dict[str, str]
-SUITES = {"builtin": Path(__file__).parent / "prompts" / "builtin.jsonl"}
+PROMPTS = Path(__file__).parent / "prompts"
+SUITES = {"builtin": PROMPTS / "builtin.jsonl", "checkable": PROMPTS / "checkable.jsonl"}
 FORMS = ("prompt", "turns", "messages")
 
 
@@ -29,7 +33,7 @@ class Item:
     task: str
     turns: tuple[str, ...]  # what the user says, turn by turn
     before: tuple[tuple[str, str], ...] = ()  # (role, content) of messages that stand before the first turn
-    answer: str | None = None
+    check: Check | None = None  # of the answer to the last turn
 
     def opening(self) -> str | list[Message]:
         """The first prompt: a lone message as a string, so that targets without a chat template can read it too."""
@@ -76,22 +80,32 @@ class Suite:
 
 
 def load_suite(name: str) -> Suite:
-    """A suite by name (`builtin`) or by the path of a JSONL file.
+    """A suite by name (`builtin`, `checkable`), a public benchmark (`gsm8k`, `gsm8k:PATH`; see `layouts.py`), or the path
+    of a JSONL file.
 
-    Raises `UserError` where it is neither, or a line is broken: the message gives the line's number.
+    Raises `UserError` where it is none of them, or a line is broken: the message gives the line's number.
     """
-    path = SUITES.get(name) or Path(name)
-    if not path.is_file():
-        known = ", ".join(SUITES)
-        raise UserError(f"suite '{name}'{nearest(name, SUITES)}: no such file; give {known}, or the path of a JSONL file")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    items = [read_item(line, f"suite '{name}', line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    layout, given, source = name.partition(":")
+    if layout in LAYOUTS:
+        read = layout_lines(layout, source if given else None)
+        title, items = layout, [item_of(line, where) for where, line in read]
+    else:
+        path = SUITES.get(name) or Path(name)
+        if not path.is_file():
+            known = [*SUITES, *LAYOUTS]
+            near = nearest(layout if given else name, known)
+            raise UserError(
+                f"suite '{name}'{near}: no such file; give {', '.join(known)}, `LAYOUT:PATH` or the path of a JSONL file"
+            )
+        lines = path.read_text(encoding="utf-8").splitlines()
+        title = name if name in SUITES else path.stem
+        items = [read_item(line, f"suite '{name}', line {place}") for place, line in enumerate(lines, 1) if line.strip()]
     if not items:
         raise UserError(f"suite '{name}' is empty; every line holds an id, a task and a prompt")
     twice = _first_repeated(item.id for item in items)
     if twice is not None:
         raise UserError(f"suite '{name}': two items have the id '{twice}'; give every item its own")
-    return Suite(name if name in SUITES else path.stem, tuple(items))
+    return Suite(title, tuple(items))
 
 
 def read_item(line: str, where: str) -> Item:
@@ -100,17 +114,40 @@ def read_item(line: str, where: str) -> Item:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from error
-    if not isinstance(data, dict) or "id" not in data or "task" not in data:
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: an object is needed, got {line[:60]!r}")
+    return item_of(data, where)
+
+
+def item_of(data: dict[str, Any], where: str) -> Item:
+    """An item from a line's object."""
+    if "id" not in data or "task" not in data:
         needed = f"an object with 'id', 'task' and one of {', '.join(FORMS)} is needed"
-        raise UserError(f"{where}: {needed}, got {line[:60]!r}")
+        raise UserError(f"{where}: {needed}, got {json.dumps(data)[:60]}")
     given = [form for form in FORMS if form in data]
     if len(given) != 1:
         raise UserError(f"{where}: exactly one of {', '.join(FORMS)} is needed, got {given or 'none'}")
     before, turns = _conversation(data, given[0], where)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise UserError(f"{where}: '{given[0]}' holds an empty prompt; every turn is a text")
-    answer = data.get("answer")
-    return Item(str(data["id"]), str(data["task"]), tuple(turns), before, None if answer is None else str(answer))
+    return Item(str(data["id"]), str(data["task"]), tuple(turns), before, _check(data, where))
+
+
+def _check(data: dict[str, Any], where: str) -> Check | None:
+    """How the answer is judged; None without one."""
+    given = data.get("answer")
+    if given is None:
+        return None
+    answers = tuple(str(answer) for answer in (given if isinstance(given, list) else [given]))
+    if not answers or not all(answer.strip() for answer in answers):
+        raise UserError(f"{where}: 'answer' is empty; give an answer, or leave the key out")
+    kind = data.get("check", "number" if all(NUMBER.fullmatch(answer.strip()) for answer in answers) else "word")
+    if kind not in KINDS:
+        raise UserError(f"{where}: 'check' {kind!r}{nearest(str(kind), KINDS)} is not one of {', '.join(KINDS)}")
+    options = tuple(str(option) for option in data.get("options", ()))
+    if kind == "option" and not set(answers) <= set(options):
+        raise UserError(f"{where}: 'options' lists the words to choose from, the answer among them; got {list(options)}")
+    return Check(kind, answers, options, str(data.get("header", "")))
 
 
 def _conversation(data: dict[str, Any], form: str, where: str) -> tuple[tuple[tuple[str, str], ...], list[Any]]:

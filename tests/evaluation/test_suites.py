@@ -21,8 +21,8 @@ def test_the_builtin_suite_has_ten_different_prompts_of_each_of_six_tasks() -> N
 
 
 def test_every_builtin_question_of_math_and_qa_can_be_checked() -> None:
-    assert {item.task for item in BUILTIN.items if item.answer is not None} == {"math", "qa"}
-    assert all(item.answer for item in BUILTIN.items if item.task in ("math", "qa"))
+    assert {item.task for item in BUILTIN.items if item.check is not None} == {"math", "qa"}
+    assert {item.task for item in BUILTIN.items if item.check and item.check.kind == "number"} == {"math"}
 
 
 def test_builtin_passages_to_summarize_have_80_to_150_words() -> None:
@@ -52,7 +52,7 @@ def test_a_later_turn_is_asked_behind_the_answers_given_so_far() -> None:
     [
         ("{", "line 2: not JSON"),
         ('{"id": 1, "prompt": "Hi"}', "line 2: an object with 'id', 'task'"),
-        ('["id", "task"]', "line 2: an object with"),
+        ('["id", "task"]', "line 2: an object is needed"),
         ('{"id": 1, "task": "t"}', "line 2: exactly one of prompt, turns, messages is needed, got none"),
         ('{"id": 1, "task": "t", "prompt": "a", "turns": ["b"]}', "exactly one of"),
         ('{"id": 1, "task": "t", "prompt": "  "}', "'prompt' holds an empty prompt"),
@@ -60,6 +60,9 @@ def test_a_later_turn_is_asked_behind_the_answers_given_so_far() -> None:
         ('{"id": 1, "task": "t", "turns": "a"}', "'turns' is a list, got str"),
         ('{"id": 1, "task": "t", "messages": [{"role": "assistant", "content": "a"}]}', "must be the user's"),
         ('{"id": 1, "task": "t", "messages": ["a"]}', "has 'role' and 'content'"),
+        ('{"id": 1, "task": "t", "prompt": "a", "answer": "b", "check": "words"}', "'check' 'words' .did you mean 'word'"),
+        ('{"id": 1, "task": "t", "prompt": "a", "answer": []}', "'answer' is empty"),
+        ('{"id": 1, "task": "t", "prompt": "a", "answer": "b", "check": "option"}', "'options' lists the words"),
         ('{"id": "a", "task": "t", "prompt": "b"}', "two items have the id 'a'"),
     ],
 )
