@@ -2,6 +2,9 @@
 
 A child x stands with probability min(1, P(x) / Q(x)); where it falls, P becomes the residual max(P - Q, 0), and Q, if children were drawn
 without replacement, loses x. Where no child stands the next token comes from what is left of P. Exact for every tree at any temperature.
+
+The naive variant draws y from p and goes to the child that is y, or ends with y: exact however the children were chosen, and weaker where
+they were drawn.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.sampling import normalise
@@ -19,18 +23,39 @@ from drafttrain.verify.base import Rule, RuleConfig
 
 
 class RecursiveConfig(RuleConfig):
-    """No options."""
+    """Which of the paper's two ways."""
 
     name: Literal["recursive"] = "recursive"
+    naive: bool = False
+    """Draw from the target and look for a child that matches."""
 
 
 class Recursive(Rule):
     """P the target's law at the current node, or its residual; Q the law the next child was drawn from."""
 
     Config = RecursiveConfig
+    config: RecursiveConfig
     accepts = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+        return self._matched(tree, scored, chance) if self.config.naive else self._tried(tree, scored, chance)
+
+    @staticmethod
+    def _matched(tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+        row = torch.arange(len(tree.tokens), device=tree.tokens.device)
+        node = next_token = torch.zeros_like(row)
+        going = torch.ones_like(row, dtype=torch.bool)
+        for _ in range(tree.max_depth + 1):
+            law = torch.where(going[:, None], scored.p[row, node], F.one_hot(next_token, scored.p.shape[-1]))  # rows that are done: no choice
+            next_token = chance.draw(law[:, None], 1, replace=True)[:, 0, 0]
+            children = tree.children[row, node]  # [B, C]
+            same = (children >= 0) & (tree.tokens.gather(1, children.clamp_min(0)) == next_token[:, None]) & going[:, None]
+            going = same.any(1)
+            node = torch.where(going, children.gather(1, same.long().argmax(1, keepdim=True))[:, 0], node)
+        path, length = tree.path_to(node)
+        return Verdict(path, length, next_token)
+
+    def _tried(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)
         node = torch.zeros_like(row)  # [B] the deepest node that stands
         P = scored.p[row, node]  # [B, V]

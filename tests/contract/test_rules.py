@@ -19,9 +19,16 @@ from drafttrain.runtime import generate
 from drafttrain.runtime.generate import Batch, Request
 from drafttrain.runtime.policy import Fixed
 from drafttrain.verify import RULES
+from drafttrain.verify.base import Rule
 from tests.contract.tables import TableDrafter, TableTarget
 
 LOSSLESS = sorted(name for name, rule in RULES.items() if rule.lossless)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in LOSSLESS},
+    "recursive naive": ("recursive", {"naive": True}),
+    **{f"multidraft {scheme}": ("multidraft", {"scheme": scheme}) for scheme in ("tournament", "truncated", "optimal")},
+}
+"""Every lossless rule with its default options, and their other ways: label -> rule, options."""
 TREES: dict[str, Shape] = {
     "2": Static(children=(2,)),
     "1-1": Chain(length=2), "2-1": Static(children=(2, 1)), "2-2": Static(children=(2, 2)), "3-1": Static(children=(3, 1)),
@@ -31,10 +38,10 @@ TREES: dict[str, Shape] = {
 LONG = [("iid", "2-2-1"), ("iid", "3-1"), ("iid", "2-2"), ("iid", "ragged"), ("without_replacement", "2-2-1")]  # over 10 s each
 CASES = [
     pytest.param(name, draws, tree, marks=[pytest.mark.slow] if (draws, tree) in LONG else [])
-    for name in LOSSLESS
+    for name, (rule, _) in VARIANTS.items()
     for draws in ("point", "iid", "without_replacement")
     for tree, shape in TREES.items()
-    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[name].accepts and (shape.shape != "dynamic" or draws == "point")
+    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts and (shape.shape != "dynamic" or draws == "point")
 ]
 SMALL = [case for case in CASES if case.values[2] in ("2", "1-1")]
 
@@ -55,7 +62,7 @@ def two_tokens(
     total = 0.0
     for chance in branches(rows, watch):
         monkeypatch.setattr(generate, "Seeded", lambda seed, ids, chance=chance: chance)
-        batch = Batch(target, drafter, RULES[rule](RULES[rule].Config(name=rule)), Fixed(Plan(shape, draws)), sampling, seed=0)  # type: ignore[arg-type]
+        batch = Batch(target, drafter, made(rule), Fixed(Plan(shape, draws)), sampling, seed=0)  # type: ignore[arg-type]
         batch.start([Request(prompt, index, 9) for index, prompt in enumerate(prompts)])
         batch.step()
         tokens = batch.written[watch][1:]
@@ -63,6 +70,11 @@ def two_tokens(
         total += chance.probability
     assert abs(total - 1) < 1e-9, total  # every branch was walked once
     return out, target_law(target, root, sampling)[:, None] * np.array(after)
+
+
+def made(variant: str) -> Rule:
+    name, options = VARIANTS[variant]
+    return RULES[name](RULES[name].Config(name=name, **options))
 
 
 def target_law(target: TableTarget, context: list[int], sampling: Sampling) -> np.ndarray:
@@ -75,7 +87,7 @@ def distance(laws: tuple[np.ndarray, np.ndarray]) -> float:
 
 @pytest.mark.parametrize(("rule", "draws", "tree"), CASES)
 def test_rule_keeps_the_targets_law(monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str) -> None:
-    sampling = Sampling() if RULES[rule].temperatures == "zero" else Sampling(temperature=1.0)
+    sampling = Sampling() if RULES[VARIANTS[rule][0]].temperatures == "zero" else Sampling(temperature=1.0)
     vocab = 2 if tree in ("2-2-1", "ragged") and draws != "point" else 3
     assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, vocab)) < 1e-6
 
@@ -83,7 +95,7 @@ def test_rule_keeps_the_targets_law(monkeypatch: pytest.MonkeyPatch, rule: str, 
 @pytest.mark.parametrize(("rule", "draws", "tree"), SMALL)
 @pytest.mark.parametrize("watch", [0, 2])
 def test_rule_keeps_the_law_of_each_row_of_a_batch(monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str, watch: int) -> None:
-    sampling = Sampling() if RULES[rule].temperatures == "zero" else Sampling(temperature=1.0)
+    sampling = Sampling() if RULES[VARIANTS[rule][0]].temperatures == "zero" else Sampling(temperature=1.0)
     assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, 2, rows=3, watch=watch)) < 1e-6
 
 
