@@ -232,8 +232,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _content(text: str) -> str | None:
-    """A hash of the file, or of the store's index, that `text` names; None where it names neither."""
-    for path in (text, os.path.join(text, INDEX)):
+    """A hash of the file, the store's index, or the config.json of a folder of weights that `text` names; None where it names none."""
+    for path in (text, os.path.join(text, INDEX), os.path.join(text, "config.json")):
         if os.path.isfile(path):
             return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return None
