@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,10 +107,10 @@ class JudgeHead(nn.Module):
     def save(self, folder: Path, notes: dict[str, Any] | None = None) -> Path:
         """Writes model.safetensors and config.json. notes: anything JSON can hold that readers should know (labels, AUC, task)."""
         folder.mkdir(parents=True, exist_ok=True)
-        size = self.linear.in_features
-        config = {"format": FORMAT, "judge": {"hidden_size": size, "target": self.fingerprint}, "notes": notes or {}}
         partial = folder / ".partial"
         save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, partial)
+        known = {"hidden_size": self.linear.in_features, "target": self.fingerprint, "weights": sha256(partial.read_bytes()).hexdigest()}
+        config = {"format": FORMAT, "judge": known, "notes": notes or {}}
         os.replace(partial, folder / "model.safetensors")
         partial.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(partial, folder / "config.json")

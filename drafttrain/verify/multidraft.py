@@ -192,7 +192,7 @@ def _decide_pairs(
     cost = np.concatenate([-np.ones(len(p)), np.zeros(len(pairs))])  # maximise the s_y
     above = np.hstack([np.eye(len(p)), -flow])  # s_y - flow w <= joint - flow w0
     limits = np.array(joint) - flow @ ahead
-    bounds = [(0, value) for value in p] + [(0, 1)] * len(pairs)
+    bounds = [(0.0, value) for value in p] + [(0.0, 1.0)] * len(pairs)
     weights = _solve(cost, bounds, above=above, limits=limits)[len(p) :]
     return flow @ (weights - ahead), dict(zip(pairs, weights.tolist(), strict=True))
 

@@ -46,7 +46,8 @@ class Recursive(Rule):
         node = next_token = torch.zeros_like(row)
         going = torch.ones_like(row, dtype=torch.bool)
         for _ in range(tree.max_depth + 1):
-            law = torch.where(going[:, None], scored.p[row, node], F.one_hot(next_token, scored.p.shape[-1]))  # rows that are done: no choice
+            done = F.one_hot(next_token, scored.p.shape[-1])  # [B, V] no choice left
+            law = torch.where(going[:, None], scored.p[row, node], done)
             next_token = chance.draw(law[:, None], 1, replace=True)[:, 0, 0]
             children = tree.children[row, node]  # [B, C]
             same = (children >= 0) & (tree.tokens.gather(1, children.clamp_min(0)) == next_token[:, None]) & going[:, None]

@@ -36,8 +36,9 @@ TREES: dict[str, Shape] = {
     "chain-3": Chain(length=3), "dynamic": Dynamic(depth=2, beam=2, top_k=2, nodes=4),
 }  # fmt: skip
 LONG = [("iid", "2-2-1"), ("iid", "3-1"), ("iid", "2-2"), ("iid", "ragged"), ("without_replacement", "2-2-1")]  # over 10 s each
+WIDE = ("2-2", "3-1", "2-2-1", "ragged")  # variants of a rule walk these in the slow tests only
 CASES = [
-    pytest.param(name, draws, tree, marks=[pytest.mark.slow] if (draws, tree) in LONG else [])
+    pytest.param(name, draws, tree, marks=[pytest.mark.slow] if (draws, tree) in LONG or (name not in RULES and tree in WIDE) else [])
     for name, (rule, _) in VARIANTS.items()
     for draws in ("point", "iid", "without_replacement")
     for tree, shape in TREES.items()
@@ -105,7 +106,7 @@ def test_rule_keeps_a_law_cut_by_temperature_top_k_and_top_p(monkeypatch: pytest
     assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, 3)) < 1e-6
 
 
-@pytest.mark.parametrize("rule", [name for name in LOSSLESS if RULES[name].temperatures != "zero"])
+@pytest.mark.parametrize("rule", [name for name in LOSSLESS if RULES[name].temperatures != "zero" and name != "multidraft"])
 def test_sampling_rules_decode_greedily_at_temperature_zero(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     assert distance(two_tokens(monkeypatch, rule, "point", TREES["chain-3"], Sampling(), 3)) < 1e-6
 

@@ -14,6 +14,7 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Scored
+from drafttrain.recipe import load_recipe, stage_fingerprint
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.train.judge import Examples, JudgeTrainConfig, Mismatch, ask, auc, fit, label, mismatches
 from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
@@ -130,6 +131,17 @@ def test_a_saved_head_comes_back_and_is_refused_for_another_target(tmp_path: Pat
         JudgeHead.load(tmp_path)
     with pytest.raises(UserError, match=r"no config\.json"):
         JudgeHead.load(tmp_path / "nowhere")
+
+
+def test_an_evaluation_is_not_done_once_the_judge_it_names_was_trained_again(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    rule = f"{{name: judge, head: {tmp_path / 'judge'}}}"
+    path.write_text(f"drafter: {{name: eagle3}}\ntrain: {{steps: 1}}\nruntime: {{rule: {rule}}}\n")
+    marks = []
+    for seed in (0, 1, 1):
+        any_head(seed).save(tmp_path / "judge")
+        marks.append(stage_fingerprint(load_recipe(path), "eval"))
+    assert marks[0] != marks[1] == marks[2]
 
 
 # -- labels and training ------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def read(prompts: list[list[int]]) -> TreeCache:
     width = max(map(len, prompts))
     padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     target().prefill(cache, padded, torch.tensor([len(prompt) for prompt in prompts]))
+    cache.settle([len(prompt) for prompt in prompts])
     return cache
 
 

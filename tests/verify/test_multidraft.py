@@ -1,0 +1,106 @@
+"""Multi-draft selection: never above P*, at P* by the program, one draft equals speculative sampling, and what it does in practice."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import pytest
+import torch
+
+from drafttrain.core.errors import UserError
+from drafttrain.verify.multidraft import SCHEMES, MultidraftConfig, acceptance, best_choice, limit
+
+CONFIGS = {name: MultidraftConfig(scheme=name) for name in SCHEMES}  # type: ignore[arg-type]
+
+
+def laws(vocab: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    drawn = torch.distributions.Dirichlet(torch.full((vocab,), 0.7)).sample((2, rows))
+    return drawn[0], drawn[1]
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_the_limit_is_what_no_set_of_tokens_allows_more_of(K: int) -> None:
+    p, q = laws(5, 20)
+    for row in range(20):
+        sets = [list(part) for size in range(6) for part in combinations(range(5), size)]
+        worst = min(float(p[row, part].sum() - q[row, part].double().sum() ** K) for part in sets)
+        assert float(limit(p[row], q[row], K)) == pytest.approx(1 + worst, abs=1e-6)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_the_program_over_all_sets_reaches_the_limit(K: int) -> None:
+    p, q = laws(4, 15)
+    torch.testing.assert_close(acceptance(p, q, K, CONFIGS["optimal"]), limit(p, q, K), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_no_scheme_is_above_the_limit_and_one_draft_is_speculative_sampling(scheme: str, K: int) -> None:
+    p, q = laws(4 if scheme == "optimal" else 20, 15)
+    found = acceptance(p, q, K, CONFIGS[scheme])
+    assert (found <= limit(p, q, K) + 1e-6).all()
+    if K == 1:
+        torch.testing.assert_close(found, torch.minimum(p, q).sum(-1).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", ["priority", "tournament", "truncated"])
+def test_more_drafts_stand_more_often(scheme: str) -> None:
+    p, q = laws(20, 40)
+    rates = [acceptance(p, q, K, CONFIGS[scheme]).mean() for K in (1, 2, 4)]
+    assert rates[0] < rates[1] < rates[2]
+
+
+def test_drafts_of_the_targets_own_law_always_stand_where_the_choice_is_optimal() -> None:
+    p, _ = laws(5, 10)
+    torch.testing.assert_close(acceptance(p, p, 3, CONFIGS["optimal"]), torch.ones(10, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_priority_is_above_recursive_rejection_and_near_the_limit() -> None:
+    p, q = laws(20, 500)
+    ours = acceptance(p, q, 2, CONFIGS["priority"])
+    first = torch.minimum(p, q).sum(-1)
+    residual = (p - q).clamp_min(0) / (1 - first)[:, None].clamp_min(1e-9)
+    recursive = first + (1 - first) * torch.minimum(residual, q).sum(-1)
+    assert (ours >= recursive - 1e-6).double().mean() > 0.95
+    assert ours.mean() > 0.98 * limit(p, q, 2).mean()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_law_of_the_choice_is_what_choosing_draws(scheme: str) -> None:
+    """pI summed up over all pairs of drafts, the chooser's own randomness taken out by its expectation."""
+    p, q = laws(4, 1, seed=3)
+    made = SCHEMES[scheme](CONFIGS[scheme], 2)
+    claimed = made.law(p, q, torch.tensor([2]))[0]
+    total = torch.zeros(4, dtype=torch.float64)
+    for drafts in product(range(4), repeat=2):
+        share = first_wins(scheme, p, q, drafts)
+        weight = float(q[0, drafts[0]] * q[0, drafts[1]])
+        total[drafts[0]] += weight * share
+        total[drafts[1]] += weight * (1 - share)
+    torch.testing.assert_close(total, claimed, atol=1e-6, rtol=0)
+
+
+class Recorded:
+    """A chance that notes the probability of its only choice and takes the first outcome."""
+
+    share = 1.0
+
+    def bernoulli(self, p: torch.Tensor) -> torch.Tensor:
+        self.share = float(p[0])
+        return p > 2  # never
+
+    def draw(self, law: torch.Tensor, k: int, replace: bool) -> torch.Tensor:
+        self.share = float(law[0, 0, 0])
+        return law.argmax(-1, keepdim=True)
+
+
+def first_wins(scheme: str, p: torch.Tensor, q: torch.Tensor, drafts: tuple[int, ...]) -> float:
+    chance, made = Recorded(), SCHEMES[scheme](CONFIGS[scheme], 2)
+    place, _ = made.choose(p, q, torch.tensor([drafts]), torch.ones(1, 2, dtype=torch.bool), chance)
+    return float(place[0] == 0) if scheme == "priority" else chance.share
+
+
+def test_a_program_that_is_too_large_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"scheme 'optimal': 3 drafts of 50 tokens make 20875 sets; use scheme 'priority'"):
+        best_choice([0.02] * 50, [0.02] * 50, 3)

@@ -1,0 +1,95 @@
+"""All trees that a tabular drafter can draw, side by side as the rows of one batch, with the probability of each."""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drafttrain.core.sampling import Sampling, normalise
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored
+
+Paths = tuple[tuple[int, ...], ...]
+TOPOLOGIES: dict[str, Paths] = {
+    "1-1": ((0,), (0, 0)),
+    "1-1-1": ((0,), (0, 0), (0, 0, 0)),
+    "2": ((0,), (1,)),
+    "2-1": ((0,), (1,), (0, 0), (1, 0)),
+    "2-2": ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)),
+    "ragged": ((0,), (1,), (0, 0), (0, 1), (0, 0, 0)),
+}
+
+
+def law(seed: int, context: tuple[int, ...], vocab: int) -> np.ndarray:
+    return np.random.default_rng([seed, *(token + 1 for token in context)]).dirichlet(np.full(vocab, 0.7))
+
+
+def all_trees(paths: Paths, draws: str, vocab: int, p_seed: int, q_seed: int) -> tuple[Tree, Scored, Tensor]:
+    """The batch of every tree, what the target says at its nodes, and each row's probability [B]."""
+    parents = [0] + [0 if len(path) == 1 else 1 + paths.index(path[:-1]) for path in paths]
+    inner = sorted(set(parents))
+    groups = [[node for node in range(1, len(parents)) if parents[node] == parent] for parent in inner]
+    rows: list[tuple[list[int], float]] = [([0] * len(parents), 1.0)]
+    for parent, group in zip(inner, groups, strict=True):
+        grown = []
+        for tokens, weight in rows:
+            q = law(q_seed, context(tokens, parents, parent), vocab)
+            ids, size = range(vocab), len(group)
+            for drawn in permutations(ids, size) if draws == "without_replacement" else product(ids, repeat=size):
+                filled = list(tokens)
+                for node, token in zip(group, drawn, strict=True):
+                    filled[node] = token
+                grown.append((filled, weight * chance_of(q, drawn, draws)))
+        rows = grown
+    tokens = torch.tensor([row for row, _ in rows])
+    laws = [[law(q_seed, context(row, parents, parent), vocab) for parent in inner] for row, _ in rows]
+    depth = max(len(path) for path in paths)
+    above, law_of = (torch.tensor(ids).expand(len(rows), -1) for ids in (parents, [inner.index(parent) for parent in parents]))
+    tree = Tree(
+        tokens, above, torch.ones_like(tokens, dtype=torch.bool), draws, depth, max(map(len, groups)),  # type: ignore[arg-type]
+        law_rows=torch.tensor(np.array(laws)).float(), law_of=law_of,
+    )  # fmt: skip
+    target = [[law(p_seed, context(row, parents, node), vocab) for node in range(len(parents))] for row, _ in rows]
+    return tree, Scored(torch.tensor(np.array(target)).log().float(), Sampling(1.0)), torch.tensor([weight for _, weight in rows])
+
+
+def context(tokens: list[int], parents: list[int], node: int) -> tuple[int, ...]:
+    """The drafted tokens down to a node."""
+    out: tuple[int, ...] = ()
+    while node:
+        out, node = (tokens[node], *out), parents[node]
+    return out
+
+
+def chance_of(q: np.ndarray, drawn: tuple[int, ...], draws: str) -> float:
+    weight, left = 1.0, 1.0
+    for token in drawn:
+        weight *= q[token] / left
+        left -= q[token] if draws == "without_replacement" else 0.0
+    return weight
+
+
+def recursive_reach(tree: Tree, p: Tensor) -> Tensor:
+    """[B, N] the probability that recursive verification accepts each node, child by child as its paper says."""
+    B, N = tree.tokens.shape
+    reach = torch.zeros(B, N, dtype=torch.float64)
+    reach[:, 0] = 1.0
+    row = torch.arange(B)
+    for parent in range(N):
+        P, left = p[:, parent].double(), reach[:, parent].clone()
+        Q = None
+        for child in tree.children[0, parent].tolist():
+            if child < 0:
+                continue
+            token = tree.tokens[:, child]
+            Q = tree.law(torch.full((B,), child)).double() if Q is None or tree.draws == "iid" else Q
+            stands = (P[row, token] / Q[row, token]).clamp_max(1)
+            reach[:, child] = left * stands
+            left = left * (1 - stands)
+            P = normalise((P - Q).clamp_min(0))
+            if tree.draws == "without_replacement":
+                Q = normalise(Q.scatter(1, token[:, None], 0.0))
+    return reach
