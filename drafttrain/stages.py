@@ -30,6 +30,7 @@ from drafttrain.drafters import build
 from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.rows import Row
+from drafttrain.evaluation.rules import RuleRow, replay_rules
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.export import export as export_drafter
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, write_resolved
@@ -178,6 +179,16 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
     rows = bench.evaluate(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, results(recipe))
     return {"run": rows[0].run}
+
+
+def compare_rules(recipe: Recipe, chances: int) -> list[RuleRow]:
+    """Every rule on the same logged rounds of the recipe's drafter and of its further contenders; the rows also go to rules.jsonl."""
+    target = Target.load(recipe.target)
+    runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
+    rows, left_out = replay_rules(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, recipe.folder, chances)
+    for note in left_out:
+        console.print(f"left out: {note}", markup=False)
+    return rows
 
 
 def export(recipe: Recipe) -> dict[str, Any]:

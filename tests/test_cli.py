@@ -501,3 +501,16 @@ def test_doctor_finds_too_little_memory(empty: Path, monkeypatch: pytest.MonkeyP
 
 def test_doctor_finds_a_suite_beyond_the_context(empty: Path) -> None:
     assert "evaluation.max_new_tokens" in doctor_finds("suite", "evaluation.max_new_tokens=95")
+
+
+def test_rules_are_compared_on_one_log_of_rounds(workplace: Path) -> None:
+    before = Path("runs/tiny/results.jsonl").read_text()
+    tree = "runtime.shape={shape: static, children: [2, 2]}"
+    assert "temperature 0" in complaint("eval", "tiny.yaml", "--replay-rules", tree)
+    result = drafttrain("eval", "tiny.yaml", "--replay-rules", "--chances", 3, tree, "evaluation.temperature=1.0")
+    assert result.exit_code == 0, result.output
+    assert "recursive" in result.stdout
+    assert "rejection, first chain" in result.stdout
+    rows = [json.loads(line) for line in Path("runs/tiny/rules.jsonl").read_text().splitlines()]
+    assert {row["chances"] for row in rows} == {3}
+    assert Path("runs/tiny/results.jsonl").read_text() == before

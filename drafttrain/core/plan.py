@@ -119,3 +119,5 @@ class Plan:
     """The drafter's own temperature; None takes the target's."""
     stop: Callable[[int], Tensor] | None = None
     """level -> [B] bool: rows that draw nothing from this level on (their nodes are dead)."""
+    keep_states: bool = False
+    """Trees keep the drafter's states that their laws were read from (`Tree.law_states`)."""

@@ -39,6 +39,7 @@ class Tree:
     origin: Tensor | None = None  # [B, N] int8: which proposer (hybrids); None where there is one
     law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
+    law_states: Tensor | None = None  # [B, R, D] what the drafter read those laws from, where `Plan.keep_states` asks for it
 
     @property
     def topology(self) -> Literal["chain", "tree"]:

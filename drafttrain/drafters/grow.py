@@ -8,7 +8,7 @@ drop tokens after seeing them).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -48,19 +48,28 @@ Step = Callable[[Frontier], Tensor]
 
 
 def grow(
-    step: Step, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None = None, size: int = 0
+    step: Step, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None = None, size: int = 0,
+    states: list[Tensor] | None = None,
 ) -> Growth:
     """A tree below `roots` [B] as `plan` wants it.
 
     sampling: the target's; the drafter's law uses `plan.temperature` where given. vocab: [Vd] ascending target ids of the draft vocabulary,
-    None where it is the target's own; size: V, read only with a draft vocabulary.
+    None where it is the target's own; size: V, read only with a draft vocabulary. states: where `step` leaves the states
+    [B, W, D] that its logits were read from, call by call; `plan.keep_states` keeps them with the tree.
     """
     if isinstance(plan.shape, Dynamic):
         assert plan.draws == "point", "best-first trees drop tokens after seeing them: only point draws stay exact"
-        return _best_first(step, roots, plan.shape, plan, vocab)
-    if plan.temperature is not None:
-        sampling = sampling._replace(temperature=plan.temperature)
-    return _static(step, roots, plan.shape, plan, sampling, chance, vocab, size)
+        grown = _best_first(step, roots, plan.shape, plan, vocab)
+    else:
+        own = sampling if plan.temperature is None else sampling._replace(temperature=plan.temperature)
+        grown = _static(step, roots, plan.shape, plan, own, chance, vocab, size)
+    return _with_states(grown, states) if plan.keep_states and states else grown
+
+
+def _with_states(grown: Growth, states: list[Tensor]) -> Growth:
+    """A node was drawn from the state of its parent, whose place among the states is when it was fed."""
+    law_of = grown.fed.gather(1, grown.tree.parents).clamp_min(0)
+    return replace(grown, tree=replace(grown.tree, law_of=law_of, law_states=torch.cat(states, 1)))
 
 
 def _static(
