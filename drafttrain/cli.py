@@ -144,6 +144,30 @@ def evaluate(
 
 
 @app.command()
+def decision(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    labels: Annotated[str, typer.Option(help="`soft`: from the drafter's state to p/q; `hard`: from its law to the argmax.")] = "soft",
+    prompts: Annotated[int, typer.Option(min=2, help="Training prompts to log rounds on.")] = 200,
+) -> None:
+    """Train the model that ends drafting early (policy `decision`), from rounds that the drafter decodes.
+
+    [dim]drafttrain decision runs/quickstart --labels hard evaluation.temperature=0.7[/dim]
+    """
+    from drafttrain import stages
+    from drafttrain.core.config import parse
+    from drafttrain.train.decision import DecisionTraining
+
+    config = parse(DecisionTraining, {"labels": labels}, "--labels")
+    fitted, folder = stages.train_decision(_load(recipe, overrides), config, prompts)
+    print(
+        f"learnt from {fitted.trained_on:,} drawn nodes; on {fitted.held_out:,} of other prompts AUROC {fitted.auroc:.3f} "
+        f"(the law's entropy alone: {fitted.entropy_auroc:.3f})"
+    )
+    print(f"use it: 'runtime.policy={{name: decision, path: {folder}}}'")
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="What to say to the target; `-` reads it from stdin.", show_default=False)],

@@ -119,5 +119,9 @@ class Plan:
     """The drafter's own temperature; None takes the target's."""
     stop: Callable[[int], Tensor] | None = None
     """level -> [B] bool: rows that draw nothing from this level on (their nodes are dead)."""
+    enough: Callable[[int, Tensor, Tensor | None], Tensor] | None = None
+    """(level, the drafter's logits [B, W, Vd] at the nodes the level hangs from, and its states [B, W, D] there if the family hands them
+    over) -> [B] bool: rows that draw nothing BELOW this level. Asked once a level, in order. Where no row goes on, the next level is not
+    even fed and the tree ends there: this waits for the host once a level."""
     keep_states: bool = False
     """Trees keep the drafter's states that their laws were read from (`Tree.law_states`)."""

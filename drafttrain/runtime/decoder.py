@@ -19,7 +19,7 @@ from drafttrain.core.tree import Draws
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter
 from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
-from drafttrain.runtime.policy import POLICIES
+from drafttrain.runtime.policy import POLICIES, Policy, PolicyConfig
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
@@ -43,8 +43,10 @@ REFUSED = {
 
 if TYPE_CHECKING:
     AnyRule = RuleConfig | str
+    AnyPolicy = PolicyConfig | str
 else:
     AnyRule = Literal[("auto", *RULES)] | Annotated[reduce(or_, (rule.Config for rule in RULES.values())), Field(discriminator="name")]
+    AnyPolicy = str | Annotated[reduce(or_, (policy.Config for policy in POLICIES.values())), Field(discriminator="name")]
 
 
 class RuntimeConfig(Config):
@@ -58,8 +60,8 @@ class RuntimeConfig(Config):
     rule: AnyRule = "auto"
     """Verification rule: its name, or `name` with its options. `auto`: `greedy` at temperature 0, else `rejection` for chains and
     `recursive` for trees."""
-    policy: str = "fixed"
-    """What makes the plans of rounds."""
+    policy: AnyPolicy = "fixed"
+    """What makes the plans of rounds: its name, or `name` with its options."""
     treat_as: Literal["point"] | None = None
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
     drafter_temperature: float | None = Field(default=None, gt=0)
@@ -72,8 +74,10 @@ class RuntimeConfig(Config):
         draws: Draws = _auto_draws(self.shape.shape, sampling) if self.draws == "auto" else self.draws
         if self.shape.shape == "dynamic" and draws != "point":
             raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'point' draws stay exact")
-        if self.policy not in POLICIES:
+        if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise UserError(f"runtime.policy '{self.policy}' is unknown{nearest(self.policy, POLICIES)}; known: {', '.join(POLICIES)}")
+        if not isinstance(self.policy, str):
+            self.policy.check(sampling)
         rule = self._rule(sampling)
         rule.check(self.shape, self.treat_as or draws, sampling)
         return rule, Plan(self.shape, draws, self.drafter_temperature)
@@ -83,6 +87,16 @@ class RuntimeConfig(Config):
             return build(self.rule)
         name = _auto_rule(self.shape.shape, sampling) if self.rule == "auto" else self.rule
         return build(RULES[name].Config(name=name))
+
+    def planner(self, plan: Plan) -> Policy:
+        """The policy that makes rounds' plans out of `plan`."""
+        config = self.policy
+        if isinstance(config, str):
+            kind = POLICIES[config].Config
+            if any(field.is_required() for field in kind.model_fields.values()):
+                raise UserError(f"runtime.policy '{config}' has options without a default; give them: {{name: {config}, ...}}")
+            config = kind(name=config)
+        return POLICIES[config.name](plan, config)
 
 
 @dataclass
@@ -213,7 +227,7 @@ class SpeculativeDecoder:
             rule, plan = lone.fitted(sampling)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return Batch(
-            self.target, self.drafter, rule, POLICIES[self.runtime.policy](plan), sampling, seed, self.runtime.treat_as, stopper, on_round,
+            self.target, self.drafter, rule, self.runtime.planner(plan), sampling, seed, self.runtime.treat_as, stopper, on_round,
             self.runtime.prefill_chunk,
         )
 

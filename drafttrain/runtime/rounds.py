@@ -63,6 +63,8 @@ class RoundsInfo(Config):
     """What the models computed in."""
     seed: int
     max_new_tokens: int
+    states: bool
+    """Whether the drafter's states are there; trees that were drawn need them."""
     prompts: int
     rounds: int = 0
     shards: tuple[str, ...] = ()
@@ -111,18 +113,19 @@ class Rounds:
 class Recorder:
     """An `on_round` hook that keeps what a log needs of the rows that go on."""
 
-    def __init__(self, first_prompt: int) -> None:
-        """first_prompt: the number of the batch's first request."""
-        self.first_prompt, self.parts = first_prompt, list[Rounds]()
+    def __init__(self, first_prompt: int, states: bool = False) -> None:
+        """first_prompt: the number of the batch's first request; states: of `point` trees too."""
+        self.first_prompt, self.states, self.parts = first_prompt, states, list[Rounds]()
         self.batch: Batch | None = None  # set by whoever made both
 
     def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
         assert self.batch is not None
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)[:, None]
         q = None
+        if (self.states or tree.draws != "point") and tree.law_states is None:
+            raise UserError("this drafter hands over no states of the tokens it draws, and its rounds cannot be logged with their laws")
         if tree.draws != "point":
-            if tree.law_rows is None or tree.law_of is None or tree.law_states is None:
-                raise UserError("this drafter hands over no states of the tokens it draws: its rounds cannot be logged; use 'point' draws")
+            assert tree.law_rows is not None and tree.law_of is not None
             q = tree.law_rows[row, tree.law_of, tree.tokens]
         numbers = torch.tensor(self.batch.row_ids) + self.first_prompt
         p = scored.p[row, tree.parents, tree.tokens]
@@ -140,19 +143,21 @@ class Recorder:
 
 def log_rounds(
     decoder: SpeculativeDecoder, prompts: Sequence[list[int]], sampling: Sampling, max_new_tokens: int, folder: Path, drafter: str,
-    seed: int = 0, batch_size: int = 8, made_from: dict[str, Any] | None = None,
+    seed: int = 0, batch_size: int = 8, made_from: dict[str, Any] | None = None, states: bool = False,
 ) -> RoundLog:
     """Decodes the prompts (token ids) with the decoder's drafter, shape and rule, and logs every round.
 
-    drafter: its fingerprint. A finished log in `folder` that was made from the same is opened instead of decoding again. Raises
+    drafter: its fingerprint. states: keep the drafter's states of `point` trees too. The policy is left
+    out: whole shapes are logged. A finished log in `folder` that was made from the same is opened instead of decoding again. Raises
     `UserError` where the family cannot hand over the states of drawn tokens, or the disk is full.
     """
     rule, plan = decoder.runtime.fitted(sampling.check())
     shape = plan.shape
     children = 1 if shape.shape == "chain" else _most_children(shape.paths) if shape.shape == "static" else shape.top_k
+    draws: Draws = decoder.runtime.treat_as or plan.draws
     info = RoundsInfo(
         target=decoder.target.fingerprint, drafter=drafter, **sampling._asdict(), drafter_temperature=plan.temperature,
-        draws=decoder.runtime.treat_as or plan.draws, max_depth=shape.depth, max_children=children, rule=rule.config.name,
+        draws=draws, states=states or draws != "point", max_depth=shape.depth, max_children=children, rule=rule.config.name,
         dtype=str(decoder.target.dtype).removeprefix("torch."), seed=seed, max_new_tokens=max_new_tokens, prompts=len(prompts),
         made_from=made_from or {},
     )  # fmt: skip
@@ -161,9 +166,9 @@ def log_rounds(
         if held.info.model_copy(update={"rounds": 0, "shards": ()}) == info:
             return held
     writer = RoundWriter(folder)
-    policy = Fixed(replace(plan, keep_states=info.draws != "point"))
+    policy = Fixed(replace(plan, keep_states=info.states))
     for start in range(0, len(prompts), batch_size):
-        recorder = Recorder(start)
+        recorder = Recorder(start, info.states)
         batch = Batch(
             decoder.target, decoder.drafter, rule, policy, sampling, seed, decoder.runtime.treat_as, None, recorder,
             decoder.runtime.prefill_chunk,
@@ -285,19 +290,25 @@ class Laws:
         )
         if self.info.draws == "point":
             return bare
-        assert rounds.states is not None and rounds.law_of is not None
-        return replace(bare, law_of=rounds.law_of.to(device), law_rows=self._laws(rounds.states.to(device), _levels(rounds).to(device)))
+        assert rounds.law_of is not None
+        law, ids = self.info.drafter_sampling.law(self.drafter_logits(rounds)), self.drafter.draft_ids
+        return replace(bare, law_of=rounds.law_of.to(device), law_rows=law if ids is None else widen(law, ids, self.head.vocab_size))
 
-    def _laws(self, states: Tensor, levels: Tensor) -> Tensor:
-        """[n, R, D] states of nodes at depth `levels` [R] -> [n, R, V]."""
-        wide = torch.zeros(*states.shape[:2], self.head.vocab_size, device=states.device)
+    @torch.inference_mode()
+    def drafter_logits(self, rounds: Rounds) -> Tensor:
+        """[n, R, Vd] the drafter's, at the nodes whose states were logged."""
+        if rounds.states is None:
+            raise UserError("these rounds were logged without the drafter's states; delete the log and make it with them")
+        states, levels = rounds.states.to(self.head.device).float(), _levels(rounds).to(self.head.device)
+        out: Tensor | None = None
         for level in range(self.info.max_depth):
-            (at,) = (levels == level).nonzero(as_tuple=True)
-            if len(at):
-                law = self.info.drafter_sampling.law(self.drafter.logits_of(states[:, at].float(), level, self.head))
-                ids = self.drafter.draft_ids
-                wide[:, at] = law if ids is None else widen(law, ids, self.head.vocab_size)
-        return wide
+            at = (levels == level).nonzero(as_tuple=True)
+            if len(at[0]):
+                logits = self.drafter.logits_of(states[at], level, self.head)
+                out = logits.new_zeros(*states.shape[:2], logits.shape[-1]) if out is None else out
+                out[at] = logits
+        assert out is not None
+        return out
 
     def check(self, rounds: Rounds) -> float:
         """The largest difference between recomputed and logged probabilities of drawn tokens; a `UserError` for other weights."""
@@ -316,12 +327,10 @@ class Laws:
 
 
 def _levels(rounds: Rounds) -> Tensor:
-    """[R] depth of the nodes that the states are of; the same in every round of a static shape."""
+    """[n, R] depth of the nodes that the states are of; 0 where no logged node was drawn from one."""
     assert rounds.states is not None and rounds.law_of is not None
-    parents, law_of = rounds.parents[0].tolist(), rounds.law_of[0].tolist()
-    depth = [0] * len(parents)
-    levels = torch.zeros(rounds.states.shape[1], dtype=torch.long)
-    for node in range(1, len(parents)):
-        depth[node] = depth[parents[node]] + 1
-        levels[law_of[node]] = depth[node] - 1
-    return levels
+    depth = torch.zeros_like(rounds.parents)
+    for node in range(1, depth.shape[1]):  # parents stand before their children
+        depth[:, node] = depth.gather(1, rounds.parents[:, node : node + 1])[:, 0] + 1
+    levels = torch.zeros(rounds.states.shape[:2], dtype=torch.long)
+    return levels.scatter(1, rounds.law_of[:, 1:], depth[:, 1:] - 1)
