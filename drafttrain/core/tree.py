@@ -6,9 +6,9 @@ and siblings stand in the order they were drawn. Everything is a tensor of stati
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -87,11 +87,33 @@ class Tree:
         path = upward.gather(1, order.clamp_min(0))
         return torch.where(order >= 0, path, 0), length
 
+    def first_born(self) -> tuple[Tensor, Tensor]:
+        """The chain of first children below the root: its nodes [B, K + 1], staying where it ends, and which of them are real."""
+        row = torch.arange(len(self.tokens), device=self.tokens.device)
+        node, live = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
+        path, real = [node], [live]
+        for _ in range(self.max_depth):
+            child = self.children[row, node, 0]
+            live = live & (child >= 0)
+            node = torch.where(live, child, node)
+            path.append(node)
+            real.append(live)
+        return torch.stack(path, 1), torch.stack(real, 1)
+
+    def select(self, rows: Tensor) -> Tree:
+        """Only these rows, in this order ([R] int64)."""
+        parts: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor) and name in FIELDS}
+        return replace(self, **parts)
+
     def law(self, node: Tensor) -> Tensor:
         """[B] node -> [B, V] the law it was drawn from."""
         assert self.law_rows is not None and self.law_of is not None, f"a {self.draws} tree recorded no laws"
         row = self.law_of.gather(1, node[:, None])
         return self.law_rows[torch.arange(len(node), device=node.device), row[:, 0]]
+
+
+FIELDS = frozenset(field.name for field in fields(Tree))
+"""What a tree is given, apart from what it works out of it once."""
 
 
 def root_only(roots: Tensor) -> Tree:

@@ -205,22 +205,13 @@ def first_chain(tree: Tree, scored: Scored) -> tuple[Tree, Scored]:
 
     A first sibling is drawn from the whole law whether or not the later ones are put back, so this chain is one of `iid` draws.
     """
-    row = torch.arange(len(tree.tokens), device=tree.tokens.device)
-    node, live = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
-    path, real = [node], [live]
-    for _ in range(tree.max_depth):
-        child = tree.children[row, node, 0]
-        live = live & (child >= 0)
-        node = torch.where(live, child, node)
-        path.append(node)
-        real.append(live)
-    nodes = torch.stack(path, 1)  # [B, K + 1]; stays where the chain ends
+    nodes, real = tree.first_born()  # [B, K + 1]
     parents = (torch.arange(nodes.shape[1], device=nodes.device) - 1).clamp_min(0).expand_as(nodes)
     chain = Tree(
-        tree.tokens.gather(1, nodes), parents, torch.stack(real, 1), "point" if tree.draws == "point" else "iid", tree.max_depth, 1,
+        tree.tokens.gather(1, nodes), parents, real, "point" if tree.draws == "point" else "iid", tree.max_depth, 1,
         law_rows=tree.law_rows, law_of=None if tree.law_of is None else tree.law_of.gather(1, nodes),
     )
-    at = (row[:, None], nodes)
+    at = (torch.arange(len(nodes), device=nodes.device)[:, None], nodes)
     shown = Scored(scored.logits[at], scored.sampling, {name: value[at] for name, value in scored.features.items()})
     shown.p = scored.p[at]
     return chain, shown

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch
 from drafttrain.drafters.base import Drafter
@@ -92,6 +93,7 @@ class Expected:
     rounds: np.ndarray  # [A] expected
     attempts: np.ndarray  # [A, K] expected rounds in which a node at depth k + 1 could have stood
     accepts: np.ndarray  # [A, K] expected rounds in which one does, whatever the text says there
+    gained: np.ndarray  # [A] expected tokens beyond one a round; the text's last token, accepted, leaves no room for another
 
     @property
     def tau(self) -> float:
@@ -106,7 +108,7 @@ class Expected:
     @property
     def length(self) -> float:
         """The mean of 1 + g_1 + w_1 g_2 + ... over the roots, each weighed by how likely it is to be one: `tau` estimated otherwise."""
-        return float(1 + self.accepts.sum() / self.rounds.sum())
+        return float(1 + self.gained.sum() / self.rounds.sum())
 
     def interval(self, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
         """The middle 95% of `tau` over resampled answers."""
@@ -126,14 +128,16 @@ def replay_sampled(
     Only texts that the target sampled as `sampling` says give the figure that such decoding measures. temperature: the drafter's own;
     chunk: positions whose [V] laws stand in memory at once. Raises `UserError` where the family has no states to replay.
     """
-    counted: list[tuple[int, float, np.ndarray, np.ndarray]] = []
+    counted: list[tuple[int, float, np.ndarray, np.ndarray, float]] = []
     own = sampling if temperature is None else sampling._replace(temperature=temperature)
     for batch in batches:
         overlaps, weights = (values.cpu().double().numpy() for values in _stands(drafter, batch, head, sampling, own, length, chunk))
         for row, start, stop in answers(batch):
             counted.append(_expect_answer(overlaps[row], weights[row], start, stop))
-    tokens, rounds, attempts, accepts = zip(*counted, strict=True)
-    return Expected(np.array(tokens), np.array(rounds), np.stack(attempts), np.stack(accepts))
+    if not counted:
+        raise UserError("no answers to replay: the batches hold none")
+    tokens, rounds, attempts, accepts, gained = zip(*counted, strict=True)
+    return Expected(np.array(tokens), np.array(rounds), np.stack(attempts), np.stack(accepts), np.array(gained))
 
 
 def _stands(
@@ -155,12 +159,12 @@ def _stands(
     return g, w
 
 
-def _expect_answer(g: np.ndarray, w: np.ndarray, start: int, stop: int) -> tuple[int, float, np.ndarray, np.ndarray]:
-    """Tokens, expected rounds, attempts and accepts of the answer at [start, stop): its first token, from the prefill, is a root."""
+def _expect_answer(g: np.ndarray, w: np.ndarray, start: int, stop: int) -> tuple[int, float, np.ndarray, np.ndarray, float]:
+    """Tokens, expected rounds, attempts, accepts and gained tokens of the answer at [start, stop), whose first token is a root."""
     depth = g.shape[1]
     root = np.zeros(stop - start + depth + 1)  # probability that each token is a round's root
     root[0] = 1.0
-    rounds, attempts, accepts = 0.0, np.zeros(depth), np.zeros(depth)
+    rounds, gained, attempts, accepts = 0.0, 0.0, np.zeros(depth), np.zeros(depth)
     for at in range(stop - start - 1):
         left, before = stop - start - 1 - at, start + at - 1
         run = root[at] if before >= 0 else 0.0  # a round is here, and the drafted tokens so far stood
@@ -168,7 +172,8 @@ def _expect_answer(g: np.ndarray, w: np.ndarray, start: int, stop: int) -> tuple
         for level in range(min(depth, left)):
             attempts[level] += run
             accepts[level] += run * g[before, level]
+            gained += run * g[before, level] if level + 1 < left else 0.0
             root[at + level + 1] += run * (1 - w[before, level])
             run *= w[before, level]
         root[at + min(depth, left) + 1] += run  # all stood: the bonus token is the next root, or the text has ended
-    return stop - start - 1, rounds, attempts, accepts
+    return stop - start - 1, rounds, attempts, accepts, gained

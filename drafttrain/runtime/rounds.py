@@ -38,7 +38,7 @@ FORMAT = 1
 INDEX = "index.json"
 SHARD_BYTES = 256 << 20
 FOREIGN = 0.05
-"""Recomputed laws of the same weights differ from the logged ones by rounding, in the median far less than this; other weights' don't."""
+"""Recomputed laws of the same weights differ from the logged ones by rounding, in the mean far less than this; other weights' don't."""
 
 
 class RoundsInfo(Config):
@@ -318,9 +318,9 @@ class Laws:
         if rounds.q is not None and tree.law_rows is not None and tree.law_of is not None:
             gaps.append((tree.law_rows[row, tree.law_of, tree.tokens].cpu() - rounds.q).abs()[:, 1:])
         gap = torch.cat(gaps)[torch.cat([rounds.live[:, 1:]] * len(gaps))]
-        if len(gap) and float(gap.median()) > FOREIGN:
+        if len(gap) and float(gap.mean()) > FOREIGN:
             raise UserError(
-                f"laws recomputed from the logged states differ from those of the decoding by {float(gap.median()):.2f} in the median: the "
+                f"laws recomputed from the logged states differ from those of the decoding by {float(gap.mean()):.2f} in the mean: the "
                 f"log was made with another drafter or target; delete it and log again"
             )
         return float(gap.max()) if len(gap) else 0.0

@@ -58,8 +58,8 @@ def test_expected_rounds_are_those_of_every_way_the_coins_can_fall() -> None:
     rng = np.random.default_rng(0)
     for length, depth in product((2, 3, 6), (1, 2, 4)):
         g, w = rng.random((2, length + 3, depth))
-        tokens, rounds, attempts, accepts = _expect_answer(g, w, 2, 2 + length)
-        expected = np.zeros(1 + 2 * depth)
+        tokens, rounds, attempts, accepts, gained = _expect_answer(g, w, 2, 2 + length)
+        expected = np.zeros(2 + 2 * depth)
 
         def walk(root: int, weight: float, g: Any = g, w: Any = w, end: int = 1 + length, depth: int = depth, out: Any = expected) -> None:
             """From `root`: one round, then whatever root follows."""
@@ -71,13 +71,14 @@ def test_expected_rounds_are_those_of_every_way_the_coins_can_fall() -> None:
                     return
                 out[1 + level] += weight
                 out[1 + depth + level] += weight * g[root - 1, level]
+                out[-1] += weight * g[root - 1, level] * (root + level + 1 < end)
                 walk(root + level + 1, weight * (1 - w[root - 1, level]))
                 weight *= w[root - 1, level]
             walk(root + depth + 1, weight)
 
         walk(2, 1.0)
         assert tokens == length - 1
-        np.testing.assert_allclose([rounds, *attempts, *accepts], expected, atol=1e-12)
+        np.testing.assert_allclose([rounds, *attempts, *accepts, gained], expected, atol=1e-12)
 
 
 def test_the_biased_product_of_overlaps_is_not_what_replay_uses() -> None:
@@ -85,5 +86,5 @@ def test_the_biased_product_of_overlaps_is_not_what_replay_uses() -> None:
     g, w = np.full((9, 2), 0.5), np.full((9, 2), 0.5)
     w[:, 0] = [1.0, 0.0] * 4 + [1.0]
     g[:, 1] = [0.9, 0.1] * 4 + [0.9]  # what follows is easy to guess where the first token was
-    *_, attempts, accepts = _expect_answer(g, w, 1, 9)
+    _, _, attempts, accepts, _ = _expect_answer(g, w, 1, 9)
     assert accepts[1] / attempts[1] > 0.8  # not 0.5, the mean over positions
