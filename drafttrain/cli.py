@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from typer.core import TyperGroup
 
 from drafttrain import __version__
@@ -120,16 +120,51 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    replay_rules: Annotated[bool, typer.Option("--replay-rules", help="Compare all rules on the same logged rounds instead.")] = False,
+    chances: Annotated[int, typer.Option(min=1, help="Times each rule judges each logged round.")] = 16,
+) -> None:
     """Measure plain and speculative decoding side by side, and print the table.
 
     [dim]drafttrain eval runs/quickstart evaluation.limit=2[/dim]
+    [dim]drafttrain eval runs/quickstart --replay-rules evaluation.temperature=0.7[/dim]
     """
     from drafttrain import stages
 
     resolved = _load(recipe, overrides)
+    if replay_rules:
+        from drafttrain.evaluation.rules import rules_terminal
+
+        _print(rules_terminal(stages.compare_rules(resolved, chances)))
+        return
     record = stages.perform("eval", resolved, again=True)
     _print_table(stages.rows_of(resolved, record))
+
+
+@app.command()
+def decision(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    labels: Annotated[str, typer.Option(help="`soft`: from the drafter's state to p/q; `hard`: from its law to the argmax.")] = "hard",
+    prompts: Annotated[int, typer.Option(min=2, help="Training prompts to log rounds on.")] = 200,
+) -> None:
+    """Train the model that ends drafting early (policy `decision`), from rounds that the drafter decodes.
+
+    [dim]drafttrain decision runs/quickstart --labels hard evaluation.temperature=0.7[/dim]
+    """
+    from drafttrain import stages
+    from drafttrain.core.config import parse
+    from drafttrain.train.decision import DecisionTraining
+
+    config = parse(DecisionTraining, {"labels": labels}, "--labels")
+    fitted, folder = stages.train_decision(_load(recipe, overrides), config, prompts)
+    print(
+        f"learnt from {fitted.trained_on:,} drawn nodes; on {fitted.held_out:,} of other prompts AUROC {fitted.auroc:.3f} "
+        f"(the law's entropy alone: {fitted.entropy_auroc:.3f})"
+    )
+    print(f"use it: 'runtime.policy={{name: decision, path: {folder}}}'")
 
 
 @app.command()
@@ -249,10 +284,14 @@ def stopped_training_exits() -> Iterator[None]:
 def _print_table(rows: list[Row]) -> None:
     from drafttrain.evaluation.report import terminal_table
 
+    _print(terminal_table(rows))
+
+
+def _print(table: Group) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no edge
-    console.print(terminal_table(rows))
+    console.print(table)
 
 
 def _stream(recipe: Recipe, prompt: Any, plain: bool = False, **options: Any) -> None:

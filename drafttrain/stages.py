@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from drafttrain.core.config import Config, parse
+from drafttrain.core.config import Config, fingerprint, parse
 from drafttrain.core.errors import UserError
 from drafttrain.data import capture as capturing
 from drafttrain.data import regenerate as regenerating
@@ -28,17 +28,21 @@ from drafttrain.data.shards import INDEX, first_line, read_index, write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.files import save_drafter
+from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.rows import Row
-from drafttrain.evaluation.runners import Runner
+from drafttrain.evaluation.rules import RuleRow, replay_rules
+from drafttrain.evaluation.runners import Runner, folder_fingerprint
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.export import export as export_drafter
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, write_resolved
+from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.rounds import Laws, log_rounds
 from drafttrain.target.adapter import Target, read_shape
 from drafttrain.target.files import TargetShape, resolve, target_fingerprint
 from drafttrain.target.head import TargetHead
 from drafttrain.train import loop as training
+from drafttrain.train.decision import DecisionTraining, Fitted, fit
 
 STATE = "state.json"
 LEAD = os.environ.get("RANK", "0") == "0"
@@ -189,6 +193,39 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     runs = [*own, *bench.peers(target, recipe.evaluation)]
     rows = bench.evaluate(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, results(recipe))
     return {"run": rows[0].run}
+
+
+def compare_rules(recipe: Recipe, chances: int) -> list[RuleRow]:
+    """Every rule on the same logged rounds of the recipe's drafter and of its further contenders; the rows also go to rules.jsonl."""
+    target = Target.load(recipe.target)
+    runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
+    rows, left_out = replay_rules(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, recipe.folder, chances)
+    for note in left_out:
+        console.print(f"left out: {note}", markup=False)
+    return rows
+
+
+def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tuple[Fitted, Path]:
+    """A decision model for the recipe's drafter, shape and sampling, from rounds on the first `prompts` training prompts; and its folder.
+
+    Rounds are logged once; `evaluation` says at which temperature and how long answers are.
+    """
+    store, asked = conversations(recipe), recipe.evaluation
+    chosen = [store[index] for index in range(min(prompts, len(store)))]
+    opening = [one.tokens[: int(one.mask.argmax())].tolist() for one in chosen]
+    target, folder = Target.load(recipe.target), recipe.folder / "drafter"
+    drafter, mark = load_drafter(folder, target.fingerprint), folder_fingerprint(folder)
+    decoder = SpeculativeDecoder(target, drafter, recipe.runtime.model_copy(update={"policy": "fixed"}))
+    made_from = {"prompts": [one.prompt_hash for one in chosen], "runtime": decoder.runtime.model_dump(mode="json")}
+    name = fingerprint(target.fingerprint, mark, asked.sampling, asked.seed, asked.max_new_tokens, made_from, "states")
+    log = log_rounds(
+        decoder, opening, asked.sampling, asked.max_new_tokens, recipe.folder / "rounds" / name, mark, asked.seed, made_from=made_from,
+        states=True,
+    )  # fmt: skip
+    fitted = fit(log, Laws(log.info, drafter, target.head), config)
+    place = recipe.folder / f"decision-{config.labels}"
+    fitted.model.save(place)
+    return fitted, place
 
 
 def export(recipe: Recipe) -> dict[str, Any]:

@@ -39,4 +39,7 @@ def summary(statistics: Statistics, drafted: bool) -> Text:
         line.append(f"; tau {statistics.tau:.2f}, alpha {alpha}; ")
         line.append("green", "green")
         line.append(": the drafter's tokens, plain: the target's")
+    if statistics.bets:
+        line.append(f"; prefetch: {statistics.hits / statistics.bets:.0%} of {statistics.bets} bets hit, ")
+        line.append(f"{statistics.calls_saved} drafter calls saved for {statistics.prefetch_calls} prefetched")
     return line

@@ -501,3 +501,31 @@ def test_doctor_finds_too_little_memory(empty: Path, monkeypatch: pytest.MonkeyP
 
 def test_doctor_finds_a_suite_beyond_the_context(empty: Path) -> None:
     assert "evaluation.max_new_tokens" in doctor_finds("suite", "evaluation.max_new_tokens=95")
+
+
+def test_rules_are_compared_on_one_log_of_rounds(workplace: Path) -> None:
+    before = Path("runs/tiny/results.jsonl").read_text()
+    tree = "runtime.shape={shape: static, children: [2, 2]}"
+    assert "temperature 0" in complaint("eval", "tiny.yaml", "--replay-rules", tree)
+    result = drafttrain("eval", "tiny.yaml", "--replay-rules", "--chances", 3, tree, "evaluation.temperature=1.0")
+    assert result.exit_code == 0, result.output
+    assert "recursive" in result.stdout
+    assert "rejection, first chain" in result.stdout
+    rows = [json.loads(line) for line in Path("runs/tiny/rules.jsonl").read_text().splitlines()]
+    assert {row["chances"] for row in rows} == {3}
+    assert Path("runs/tiny/results.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_a_decision_model_is_trained_and_decodes(workplace: Path, labels: str) -> None:
+    assert "labels" in complaint("decision", "tiny.yaml", "--labels", "sfot")
+    result = drafttrain("decision", "tiny.yaml", "--labels", labels, "--prompts", 12)
+    assert result.exit_code == 0, result.output
+    assert "AUROC" in result.stdout
+    policy = f"runtime.policy={{name: decision, path: runs/tiny/decision-{labels}, threshold: 1.0}}"
+    plain = drafttrain("generate", "runs/tiny", "w3 w4", "--max-new-tokens", 12)
+    short = drafttrain("generate", "runs/tiny", "w3 w4", policy, "--max-new-tokens", 12)
+    assert (short.exit_code, short.stdout) == (0, plain.stdout)
+    assert "alpha" in short.stderr
+    assert len(short.stderr.split("alpha ")[1].split(";")[0].split()) == 1  # one level a round
+    assert "temperature 0.0" in complaint("generate", "runs/tiny", "w3", policy, "--temperature", 0.5, "--max-new-tokens", 12)

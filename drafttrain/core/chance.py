@@ -25,6 +25,10 @@ class Chance(Protocol):
         """[B, W, V] laws -> [B, W, k] token ids in the order they were drawn."""
         ...
 
+    def turn(self, number: int) -> None:
+        """What follows is drawn from numbers set apart for turn `number`, however many the turns before took."""
+        ...
+
 
 class Seeded:
     """Counter-based randomness: one stream a row, keyed by (seed, row id)."""
@@ -45,6 +49,9 @@ class Seeded:
         both = object.__new__(Seeded)
         both.key, both.count = torch.cat([self.key, other.key]), torch.cat([self.count, other.count])
         return both
+
+    def turn(self, number: int) -> None:
+        self.count = torch.full_like(self.count, number << 32)
 
     def uniform(self, *shape: int) -> Tensor:
         """[B, *shape] fp64 in [0, 1), 53 bits."""
@@ -123,6 +130,9 @@ class Scripted:
         drawn = [self._draw_one((row / row.sum()).tolist(), k, replace) for row in rows]
         out[self.watch] = torch.tensor(drawn).view(*law.shape[1:-1], k)
         return out
+
+    def turn(self, number: int) -> None:
+        self.others.turn(number)
 
     def _draw_one(self, row: list[float], k: int, replace: bool) -> tuple[int, ...]:
         support = [t for t, w in enumerate(row) if w > 0]

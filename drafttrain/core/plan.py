@@ -125,3 +125,9 @@ class Plan:
     """Record the drafter's laws of `point` trees too: the softmax of its logits, as nothing was drawn from them."""
     draft: bool = True
     """False: this round decodes plainly, and the drafter is not asked."""
+    enough: Callable[[int, Tensor, Tensor | None], Tensor] | None = None
+    """(level, the drafter's logits [B, W, Vd] at the nodes the level hangs from, and its states [B, W, D] there if the family hands them
+    over) -> [B] bool: rows that draw nothing BELOW this level. Asked once a level, in order. Where no row goes on, the next level is not
+    even fed and the tree ends there: this waits for the host once a level."""
+    keep_states: bool = False
+    """Trees keep the drafter's states that their laws were read from (`Tree.law_states`)."""

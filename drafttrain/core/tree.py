@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Tree:
     law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from; of a `point` tree (if recorded) chosen by
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
     reach: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
+    law_states: Tensor | None = None  # [B, R, D] what the drafter read those laws from, where `Plan.keep_states` asks for it
 
     @property
     def topology(self) -> Literal["chain", "tree"]:
@@ -89,11 +90,33 @@ class Tree:
         path = upward.gather(1, order.clamp_min(0))
         return torch.where(order >= 0, path, 0), length
 
+    def first_born(self) -> tuple[Tensor, Tensor]:
+        """The chain of first children below the root: its nodes [B, K + 1], staying where it ends, and which of them are real."""
+        row = torch.arange(len(self.tokens), device=self.tokens.device)
+        node, live = torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
+        path, real = [node], [live]
+        for _ in range(self.max_depth):
+            child = self.children[row, node, 0]
+            live = live & (child >= 0)
+            node = torch.where(live, child, node)
+            path.append(node)
+            real.append(live)
+        return torch.stack(path, 1), torch.stack(real, 1)
+
+    def select(self, rows: Tensor) -> Tree:
+        """Only these rows, in this order ([R] int64)."""
+        parts: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor) and name in FIELDS}
+        return replace(self, **parts)
+
     def law(self, node: Tensor) -> Tensor:
         """[B] node -> [B, V] the law it was drawn from."""
         assert self.law_rows is not None and self.law_of is not None, f"a {self.draws} tree recorded no laws"
         row = self.law_of.gather(1, node[:, None])
         return self.law_rows[torch.arange(len(node), device=node.device), row[:, 0]]
+
+
+FIELDS = frozenset(field.name for field in fields(Tree))
+"""What a tree is given, apart from what it works out of it once."""
 
 
 def root_only(roots: Tensor) -> Tree:

@@ -7,7 +7,7 @@ none. Borrowed weights (the target's embedding and head) come in as `head` and n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import ClassVar, Concatenate, ParamSpec, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
+from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
@@ -107,6 +108,11 @@ class Drafter(nn.Module, ABC):
         return None
 
     @property
+    def draft_ids(self) -> Tensor | None:
+        """[Vd] ascending target ids of the draft vocabulary; None where it is the target's own."""
+        return None
+
+    @property
     def teacher_needs(self) -> frozenset[str]:
         """Features that only `loss` reads; `last` wherever the teacher's law is."""
         return frozenset({"last"})
@@ -129,6 +135,18 @@ class Drafter(nn.Module, ABC):
         Guess k at t is what greedy drafting would propose at depth k + 1 in a round whose root is token t + 1, if the guesses before
         it were right. `runtime.replay` turns guesses into the accepted length that decoding would measure.
         """
+
+    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+        """Teacher-forced states [B, T, D] at draft step 0, 1, ..., of which `logits_of` makes logits.
+
+        Step k at t stands for the law of token t + k + 2 in a round whose root is token t + 1, if everything drafted before it
+        was what the text says. Raises `UserError` where a family has no such states.
+        """
+        raise UserError(f"{self.config.name} drafters hand over no states, so their laws cannot be recomputed; use another family here")
+
+    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+        """States [..., D] of nodes at depth `level` (0 is the root's), from `unrolled` or `Tree.law_states`, -> logits [..., Vd]."""
+        raise UserError(f"{self.config.name} drafters hand over no states, so their laws cannot be recomputed; use another family here")
 
     @abstractmethod
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> DrafterState:

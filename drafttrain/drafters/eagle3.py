@@ -210,6 +210,9 @@ class Eagle3(Drafter):
         mixed = unrolled_attention(query, *shared, bias.to(query.dtype), *own)
         return self.midlayer.finish(feature, mixed), key, value
 
+    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+        return self._logits(states)
+
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
         steps = self._steps_at(batch.progress)
         total = batch.tokens.new_zeros((), dtype=torch.float32)
@@ -280,14 +283,17 @@ class Eagle3(Drafter):
         assert isinstance(state, Eagle3State)
         hidden = self._refresh(state, roots)  # [B, 1, D]
 
+        states: list[Tensor] = []
+
         def step(frontier: Frontier) -> Tensor:
             nonlocal hidden
             if frontier.level:
                 row = torch.arange(len(roots), device=roots.device)[:, None]
                 hidden = self._draft(state, frontier, hidden[row, frontier.parent])
+            states.append(hidden)
             return self._logits(hidden)
 
-        return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size).tree
+        return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size, states).tree
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, Eagle3State)

@@ -8,7 +8,7 @@ drop tokens after seeing them).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -48,28 +48,55 @@ Step = Callable[[Frontier], Tensor]
 
 
 def grow(
-    step: Step, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None = None, size: int = 0
+    step: Step, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None = None, size: int = 0,
+    states: list[Tensor] | None = None,
 ) -> Growth:
     """A tree below `roots` [B] as `plan` wants it.
 
     sampling: the target's; the drafter's law uses `plan.temperature` where given. vocab: [Vd] ascending target ids of the draft vocabulary,
-    None where it is the target's own; size: V, read only with a draft vocabulary.
+    None where it is the target's own; size: V, read only with a draft vocabulary. states: where `step` leaves the states
+    [B, W, D] that its logits were read from, call by call; `plan.keep_states` keeps them with the tree.
     """
     if isinstance(plan.shape, Dynamic):
         assert plan.draws == "point", "best-first trees drop tokens after seeing them: only point draws stay exact"
-        return _best_first(step, roots, plan.shape, plan, vocab, size)
-    if plan.temperature is not None:
-        sampling = sampling._replace(temperature=plan.temperature)
-    return _static(step, roots, plan.shape, plan, sampling, chance, vocab, size)
+        grown = _best_first(step, roots, plan.shape, plan, vocab, size, states)
+    else:
+        own = sampling if plan.temperature is None else sampling._replace(temperature=plan.temperature)
+        grown = _static(step, roots, plan.shape, plan, own, chance, vocab, size, states)
+    return _with_states(grown, states) if plan.keep_states and states else grown
+
+
+class _Ended:
+    """Which rows `plan.enough` has ended, level by level."""
+
+    def __init__(self, plan: Plan, states: list[Tensor] | None) -> None:
+        self.plan, self.states = plan, states
+        self.rows: Tensor | None = None  # [B] bool: rows that draw nothing from here on
+
+    def after(self, level: int, logits: Tensor) -> bool:
+        """Asks at the nodes of a level; whether every row has ended, so that the next level need not be fed."""
+        if self.plan.enough is None:
+            return False
+        here = self.plan.enough(level, logits, self.states[-1] if self.states else None)
+        self.rows = here if self.rows is None else self.rows | here
+        return bool(self.rows.all())
+
+
+def _with_states(grown: Growth, states: list[Tensor]) -> Growth:
+    """A node was drawn from the state of its parent, whose place among the states is when it was fed."""
+    law_of = grown.fed.gather(1, grown.tree.parents).clamp_min(0)
+    return replace(grown, tree=replace(grown.tree, law_of=law_of, law_states=torch.cat(states, 1)))
 
 
 def _static(
-    step: Step, roots: Tensor, shape: Chain | Static, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None, size: int
+    step: Step, roots: Tensor, shape: Chain | Static, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None, size: int,
+    states: list[Tensor] | None,
 ) -> Growth:
     B, device = len(roots), roots.device
     stages, parents, fed, law_of = _stages(shape, device)
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
     laws: list[Tensor] = []
+    ended = _Ended(plan, states)
     frontier = Frontier(0, roots[:, None], torch.zeros(B, 1, dtype=torch.long, device=device), _itself(roots[:, None]))
     for level, stage in enumerate(stages):
         if level:
@@ -89,16 +116,25 @@ def _static(
         drawn = drawn if vocab is None else vocab[drawn]
         tokens.append(drawn[:, stage.slot, stage.rank])
         alive = real[:, stage.slot, stage.rank]
-        live.append(alive if stopped is None else alive & ~stopped[:, None])
+        alive = alive if stopped is None else alive & ~stopped[:, None]
+        live.append(alive if ended.rows is None else alive & ~ended.rows[:, None])
+        if ended.after(level, logits):
+            break
+    drawn_tokens = torch.cat(tokens, 1)
+    N = drawn_tokens.shape[1]  # levels follow each other: a tree that ended early is the first N nodes of the whole shape's
+    depth = len(tokens) - 1
+    law_of, fed = law_of[:N], torch.where(fed[:N] < sum(len(stage.nodes) for stage in stages[:depth]), fed[:N], -1)
     tree = Tree(
-        torch.cat(tokens, 1), parents.expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=len(stages),
-        max_children=max(stage.width for stage in stages),
+        drawn_tokens, parents[:N].expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=depth,
+        max_children=max(stage.width for stage in stages[:depth]),
         law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of.expand(B, -1) if laws else None,
     )
     return Growth(tree, fed.expand(B, -1))
 
 
-def _best_first(step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Tensor | None, size: int) -> Growth:
+def _best_first(
+    step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Tensor | None, size: int, states: list[Tensor] | None
+) -> Growth:
     B, device = len(roots), roots.device
     frontier = Frontier(0, roots[:, None], torch.zeros(B, 1, dtype=torch.long, device=device), _itself(roots[:, None]))
     number = torch.zeros(B, 1, dtype=torch.long, device=device)  # [B, W] the frontier's candidate numbers; the root is 0
@@ -106,6 +142,7 @@ def _best_first(step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Te
     tokens, scores, parents, fed = [roots[:, None]], [], [number], [number]
     laws: list[Tensor] = []
     seen, placed = 1, 1  # candidates and fed nodes so far
+    ended = _Ended(plan, states)
     for level in range(shape.depth):
         logits = step(frontier).float()
         stopped = None if plan.stop is None else plan.stop(level, logits)
@@ -116,11 +153,15 @@ def _best_first(step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Te
         reach = score[..., None] + best.values - logits.logsumexp(-1, keepdim=True)  # [B, W, k]
         if stopped is not None:
             reach = reach.masked_fill(stopped[:, None, None], float("-inf"))
+        if ended.rows is not None:
+            reach = reach.masked_fill(ended.rows[:, None, None], float("-inf"))
         drawn = (best.indices if vocab is None else vocab[best.indices]).flatten(1)  # [B, W * k]
         tokens.append(drawn)
         scores.append(reach.flatten(1))
         parents.append(number.repeat_interleave(k, 1))
         fed.append(torch.full_like(drawn, -1))
+        if ended.after(level, logits):
+            break
         if level + 1 < shape.depth:
             score, chosen = scores[-1].topk(min(shape.beam, drawn.shape[1]), -1)  # [B, W]
             frontier = frontier.below(drawn.gather(1, chosen), chosen // k)
@@ -144,7 +185,7 @@ def _rerank(
     parent, order = torch.cat(parents, 1).gather(1, kept), torch.cat(fed, 1)
     above = place.gather(1, parent)
     tree = Tree(
-        torch.cat(tokens, 1).gather(1, kept), torch.where(live, above, 0), live, "point", max_depth=shape.depth, max_children=shape.top_k,
+        torch.cat(tokens, 1).gather(1, kept), torch.where(live, above, 0), live, "point", max_depth=len(scores), max_children=shape.top_k,
         reach=torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept).exp(),
         law_rows=torch.cat(laws, 1) if laws else None, law_of=order.gather(1, parent) if laws else None,
     )

@@ -6,6 +6,7 @@ whole round. B rows, T time, K heads, D hidden, V vocabulary, Vd draft vocabular
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,6 +139,14 @@ class Medusa(Drafter):
             guesses[..., index] = self._readout(index, head).guesses(block(last), self.draft_ids, self.config.loss_chunk)
         return guesses
 
+    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+        last = batch.features["last"].to(self._dtype)
+        for block in self.blocks[:steps]:
+            yield block(last)
+
+    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+        return self._readout(level, head).logits(states)
+
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> MedusaState:
@@ -147,12 +156,16 @@ class Medusa(Drafter):
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, MedusaState)
         self.calls += 1
-        logits = self._logits(state.last, state.head, plan.shape.depth)  # [B, K, Vd]
+        hidden = self._hidden(state.last, plan.shape.depth)  # [B, K, D]
+        logits = self._logits(hidden, state.head)  # [B, K, Vd]
+        states: list[Tensor] = []
 
         def step(frontier: Frontier) -> Tensor:
-            return logits[:, frontier.level, None].expand(-1, frontier.tokens.shape[1], -1)
+            here, width = frontier.level, frontier.tokens.shape[1]  # all nodes of a level are alike
+            states.append(hidden[:, here, None].expand(-1, width, -1))
+            return logits[:, here, None].expand(-1, width, -1)
 
-        return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size).tree
+        return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size, states).tree
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, MedusaState)
@@ -161,12 +174,16 @@ class Medusa(Drafter):
         state.last = torch.where((committed.count > 0)[:, None], newest, state.last)
 
     @bare_forward
-    def _logits(self, last: Tensor, head: TargetHead, depth: int) -> Tensor:
-        """[B, D] -> [B, depth, Vd] of the first heads; a shared output matrix is read once."""
-        hidden = torch.stack([block(last.to(self._dtype)) for block in self.blocks[:depth]], 1)  # [B, depth, D]
+    def _hidden(self, last: Tensor, depth: int) -> Tensor:
+        """[B, D] -> [B, depth, D] of the first heads."""
+        return torch.stack([block(last.to(self._dtype)) for block in self.blocks[:depth]], 1)
+
+    @bare_forward
+    def _logits(self, hidden: Tensor, head: TargetHead) -> Tensor:
+        """[B, depth, D] -> [B, depth, Vd]; a shared output matrix is read once."""
         if not self.config.own_heads:
             return self._readout(0, head).logits(hidden)
-        return torch.stack([self._readout(index, head).logits(hidden[:, index]) for index in range(depth)], 1)
+        return torch.stack([self._readout(index, head).logits(hidden[:, index]) for index in range(hidden.shape[1])], 1)
 
     # -- parts ------------------------------------------------------------------------------------------------------------------------
 

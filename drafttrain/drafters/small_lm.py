@@ -7,6 +7,7 @@ It drafts token by token with a cache of its own. B rows, T time, W frontier nod
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,6 +189,14 @@ class SmallLM(Drafter):
         index = torch.arange(T, device=best.device)[:, None] + 1 + torch.arange(length, device=best.device)  # [T, length]
         return torch.where(index < T, best[:, index.clamp_max(T - 1)], -1)
 
+    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+        states = self._encode(batch, head)
+        for step in range(steps):
+            yield states.roll(-step - 1, 1)  # what comes round from the start stands for tokens beyond the row's end
+
+    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+        return self._logits(states, head)
+
     def _encode(self, batch: Batch, head: TargetHead) -> Tensor:
         """Packed rows [B, T] -> [B, T, D]."""
         kind = batch.tokens.device.type
@@ -214,14 +223,18 @@ class SmallLM(Drafter):
         assert isinstance(state, SmallLMState)
         depth = torch.zeros(1, dtype=torch.long, device=roots.device)  # [F] of every node fed, the root first
 
+        states: list[Tensor] = []
+
         def step(frontier: Frontier) -> Tensor:
             nonlocal depth
             if frontier.level == 0:
-                return self._logits(self._catch_up(state, roots), state.head)
-            depth = torch.cat([depth, depth.new_full((frontier.tokens.shape[1],), frontier.level)])
-            return self._logits(self._expand(state, frontier, depth), state.head)
+                states.append(self._catch_up(state, roots))
+            else:
+                depth = torch.cat([depth, depth.new_full((frontier.tokens.shape[1],), frontier.level)])
+                states.append(self._expand(state, frontier, depth))
+            return self._logits(states[-1], state.head)
 
-        grown = grow(step, roots, plan, sampling, chance)
+        grown = grow(step, roots, plan, sampling, chance, states=states)
         state.fed = grown.fed
         return grown.tree
 

@@ -18,6 +18,7 @@ from drafttrain.runtime.stats import PHASES, Statistics
 FORMAT = 1
 ALL = "all"
 RESAMPLES = 10_000
+PREFETCH = ("bets", "hits", "prefetch_calls", "calls_saved")
 Outputs = Literal["all", "not_looping"]
 
 
@@ -135,6 +136,7 @@ class Measured:
     peak_memory: int
     loop_efficiency: float | None = None
     drafting_overhead: float | None = None
+    prefetch: dict[str, int] | None = None  # bets, hits, prefetch_calls, calls_saved; see `Statistics`
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ def summarise(
         peak_memory=max(sample.outcome.peak_memory for sample in own),
         loop_efficiency=efficiency.loop if efficiency else None,
         drafting_overhead=efficiency.drafting if efficiency else None,
+        prefetch={name: vars(total)[name] for name in PREFETCH} if total.bets else None,
     )
 
 

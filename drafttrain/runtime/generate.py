@@ -20,6 +20,7 @@ from drafttrain.core.tree import Draws, Tree, root_only
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter, DrafterState
 from drafttrain.runtime.policy import Policy
+from drafttrain.runtime.prefetch import Bets, Prefetcher
 from drafttrain.runtime.stats import Clock, History, Round, Statistics, Tally
 from drafttrain.target.adapter import Target
 from drafttrain.verify.base import Rule
@@ -67,12 +68,16 @@ class Batch:
     def __init__(
         self, target: Target, drafter: Drafter | None, rule: Rule, policy: Policy, sampling: Sampling, seed: int,
         treat_as: Draws | None = None, stopper: Stopper | None = None, on_round: RoundHook | None = None, prefill_chunk: int = 512,
+        prefetch: int = 0,
     ) -> None:
-        """drafter: None decodes plainly, by the same loop. stopper: see `Stopper`; it moves the round's wait before the commit."""
+        """drafter: None decodes plainly, by the same loop. stopper: see `Stopper`; it moves the round's wait before the commit.
+        prefetch: bets a row on what a round commits (see `runtime/prefetch.py`); they add a wait a round."""
         self.target, self.drafter, self.rule, self.policy, self.sampling = target, drafter, rule, policy, sampling
         self.seed, self.treat_as, self.stopper, self.on_round, self.prefill_chunk = seed, treat_as, stopper, on_round, prefill_chunk
         self.needs = rule.needs | (drafter.needs if drafter else frozenset())
         self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
+        self.prefetcher = Prefetcher(drafter, target.head, prefetch) if prefetch and drafter else None
+        self.ready: Tree | None = None  # the next round's tree, where it was prefetched
         self.history, self.clock = History(), Clock(target.device)
         self.now: Callable[[], float] = time.perf_counter  # what policies are told of time
         self.calls_before = (target.forwards, drafter.calls if drafter else 0)
@@ -89,6 +94,7 @@ class Batch:
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         shape = self.policy.plan(self.history).shape
         capacity = longest + shape.slots + self.rule.slots(shape) + 1
+        capacity += shape.depth + 1 if self.prefetcher else 0  # bets may run past a row's end
         self.cache = self.target.new_cache(len(distinct), capacity)
         read = self.target.prefill(self.cache, prompts, lengths, self.needs, self.prefill_chunk)
 
@@ -102,6 +108,7 @@ class Batch:
         self.alive = torch.ones(len(requests), dtype=torch.bool, device=device)
         self.tally, self.request_of = Tally(len(requests), device), torch.arange(len(requests), device=device)
         self.chance = Seeded(self.seed, torch.tensor([request.stream for request in requests], device=device))
+        self.rounds = 0
         self.roots = self._first(read.logits[rows])
         self.state: DrafterState | None = None
         if self.drafter:
@@ -123,10 +130,13 @@ class Batch:
         begun = self.now()
         self.clock.start()
         plan = self.policy.plan(self.history)
+        self.chance.turn(2 * self.rounds + 1)
         tree = self._propose(plan)
+        bets = self._bet(tree, plan)
         self.clock.lap("draft")
         scored = self.target.score(self.cache, self.rule.layout(tree), self.sampling, self.needs)
         self.clock.lap("score")
+        self.chance.turn(2 * self.rounds + 2)
         verdict = self.rule(tree, scored, self.chance)
         if self.on_round:
             self.on_round(tree, scored, verdict)
@@ -136,7 +146,7 @@ class Batch:
         if fetched:
             kept = self._stop(kept, fetched)
         committed = self.target.commit(self.cache, tree, scored, kept.verdict, kept.count > 0)
-        if self.drafter and self.state:
+        if self.drafter and self.state and not (bets and self._won(bets, kept)):
             self.drafter.observe(self.state, committed)
         self._count(tree, kept)
         self.clock.lap("commit")
@@ -146,6 +156,7 @@ class Batch:
         out = self._hand_out(kept, fetched)
         self._remember(plan, fetched, begun)
         self._drop_finished()
+        self.rounds += 1
         self.clock.lap("other")
         return out
 
@@ -160,6 +171,8 @@ class Batch:
         rows[0].target_forwards = self.target.forwards - self.calls_before[0]
         rows[0].drafter_calls = self.drafter.calls - self.calls_before[1] if self.drafter else 0
         rows[0].syncs = self.history.syncs
+        rows[0].bets, rows[0].hits = self.history.bets, self.history.hits
+        rows[0].prefetch_calls, rows[0].calls_saved = self.history.prefetch_calls, self.history.calls_saved
         return rows
 
     def _first(self, logits: Tensor) -> Tensor:
@@ -171,8 +184,38 @@ class Batch:
     def _propose(self, plan: Plan) -> Tree:
         if self.drafter is None or self.state is None or not plan.draft:
             return root_only(self.roots)
-        tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.chance)
+        tree, self.ready = self.ready, None
+        if tree is None:
+            plan = replace(plan, keep_states=plan.keep_states or self.prefetcher is not None)
+            tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.chance)
         return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
+
+    def _bet(self, tree: Tree, plan: Plan) -> Bets | None:
+        """Drafts for the next round, made before this one is scored."""
+        if self.prefetcher is None or self.state is None or self.drafter is None:
+            return None
+        before = self.drafter.calls
+        rows = torch.arange(len(self.roots), device=self.roots.device).repeat_interleave(self.prefetcher.width)
+        chance = self.chance.select(rows)
+        chance.turn(2 * self.rounds + 3)
+        bets = self.prefetcher.draft(self.state, tree, replace(plan, keep_states=True), self.sampling, chance)
+        self.history.prefetch_calls += self.drafter.calls - before
+        return bets
+
+    def _won(self, bets: Bets, kept: Kept) -> bool:
+        """Takes the drafts of the bets that came true, where every row that goes on has one."""
+        hits = bets.hits(kept.verdict)
+        self.history.syncs += 1
+        going = [hit for hit, alive in zip(hits.tolist(), kept.alive.tolist(), strict=True) if alive]
+        self.history.bets += len(going)
+        self.history.hits += sum(hit >= 0 for hit in going)
+        if not going or min(going) < 0:
+            return False
+        width = bets.token.shape[1]
+        rows = torch.arange(len(hits), device=hits.device) * width + hits.clamp_min(0)
+        self.state, self.ready = bets.state.select(rows), bets.tree.select(rows)
+        self.history.calls_saved += bets.saved
+        return True
 
     def _cut(self, tree: Tree, verdict: Verdict) -> Kept:
         """The round's new tokens up to the first EOS and the row's limit."""
@@ -254,6 +297,7 @@ class Batch:
         self.lengths = [self.lengths[place] for place in going]
         self.cache = self.cache.select(rows)
         self.state = self.state.select(rows) if self.state else None
+        self.ready = self.ready.select(rows) if self.ready else None
         self._settle()
         self.chance, self.request_of = self.chance.select(rows), self.request_of[rows]
         self.roots, self.left, self.alive = self.roots[rows], self.left[rows], self.alive[rows]

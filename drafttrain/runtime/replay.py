@@ -1,19 +1,32 @@
-"""Offline replay: the accepted length that greedy decoding would measure, read off the target's own texts without decoding.
+"""Offline replay: the accepted length that decoding with chains would measure, read off the target's own texts without decoding.
 
 Greedy acceptance is a function of the target's text alone: from each root, the drafter's guesses count up to the first wrong one.
-B rows, T time, K draft length.
+
+Sampled acceptance is a matter of chance even where the text is given. A drafted token stands where it is the text's next token x and is
+kept, which happens with probability q(x) min(1, p(x) / q(x)); given that x is what the text says, with w = min(1, q(x) / p(x)). So
+the rounds of a text are a chain of roots whose expected number is exact. Before x is seen, a token stands with probability
+g = sum_x min(p, q). 1 + g_1 + w_1 g_2 + w_1 w_2 g_3 + ... is an unbiased expected accepted length, and 1 + g_1 + g_1 g_2 + ... is not: how
+likely a token is to stand depends on which tokens stood before it (HedgeSpec, Liu et al., 2025, arXiv:2510.20064, where g is 1 - TV).
+
+B rows, T time, K draft length, A answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.grow import widen
 from drafttrain.runtime.stats import Statistics
+from drafttrain.target.head import TargetHead
 
 Walk = Callable[[Batch, int], Tensor]
 """(batch, K) -> [B, T, K] guesses, as `Drafter.walk` gives them."""
@@ -70,3 +83,97 @@ def _walk_answer(out: Statistics, runs: np.ndarray, start: int, stop: int) -> No
             out.accepts[level] += level < accepted
         out.rounds, out.tokens = out.rounds + 1, out.tokens + kept
         root += kept
+
+
+@dataclass
+class Expected:
+    """What decoding is expected to count on given texts, answer by answer."""
+
+    tokens: np.ndarray  # [A] tokens after the first
+    rounds: np.ndarray  # [A] expected
+    attempts: np.ndarray  # [A, K] expected rounds in which a node at depth k + 1 could have stood
+    accepts: np.ndarray  # [A, K] expected rounds in which one does, whatever the text says there
+    gained: np.ndarray  # [A] expected tokens beyond one a round; the text's last token, accepted, leaves no room for another
+
+    @property
+    def tau(self) -> float:
+        """Tokens a round, the bonus token included: the texts' tokens over their expected rounds."""
+        return float(self.tokens.sum() / self.rounds.sum())
+
+    @property
+    def alpha(self) -> list[float]:
+        """alpha[k]: P(a node at depth k + 1 stands, given its parent does), by sum min(p, q)."""
+        return (self.accepts.sum(0) / np.maximum(self.attempts.sum(0), 1e-12)).tolist()
+
+    @property
+    def length(self) -> float:
+        """The mean of 1 + g_1 + w_1 g_2 + ... over the roots, each weighed by how likely it is to be one: `tau` estimated otherwise."""
+        return float(1 + self.gained.sum() / self.rounds.sum())
+
+    def interval(self, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+        """The middle 95% of `tau` over resampled answers."""
+        answers = len(self.tokens)
+        drawn = np.random.default_rng(seed).multinomial(answers, np.full(answers, 1 / answers), size=resamples)
+        low, high = np.percentile((drawn @ self.tokens) / (drawn @ self.rounds), [2.5, 97.5])
+        return float(low), float(high)
+
+
+@torch.no_grad()
+def replay_sampled(
+    drafter: Drafter, batches: Iterable[Batch], head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None,
+    chunk: int = 256,
+) -> Expected:
+    """Chains of `length` over every answer in `batches`, whose features hold `last`.
+
+    Only texts that the target sampled as `sampling` says give the figure that such decoding measures. temperature: the drafter's own;
+    chunk: positions whose [V] laws stand in memory at once. Raises `UserError` where the family has no states to replay.
+    """
+    counted: list[tuple[int, float, np.ndarray, np.ndarray, float]] = []
+    own = sampling if temperature is None else sampling._replace(temperature=temperature)
+    for batch in batches:
+        overlaps, weights = (values.cpu().double().numpy() for values in _stands(drafter, batch, head, sampling, own, length, chunk))
+        for row, start, stop in answers(batch):
+            counted.append(_expect_answer(overlaps[row], weights[row], start, stop))
+    if not counted:
+        raise UserError("no answers to replay: the batches hold none")
+    tokens, rounds, attempts, accepts, gained = zip(*counted, strict=True)
+    return Expected(np.array(tokens), np.array(rounds), np.stack(attempts), np.stack(accepts), np.array(gained))
+
+
+def _stands(
+    drafter: Drafter, batch: Batch, head: TargetHead, sampling: Sampling, own: Sampling, length: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """g and w, [B, T, K] each: of the token at depth k + 1 in a round whose root is token t + 1, with the text's own before it."""
+    g = torch.zeros(*batch.tokens.shape, length, device=batch.tokens.device)
+    w = torch.zeros_like(g)
+    for step, states in enumerate(drafter.unrolled(batch, head, length)):  # deeper than the family reaches: nothing stands
+        labels, supervised = batch.ahead(step + 2)
+        for part in supervised.nonzero().split(chunk):
+            row, at = part.unbind(1)
+            p = sampling.law(head.logits(batch.features["last"][row, at + step + 1]))
+            q = own.law(drafter.logits_of(states[row, at], step, head))
+            q = q if drafter.draft_ids is None else widen(q, drafter.draft_ids, p.shape[-1])
+            text = labels[row, at][:, None]
+            g[row, at, step] = torch.minimum(p, q).sum(-1)
+            w[row, at, step] = (q.gather(1, text) / p.gather(1, text).clamp_min(1e-38)).clamp_max(1.0)[:, 0]
+    return g, w
+
+
+def _expect_answer(g: np.ndarray, w: np.ndarray, start: int, stop: int) -> tuple[int, float, np.ndarray, np.ndarray, float]:
+    """Tokens, expected rounds, attempts, accepts and gained tokens of the answer at [start, stop), whose first token is a root."""
+    depth = g.shape[1]
+    root = np.zeros(stop - start + depth + 1)  # probability that each token is a round's root
+    root[0] = 1.0
+    rounds, gained, attempts, accepts = 0.0, 0.0, np.zeros(depth), np.zeros(depth)
+    for at in range(stop - start - 1):
+        left, before = stop - start - 1 - at, start + at - 1
+        run = root[at] if before >= 0 else 0.0  # a round is here, and the drafted tokens so far stood
+        rounds += root[at]
+        for level in range(min(depth, left)):
+            attempts[level] += run
+            accepts[level] += run * g[before, level]
+            gained += run * g[before, level] if level + 1 < left else 0.0
+            root[at + level + 1] += run * (1 - w[before, level])
+            run *= w[before, level]
+        root[at + min(depth, left) + 1] += run  # all stood: the bonus token is the next root, or the text has ended
+    return stop - start - 1, rounds, attempts, accepts, gained

@@ -27,6 +27,14 @@ class Statistics:
     drafter_calls: int = 0
     syncs: int = 0
     """Times the host waited for the device during rounds."""
+    bets: int = 0
+    """Rounds of rows for which drafts were prefetched."""
+    hits: int = 0
+    """Bets that came true."""
+    prefetch_calls: int = 0
+    """Drafter calls that prefetching took; `drafter_calls` counts them too."""
+    calls_saved: int = 0
+    """Drafter calls that hits saved: without prefetching it would be `drafter_calls - prefetch_calls + calls_saved`."""
 
     @property
     def tau(self) -> float:
@@ -58,6 +66,10 @@ class Statistics:
             self.target_forwards + other.target_forwards,
             self.drafter_calls + other.drafter_calls,
             self.syncs + other.syncs,
+            self.bets + other.bets,
+            self.hits + other.hits,
+            self.prefetch_calls + other.prefetch_calls,
+            self.calls_saved + other.calls_saved,
         )
 
 

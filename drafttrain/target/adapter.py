@@ -125,7 +125,7 @@ class Target:
         """ONE forward over a layout behind each row's committed tokens."""
         slots = cache.aim(layout.tokens.shape[1])
         seen, key_positions = tree_mask(cache, slots, layout.mask, layout.depth)
-        positions = cache.lengths[:, None] + layout.depth
+        positions = (cache.lengths[:, None] + layout.depth).clamp_max(self.max_context - 1)  # drafts may reach past the end, and are cut
         got = self._forward(layout.tokens, positions, seen, cache, {"last", *features}, key_positions)
         return Scored(self.head.logits(got["last"]), sampling, {name: got[name] for name in features})
 

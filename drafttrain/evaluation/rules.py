@@ -1,0 +1,362 @@
+"""Rules compared on the same trees: real rounds are logged once, and every rule judges each of them.
+
+The expected accepted length of a rule on a tree (its tokens and the laws p and q fixed) is a mean over `chances` independent runs of the
+rule itself, with the same random streams for every rule. Differences are paired round by round; intervals are bootstraps over prompts.
+n rounds, N nodes, R laws, V vocabulary, S chances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from drafttrain.core.chance import Seeded
+from drafttrain.core.config import fingerprint
+from drafttrain.core.errors import UserError
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored
+from drafttrain.evaluation.bench import EvaluationConfig
+from drafttrain.evaluation.journal import append_whole
+from drafttrain.evaluation.machine import commit, device_name, versions
+from drafttrain.evaluation.rows import Interval
+from drafttrain.evaluation.runners import Contender
+from drafttrain.evaluation.suites import Suite
+from drafttrain.runtime.rounds import Laws, RoundLog, RoundsInfo, log_rounds
+from drafttrain.target.adapter import Target
+from drafttrain.verify import RULES, build
+from drafttrain.verify.base import Rule, RuleConfig
+
+FORMAT = 1
+RESAMPLES = 10_000
+ELEMENTS = 1 << 26
+"""Probabilities that one call of a rule may look at, about."""
+
+Form = Literal["whole", "first chain"]
+"""The tree as it was logged, or the chain of first-born children in it: a chain drawn as a chain would have been, on the same contexts."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A rule, and what it is shown of each tree."""
+
+    rule: Rule
+    form: Form = "whole"
+
+    @property
+    def label(self) -> str:
+        options = self.rule.config.model_dump(exclude_defaults=True, exclude={"name"})
+        given = "".join(f" {value}" for value in options.values())
+        return f"{self.rule.config.name}{given}" + ("" if self.form == "whole" else f", {self.form}")
+
+
+@dataclass
+class Judged:
+    """What one judge made of all rounds."""
+
+    judge: Judge
+    lengths: np.ndarray  # [n] expected accepted length of each round, the bonus token not counted
+    reached: np.ndarray  # [K] share of rounds in which a node at depth 1, 2, ... stood
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """A line of rules.jsonl: one rule on one log of rounds."""
+
+    log: str
+    contender: str
+    target: str
+    target_fingerprint: str
+    dtype: str
+    drafter_fingerprint: str
+    suite: str
+    suite_hash: str
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    shape: dict[str, Any]
+    draws: str
+    decoded_by: str
+    decoded_tau: float
+    """Mean tokens a round when the rounds were logged, uncut by ends of texts."""
+    rounds: int
+    prompts: int
+    chances: int
+    rule: str
+    tau: Interval
+    reached: tuple[float, ...]
+    against: str
+    difference: Interval
+    relative: Interval
+    law_gap: float
+    """Largest difference between recomputed and logged probabilities of drafted tokens, over the first rounds."""
+    device: str
+    versions: dict[str, str]
+    commit: str | None
+    date: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+
+def judges(info: RoundsInfo, further: Sequence[RuleConfig] = ()) -> tuple[list[Judge], list[str]]:
+    """Every registered rule that is exact for such trees, and `further` ones with their options; why the others are left out.
+
+    The first one is what the others are compared with: `recursive` for trees, `rejection` for chains.
+    """
+    topology = "chain" if info.max_children <= 1 else "tree"
+    chosen: dict[str, Judge] = {}
+    left_out: list[str] = []
+    for name, kind in RULES.items():
+        reason = _unfit(kind, info.draws, topology, info.temperature)
+        if reason is None:
+            judge = Judge(build(kind.Config(name=name)))
+            chosen[judge.label] = judge
+        else:
+            left_out.append(f"{name}: {reason}")
+    for config in further:
+        kind = RULES[config.name]
+        if kind.lossless and (info.draws, topology) in kind.accepts:
+            judge = Judge(build(config))
+            chosen[judge.label] = judge
+    first = "recursive" if topology == "tree" else "rejection"
+    order = sorted(chosen.values(), key=lambda judge: judge.label != first)
+    if topology == "tree":
+        order.append(Judge(build(RULES["rejection"].Config(name="rejection")), "first chain"))
+    return order, left_out
+
+
+def _unfit(kind: type[Rule], draws: str, topology: str, temperature: float) -> str | None:
+    if not kind.lossless:
+        return "lossy, and a length says nothing without the quality it cost"
+    if kind.temperatures == "zero" and temperature > 0:
+        return "for temperature 0 only"
+    if (draws, topology) not in kind.accepts:
+        return f"not exact for {draws} draws in a {topology}"
+    if any(field.is_required() for field in kind.Config.model_fields.values()):
+        return "has options without a default; give them in a contender's runtime.rule"
+    return None
+
+
+@torch.inference_mode()
+def judge_rounds(log: RoundLog, laws: Laws, every: Sequence[Judge], chances: int = 16, seed: int = 0) -> list[Judged]:
+    """The expected accepted lengths of all rounds under each judge, in the log's order."""
+    info = log.info
+    lengths: list[list[np.ndarray]] = [[] for _ in every]
+    stood = [np.zeros(info.max_depth) for _ in every]
+    first = 0
+    for shard in log.parts():
+        size = shard.tokens.shape[1] + (0 if shard.states is None else shard.states.shape[1])
+        whole = max(1, ELEMENTS // (chances * size * laws.head.vocab_size))
+        together = chances if whole > 1 else max(1, min(chances, ELEMENTS // (size * laws.head.vocab_size)))
+        for rounds in shard.split(whole):
+            tree, logits = laws.tree(rounds), laws.logits(rounds)
+            scored = Scored(logits, info.sampling, {"last": rounds.last.to(logits.device)})
+            for place, judge in enumerate(every):
+                found = _lengths(judge, tree, scored, first, chances, together, seed).cpu().numpy()  # [C, S]
+                lengths[place].append(found.mean(1))
+                stood[place] += (found[..., None] > np.arange(info.max_depth)).mean(1).sum(0)
+            first += len(rounds)
+    return [Judged(judge, np.concatenate(parts), reach / first) for judge, parts, reach in zip(every, lengths, stood, strict=True)]
+
+
+def _lengths(judge: Judge, tree: Tree, scored: Scored, first: int, chances: int, together: int, seed: int) -> Tensor:
+    """[C, S]: accepted lengths of C trees, the first of which has number `first`, each judged S times."""
+    if judge.form == "first chain":
+        tree, scored = first_chain(tree, scored)
+    C, device = len(tree.tokens), tree.tokens.device
+    out = []
+    for begin in range(0, chances, together):
+        runs = torch.arange(begin, min(begin + together, chances), device=device)
+        streams = ((first + torch.arange(C, device=device))[:, None] * chances + runs).flatten()
+        times = len(runs)
+        shown = Scored(_repeat(scored.logits, times), scored.sampling, {name: _repeat(x, times) for name, x in scored.features.items()})
+        shown.p = _repeat(scored.p, times)
+        verdict = judge.rule(_repeated(tree, times), shown, Seeded(seed, streams))
+        out.append(verdict.length.view(C, times))
+    return torch.cat(out, 1)
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    """[C, ...] -> [C * times, ...], each row `times` times; a view where C is 1."""
+    return x[:, None].expand(-1, times, *x.shape[1:]).flatten(0, 1)
+
+
+def _repeated(tree: Tree, times: int) -> Tree:
+    laws, law_of = (None if value is None else _repeat(value, times) for value in (tree.law_rows, tree.law_of))
+    tokens, parents, live = (_repeat(value, times) for value in (tree.tokens, tree.parents, tree.live))
+    return replace(tree, tokens=tokens, parents=parents, live=live, law_rows=laws, law_of=law_of)
+
+
+def first_chain(tree: Tree, scored: Scored) -> tuple[Tree, Scored]:
+    """The chain of first-born children below the root, and what the target said there.
+
+    A first sibling is drawn from the whole law whether or not the later ones are put back, so this chain is one of `iid` draws.
+    """
+    nodes, real = tree.first_born()  # [B, K + 1]
+    parents = (torch.arange(nodes.shape[1], device=nodes.device) - 1).clamp_min(0).expand_as(nodes)
+    chain = Tree(
+        tree.tokens.gather(1, nodes), parents, real, "point" if tree.draws == "point" else "iid", tree.max_depth, 1,
+        law_rows=tree.law_rows, law_of=None if tree.law_of is None else tree.law_of.gather(1, nodes),
+    )
+    at = (torch.arange(len(nodes), device=nodes.device)[:, None], nodes)
+    shown = Scored(scored.logits[at], scored.sampling, {name: value[at] for name, value in scored.features.items()})
+    shown.p = scored.p[at]
+    return chain, shown
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One judge against the first."""
+
+    tau: Interval  # tokens a round, the bonus token counted
+    difference: Interval
+    relative: Interval
+
+
+def compare(judged: Sequence[Judged], prompt: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
+    """Pooled over rounds; intervals are the middle 95% over resampled prompts. prompt: [n] the prompt of each round."""
+    _, place = np.unique(prompt, return_inverse=True)
+    prompts = int(place.max()) + 1
+    sums = np.stack([np.bincount(place, one.lengths + 1, prompts) for one in judged])  # [E, P]
+    rounds = np.bincount(place, minlength=prompts)  # [P]
+    drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    means = (drawn @ sums.T) / (drawn @ rounds)[:, None]  # [resamples, E]
+    value = sums.sum(1) / rounds.sum()
+
+    def interval(point: float, spread: np.ndarray) -> Interval:
+        if prompts < 2:
+            return Interval(point, None, None)
+        low, high = np.percentile(spread, [2.5, 97.5])
+        return Interval(point, float(low), float(high))
+
+    return [
+        Comparison(
+            interval(float(value[e]), means[:, e]),
+            interval(float(value[e] - value[0]), means[:, e] - means[:, 0]),
+            interval(float(value[e] / value[0] - 1), means[:, e] / means[:, 0] - 1),
+        )
+        for e in range(len(judged))
+    ]
+
+
+def replay_rules(
+    target: Target, contenders: Sequence[Contender], suite: Suite, config: EvaluationConfig, folder: Path, chances: int = 16
+) -> tuple[list[RuleRow], list[str]]:
+    """Logs the rounds of every contender on the suite's first turns, and judges them by every rule; the rows, which also stand at the end
+    of `folder`/rules.jsonl, and which rules were left out.
+
+    Logs lie in `folder`/rounds and are made once. Raises `UserError` at temperature 0, where all rules agree.
+    """
+    if config.temperature == 0:
+        raise UserError("evaluation.temperature 0: all lossless rules keep the same tokens then; set evaluation.temperature=0.7, or 1.0")
+    chosen = config.chosen(suite)
+    further = [one.decoder.runtime.rule for one in contenders]
+    rows: list[RuleRow] = []
+    notes: dict[str, None] = {}
+    for contender in contenders:
+        decoder = contender.decoder
+        assert decoder.drafter is not None
+        prompts = [decoder.tokenize(item.opening()) for item in chosen.items for _ in range(config.repeats)]
+        if not prompts:
+            raise UserError(f"suite '{suite.name}': no item is left by evaluation.tasks and evaluation.limit")
+        mark = contender.facts(config.sampling).drafter_fingerprint or "in-memory"
+        made_from = {
+            "suite": suite.name, "hash": chosen.hash, "runtime": decoder.runtime.model_dump(mode="json"), "repeats": config.repeats,
+        }  # fmt: skip
+        name = fingerprint(target.fingerprint, str(target.dtype), mark, config.sampling, config.seed, config.max_new_tokens, made_from)
+        log = log_rounds(
+            decoder, prompts, config.sampling, config.max_new_tokens, folder / "rounds" / name, mark, config.seed, made_from=made_from
+        )
+        every, left_out = judges(log.info, [rule for rule in further if not isinstance(rule, str)])
+        notes |= dict.fromkeys(left_out)
+        laws = Laws(log.info, decoder.drafter, target.head)
+        gap = laws.check(next(next(log.parts()).split(8)))
+        judged = judge_rounds(log, laws, every, chances, config.seed)
+        prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
+        accepted = torch.cat([part.accepted for part in log.parts()]).float()
+        for one, found in zip(judged, compare(judged, prompt // config.repeats), strict=True):
+            rows.append(
+                RuleRow(
+                    log=name, contender=contender.label, target=target.name, target_fingerprint=target.fingerprint, dtype=log.info.dtype,
+                    drafter_fingerprint=mark, suite=suite.name, suite_hash=chosen.hash, **config.sampling._asdict(),
+                    max_new_tokens=config.max_new_tokens, seed=config.seed, shape=decoder.runtime.shape.model_dump(mode="json"),
+                    draws=log.info.draws, decoded_by=log.info.rule, decoded_tau=float(accepted.mean()) + 1, rounds=len(log),
+                    prompts=len(np.unique(prompt // config.repeats)), chances=chances, rule=one.judge.label,
+                    reached=tuple(float(share) for share in one.reached), against=every[0].label, law_gap=gap,
+                    device=device_name(target.device), versions=versions(), commit=commit(),
+                    date=datetime.now(timezone.utc).isoformat(timespec="seconds"), **vars(found),
+                )
+            )
+    append_whole(folder / "rules.jsonl", [row.to_json() for row in rows])
+    return rows, list(notes)
+
+
+HEAD = ("rule", "accepted length [95%]", "difference [95%]", "relative [95%]", "reached 1 ..")
+
+
+def rules_table(rows: Sequence[RuleRow]) -> str:
+    """Markdown: a table for each log, with what it was measured on below it."""
+    parts = []
+    for some in _by_log(rows):
+        lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *(_cells(row) for row in some)]
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{footer(some[0])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def rules_terminal(rows: Sequence[RuleRow]) -> Group:
+    """The same for `rich.print`."""
+    parts: list[Table | Text] = []
+    for some in _by_log(rows):
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=some[0].contender, title_justify="left")
+        for name in HEAD:
+            table.add_column(name, justify="left" if name == HEAD[0] else "right", no_wrap=name == HEAD[0])
+        for row in some:
+            table.add_row(*_cells(row))
+        parts += [table, Text(footer(some[0]), style="dim")]
+    return Group(*parts)
+
+
+def footer(row: RuleRow) -> str:
+    """What a table was measured on and with."""
+    installed = ", ".join(f"{package} {version}" for package, version in row.versions.items())
+    return (
+        f"{row.rounds:,} rounds of {row.prompts} prompts, {row.draws} draws, decoded by {row.decoded_by} "
+        f"({row.decoded_tau:.3f} tokens a round), each judged {row.chances} times; differences are to {row.against}. "
+        f"Contender {row.contender}; target {row.target} ({row.target_fingerprint}, {row.dtype}); suite {row.suite} ({row.suite_hash}), "
+        f"at most {row.max_new_tokens} new tokens, temperature {row.temperature}, top-k {row.top_k}, top-p {row.top_p}, seed {row.seed}; "
+        f"{row.device}; {installed}; {row.date[:10]}."
+    )
+
+
+def _by_log(rows: Sequence[RuleRow]) -> list[list[RuleRow]]:
+    """Rows of each log; of a rule that was measured more than once the last."""
+    logs: dict[tuple[str, str], dict[str, RuleRow]] = {}
+    for row in rows:
+        logs.setdefault((row.log, row.contender), {})[row.rule] = row
+    return [list(some.values()) for some in logs.values()]
+
+
+def _cells(row: RuleRow) -> tuple[str, ...]:
+    own = row.rule == row.against
+    against = ("", "") if own else (_shown(row.difference, "{:+.3f}"), _shown(row.relative, "{:+.1%}"))
+    return row.rule, _shown(row.tau, "{:.3f}"), *against, " ".join(f"{share:.2f}" for share in row.reached)
+
+
+def _shown(interval: Interval, form: str) -> str:
+    value = form.format(interval.value)
+    if interval.low is None or interval.high is None:
+        return value
+    return f"{value} [{form.format(interval.low)}, {form.format(interval.high)}]"

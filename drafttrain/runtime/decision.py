@@ -1,0 +1,116 @@
+"""The decision model: will anything drafted from this law stand? (Lu et al., 2024, arXiv:2409.10644)
+
+A small MLP that scores a node from what the drafter knows there before a child is drawn. Two kinds:
+
+    soft    reads the drafter's state [D];                       learns min(1, p(x) / q(x)) of the token x that was drawn
+    hard    reads the law's entropy and ten largest entries;     learns whether x is the target's argmax
+
+The policy `decision` ends a tree where no node's score is above a threshold. `train/decision.py` trains it from logged rounds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drafttrain.core.config import Config, parse
+from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
+from drafttrain.data.shards import first_line, write_whole
+
+LIKELIEST = 10
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class DecisionShape(Config):
+    """`config.json` of a decision model."""
+
+    labels: Literal["soft", "hard"]
+    inputs: int = Field(ge=1)
+    hidden: int = Field(default=64, ge=1)
+    temperature: float
+    """The sampling that the rounds it learnt from were decoded with."""
+    top_k: int
+    top_p: float
+    drafter: str
+    """Fingerprint of the drafter that it reads."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
+class Decision(nn.Module):
+    """Scores nodes; inputs are standardised by the mean and spread of the training ones."""
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, shape: DecisionShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.register_buffer("mean", torch.zeros(shape.inputs))
+        self.register_buffer("spread", torch.ones(shape.inputs))
+        self.net = nn.Sequential(nn.Linear(shape.inputs, shape.hidden), nn.ReLU(), nn.Linear(shape.hidden, 1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., F] -> [...] logits of the score."""
+        return self.net((inputs.float() - self.mean) / self.spread)[..., 0]
+
+    def score(self, logits: Tensor, states: Tensor | None) -> Tensor:
+        """The drafter's logits [B, W, Vd] and states [B, W, D] -> [B, W] in (0, 1)."""
+        if self.mean.device != logits.device:
+            self.to(logits.device)
+        if self.shape.labels == "hard":
+            return self(law_features(logits)).sigmoid()
+        if states is None or states.shape[-1] != self.shape.inputs:
+            given = "none" if states is None else str(states.shape[-1])
+            raise UserError(f"decision model: it reads states of {self.shape.inputs} numbers, this drafter gives {given}; train another")
+        return self(states).sigmoid()
+
+    def check(self, sampling: Sampling) -> None:
+        """A `UserError` where it learnt from rounds of other sampling: acceptance changes with the temperature."""
+        if self.shape.sampling != sampling:
+            raise UserError(
+                f"decision model: it learnt from rounds with {_shown(self.shape.sampling)}, but decoding uses {_shown(sampling)}; "
+                f"decode with the same, or train one with `drafttrain decision`"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Writes it; the configuration last, so that it is there whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        write_whole(folder / WEIGHTS, lambda path: save_file({name: x.cpu().contiguous() for name, x in self.state_dict().items()}, path))
+        write_whole(folder / CONFIG, lambda path: path.write_text(self.shape.model_dump_json(indent=1)))
+
+
+def law_features(logits: Tensor) -> Tensor:
+    """[..., Vd] -> [..., 11]: entropy (nats) and the ten largest probabilities of their softmax, zeros where there are fewer tokens."""
+    law = logits.float().softmax(-1)
+    best = law.topk(min(LIKELIEST, law.shape[-1]), -1).values
+    return torch.cat([torch.special.entr(law).sum(-1, keepdim=True), F.pad(best, (0, LIKELIEST - best.shape[-1]))], -1)
+
+
+def load_decision(folder: Path) -> Decision:
+    """The decision model in a folder, or a `UserError`."""
+    if not (folder / CONFIG).exists():
+        raise UserError(f"decision model '{folder}': no {CONFIG} there; give a folder that `drafttrain decision` wrote")
+    try:
+        shape = parse(DecisionShape, json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
+        model = Decision(shape)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"decision model '{folder}': truncated or corrupt ({first_line(error)}); train it again") from error
+    return model.eval().requires_grad_(False)
+
+
+def _shown(sampling: Sampling) -> str:
+    return f"temperature {sampling.temperature}, top-k {sampling.top_k}, top-p {sampling.top_p}"

@@ -1,0 +1,336 @@
+"""Rounds on disk: logged once while decoding, and read again by whatever wants to judge the same trees (rules, decision models).
+
+A log keeps tokens and hidden states, and the laws p and q are recomputed from these through the frozen heads in fp32: the laws
+themselves would take a hundred times the room. B rows, n rounds, N nodes, R drafter states, D hidden, V vocabulary.
+
+    FOLDER/rounds-00000.safetensors ...    FOLDER/index.json    what the rounds are of; written last: without it there is no log
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from drafttrain.core.config import Config, parse
+from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Draws, Tree
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.data.shards import first_line, write_whole, writing
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.grow import widen
+from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.policy import Fixed
+from drafttrain.target.head import TargetHead
+
+FORMAT = 1
+INDEX = "index.json"
+SHARD_BYTES = 256 << 20
+FOREIGN = 0.05
+"""Recomputed laws of the same weights differ from the logged ones by rounding, in the mean far less than this; other weights' don't."""
+
+
+class RoundsInfo(Config):
+    """`index.json`."""
+
+    format: int = FORMAT
+    target: str
+    """Fingerprint of the target that scored."""
+    drafter: str
+    """Fingerprint of the drafter that proposed."""
+    temperature: float
+    top_k: int
+    top_p: float
+    drafter_temperature: float | None
+    """None: the target's."""
+    draws: Draws
+    max_depth: int
+    max_children: int
+    rule: str
+    """The rule that decoded."""
+    dtype: str
+    """What the models computed in."""
+    seed: int
+    max_new_tokens: int
+    states: bool
+    """Whether the drafter's states are there; trees that were drawn need them."""
+    prompts: int
+    rounds: int = 0
+    shards: tuple[str, ...] = ()
+    made_from: dict[str, Any] = Field(default_factory=dict)
+    """What else the maker wants to remember."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def drafter_sampling(self) -> Sampling:
+        own = self.drafter_temperature
+        return self.sampling if own is None else self.sampling._replace(temperature=own)
+
+
+@dataclass
+class Rounds:
+    """Some logged rounds, one a row."""
+
+    tokens: Tensor  # [n, N]
+    parents: Tensor  # [n, N]
+    live: Tensor  # [n, N] bool
+    last: Tensor  # [n, N, D] the target's hidden states at the nodes, as its head reads them
+    p: Tensor  # [n, N] the target's probability of each node after its parent, as it was when decoding
+    accepted: Tensor  # [n] nodes that stood, before anything was cut
+    prompt: Tensor  # [n] number of the prompt
+    law_of: Tensor | None = None  # [n, N] which of `states` a node was drawn from
+    states: Tensor | None = None  # [n, R, D'] the drafter's
+    q: Tensor | None = None  # [n, N] the probability each node was drawn with, as it was when decoding; None for point draws
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        every = {field.name: vars(self)[field.name] for field in fields(self)}
+        return {name: value for name, value in every.items() if value is not None}
+
+    def split(self, size: int) -> Iterator[Rounds]:
+        """`size` rounds at a time."""
+        for start in range(0, len(self), size):
+            yield Rounds(**{name: value[start : start + size] for name, value in self.tensors().items()})
+
+
+class Recorder:
+    """An `on_round` hook that keeps what a log needs of the rows that go on."""
+
+    def __init__(self, first_prompt: int, states: bool = False) -> None:
+        """first_prompt: the number of the batch's first request; states: of `point` trees too."""
+        self.first_prompt, self.states, self.parts = first_prompt, states, list[Rounds]()
+        self.batch: Batch | None = None  # set by whoever made both
+
+    def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
+        assert self.batch is not None
+        row = torch.arange(len(tree.tokens), device=tree.tokens.device)[:, None]
+        q = None
+        if (self.states or tree.draws != "point") and tree.law_states is None:
+            raise UserError("this drafter hands over no states of the tokens it draws, and its rounds cannot be logged with their laws")
+        if tree.draws != "point":
+            assert tree.law_rows is not None and tree.law_of is not None
+            q = tree.law_rows[row, tree.law_of, tree.tokens]
+        numbers = torch.tensor(self.batch.row_ids) + self.first_prompt
+        p = scored.p[row, tree.parents, tree.tokens]
+        whole = Rounds(
+            tree.tokens, tree.parents, tree.live, scored.features["last"], p, verdict.length, numbers, tree.law_of, tree.law_states, q
+        )
+        alive = self.batch.alive.cpu()
+        self.parts.append(Rounds(**{name: value.cpu()[alive] for name, value in whole.tensors().items()}))
+
+    def take(self) -> Rounds:
+        """Everything since the last call."""
+        whole, self.parts = joined(self.parts), []
+        return whole
+
+
+def log_rounds(
+    decoder: SpeculativeDecoder, prompts: Sequence[list[int]], sampling: Sampling, max_new_tokens: int, folder: Path, drafter: str,
+    seed: int = 0, batch_size: int = 8, made_from: dict[str, Any] | None = None, states: bool = False,
+) -> RoundLog:
+    """Decodes the prompts (token ids) with the decoder's drafter, shape and rule, and logs every round.
+
+    drafter: its fingerprint. states: keep the drafter's states of `point` trees too. The policy is left
+    out: whole shapes are logged. A finished log in `folder` that was made from the same is opened instead of decoding again. Raises
+    `UserError` where the family cannot hand over the states of drawn tokens, or the disk is full.
+    """
+    rule, plan = decoder.runtime.fitted(sampling.check())
+    shape = plan.shape
+    children = 1 if shape.shape == "chain" else _most_children(shape.paths) if shape.shape == "static" else shape.top_k
+    draws: Draws = decoder.runtime.treat_as or plan.draws
+    info = RoundsInfo(
+        target=decoder.target.fingerprint, drafter=drafter, **sampling._asdict(), drafter_temperature=plan.temperature,
+        draws=draws, states=states or draws != "point", max_depth=shape.depth, max_children=children, rule=rule.config.name,
+        dtype=str(decoder.target.dtype).removeprefix("torch."), seed=seed, max_new_tokens=max_new_tokens, prompts=len(prompts),
+        made_from=made_from or {},
+    )  # fmt: skip
+    if (folder / INDEX).exists():
+        held = RoundLog.open(folder)
+        if held.info.model_copy(update={"rounds": 0, "shards": ()}) == info:
+            return held
+    writer = RoundWriter(folder)
+    policy = Fixed(replace(plan, keep_states=info.states))
+    for start in range(0, len(prompts), batch_size):
+        recorder = Recorder(start, info.states)
+        batch = Batch(
+            decoder.target, decoder.drafter, rule, policy, sampling, seed, decoder.runtime.treat_as, None, recorder,
+            decoder.runtime.prefill_chunk,
+        )
+        batch.needs = batch.needs | {"last"}
+        recorder.batch = batch
+        group = prompts[start : start + batch_size]
+        batch.start([Request(prompt, start + place, max_new_tokens) for place, prompt in enumerate(group)])
+        while not batch.done:
+            batch.step()
+        if recorder.parts:
+            writer.add(recorder.take())
+    return writer.finish(info)
+
+
+class RoundWriter:
+    """Writes a log shard by shard; an unfinished one of an earlier attempt is written over."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shards, self.rounds = folder, list[str](), 0
+        self.parts: list[Rounds] = []  # not on the disk yet
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / INDEX).unlink(missing_ok=True)
+
+    def add(self, rounds: Rounds) -> None:
+        """Writes a shard once there is enough for one."""
+        self.parts.append(rounds)
+        if sum(value.nbytes for part in self.parts for value in part.tensors().values()) >= SHARD_BYTES:
+            self._flush()
+
+    def finish(self, info: RoundsInfo) -> RoundLog:
+        """Writes what is left, and the index."""
+        self._flush()
+        info = info.model_copy(update={"rounds": self.rounds, "shards": tuple(self.shards)})
+        with writing(self.folder):
+            write_whole(self.folder / INDEX, lambda path: path.write_text(info.model_dump_json(indent=1)))
+        return RoundLog.open(self.folder)
+
+    def _flush(self) -> None:
+        if not self.parts:
+            return
+        whole, self.parts = joined(self.parts), []
+        name = f"rounds-{len(self.shards):05d}.safetensors"
+        with writing(self.folder):
+            write_whole(self.folder / name, lambda path: save_file(whole.tensors(), path))
+        self.shards.append(name)
+        self.rounds += len(whole)
+
+
+def joined(parts: Sequence[Rounds]) -> Rounds:
+    """All rounds of the parts, in order."""
+    return Rounds(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
+
+
+def _most_children(paths: Sequence[tuple[int, ...]]) -> int:
+    return max((path[-1] + 1 for path in paths), default=0)
+
+
+class RoundLog:
+    """A finished log."""
+
+    def __init__(self, folder: Path, info: RoundsInfo) -> None:
+        self.folder, self.info = folder, info
+
+    @classmethod
+    def open(cls, folder: Path) -> RoundLog:
+        """Raises `UserError` where there is none, or one of another format."""
+        path = folder / INDEX
+        if not path.exists():
+            raise UserError(f"rounds '{folder}': no {INDEX} there; log them with `drafttrain eval RECIPE --replay-rules`")
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"rounds '{folder}': {INDEX} is corrupt ({first_line(error)}); delete the folder and log again") from error
+        info = parse(RoundsInfo, data, str(path))
+        if info.format != FORMAT:
+            raise UserError(f"rounds '{folder}': format {info.format}, but this drafttrain reads {FORMAT}; delete the folder and log again")
+        return cls(folder, info)
+
+    def __len__(self) -> int:
+        return self.info.rounds
+
+    def parts(self) -> Iterator[Rounds]:
+        """Shard after shard."""
+        for name in self.info.shards:
+            try:
+                yield Rounds(**load_file(self.folder / name))
+            except (SafetensorError, OSError) as error:
+                reason = first_line(error)
+                raise UserError(f"'{self.folder / name}': truncated or corrupt ({reason}); delete the folder and log again") from error
+
+
+class Laws:
+    """What logged tokens were drawn from and judged by, recomputed in fp32 from the hidden states of a log.
+
+    Where the models computed in less than fp32 the laws differ from those of the decoding by that rounding.
+    """
+
+    def __init__(self, info: RoundsInfo, drafter: Drafter, head: TargetHead) -> None:
+        """drafter and head: those that the log was made with."""
+        self.info, self.drafter = info, drafter
+        if any(weight.dtype != torch.float32 for weight in drafter.parameters()):
+            self.drafter = copy.deepcopy(drafter).float()
+        self.head = head.to(head.device, torch.float32)
+
+    @torch.inference_mode()
+    def logits(self, rounds: Rounds) -> Tensor:
+        """[n, N, V] the target's."""
+        return self.head.logits(rounds.last.to(self.head.device))
+
+    @torch.inference_mode()
+    def tree(self, rounds: Rounds) -> Tree:
+        """The trees as they were proposed, with the laws [n, R, V] that their tokens were drawn from."""
+        device = self.head.device
+        bare = Tree(
+            rounds.tokens.to(device), rounds.parents.to(device), rounds.live.to(device), self.info.draws, self.info.max_depth,
+            self.info.max_children,
+        )
+        if self.info.draws == "point":
+            return bare
+        assert rounds.law_of is not None
+        law, ids = self.info.drafter_sampling.law(self.drafter_logits(rounds)), self.drafter.draft_ids
+        return replace(bare, law_of=rounds.law_of.to(device), law_rows=law if ids is None else widen(law, ids, self.head.vocab_size))
+
+    @torch.inference_mode()
+    def drafter_logits(self, rounds: Rounds) -> Tensor:
+        """[n, R, Vd] the drafter's, at the nodes whose states were logged."""
+        if rounds.states is None:
+            raise UserError("these rounds were logged without the drafter's states; delete the log and make it with them")
+        states, levels = rounds.states.to(self.head.device).float(), _levels(rounds).to(self.head.device)
+        out: Tensor | None = None
+        for level in range(self.info.max_depth):
+            at = (levels == level).nonzero(as_tuple=True)
+            if len(at[0]):
+                logits = self.drafter.logits_of(states[at], level, self.head)
+                out = logits.new_zeros(*states.shape[:2], logits.shape[-1]) if out is None else out
+                out[at] = logits
+        assert out is not None
+        return out
+
+    def check(self, rounds: Rounds) -> float:
+        """The largest difference between recomputed and logged probabilities of drawn tokens; a `UserError` for other weights."""
+        tree, row = self.tree(rounds), torch.arange(len(rounds), device=self.head.device)[:, None]
+        p = self.info.sampling.law(self.logits(rounds))[row, tree.parents, tree.tokens]
+        gaps = [(p.cpu() - rounds.p).abs()[:, 1:]]
+        if rounds.q is not None and tree.law_rows is not None and tree.law_of is not None:
+            gaps.append((tree.law_rows[row, tree.law_of, tree.tokens].cpu() - rounds.q).abs()[:, 1:])
+        gap = torch.cat(gaps)[torch.cat([rounds.live[:, 1:]] * len(gaps))]
+        if len(gap) and float(gap.mean()) > FOREIGN:
+            raise UserError(
+                f"laws recomputed from the logged states differ from those of the decoding by {float(gap.mean()):.2f} in the mean: the "
+                f"log was made with another drafter or target; delete it and log again"
+            )
+        return float(gap.max()) if len(gap) else 0.0
+
+
+def _levels(rounds: Rounds) -> Tensor:
+    """[n, R] depth of the nodes that the states are of; 0 where no logged node was drawn from one."""
+    assert rounds.states is not None and rounds.law_of is not None
+    depth = torch.zeros_like(rounds.parents)
+    for node in range(1, depth.shape[1]):  # parents stand before their children
+        depth[:, node] = depth.gather(1, rounds.parents[:, node : node + 1])[:, 0] + 1
+    levels = torch.zeros(rounds.states.shape[:2], dtype=torch.long)
+    return levels.scatter(1, rounds.law_of[:, 1:], depth[:, 1:] - 1)

@@ -1,0 +1,144 @@
+"""Rules on the same logged trees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic, Static
+from drafttrain.core.sampling import Sampling
+from drafttrain.evaluation import rules
+from drafttrain.evaluation.bench import EvaluationConfig
+from drafttrain.evaluation.rules import Judge, Judged, compare, judge_rounds, judges, replay_rules, rules_table
+from drafttrain.evaluation.runners import Contender
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.rounds import Laws, RoundLog, joined, log_rounds
+from drafttrain.verify import RULES, build
+from tests.evaluation.toys import SUITE, contender, target
+
+WARM = Sampling(temperature=0.9)
+PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43], [7, 7]]
+
+
+def rule(name: str, form: Any = "whole") -> Judge:
+    return Judge(build(RULES[name].Config(name=name)), form)
+
+
+def logged(folder: Path, shape: Any, new: int = 40, sampling: Sampling = WARM, **runtime: Any) -> tuple[RoundLog, Laws]:
+    drafter = contender().decoder.drafter
+    assert drafter is not None
+    decoder = SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape, **runtime))
+    log = log_rounds(decoder, PROMPTS * 3, sampling, new, folder, "d")
+    return log, Laws(log.info, drafter, target().head)
+
+
+@pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2)), Dynamic(depth=3, beam=2, top_k=3, nodes=7)])
+def test_a_rule_replayed_on_its_own_rounds_gives_the_accepted_length_that_decoding_logged(shape: Any, tmp_path: Path) -> None:
+    log, laws = logged(tmp_path, shape)
+    (judged,) = judge_rounds(log, laws, [rule(log.info.rule)], chances=32, seed=7)
+    accepted = torch.cat([part.accepted for part in log.parts()]).numpy()
+    residual = accepted - judged.lengths  # of mean 0, whatever the tree
+    assert abs(residual.mean()) < 3 * residual.std() / np.sqrt(len(residual))
+    assert residual.std() < accepted.std()  # and smaller than what trees differ by
+    assert judged.reached[0] > 0.05
+
+
+def test_rejection_has_its_closed_form_on_chains_and_recursive_agrees(tmp_path: Path) -> None:
+    log, laws = logged(tmp_path, Chain(length=3))
+    rounds = joined(list(log.parts()))
+    assert rounds.q is not None
+    stands = (rounds.p / rounds.q)[:, 1:].clamp_max(1).double().cumprod(1)  # [n, K]
+    rejection, recursive = judge_rounds(log, laws, [rule("rejection"), rule("recursive")], chances=400)
+    noise = rejection.lengths.std() / np.sqrt(400)
+    assert abs(rejection.lengths.mean() - stands.sum(1).mean().item()) < 0.02
+    np.testing.assert_allclose(rejection.lengths, stands.sum(1).numpy(), atol=5 * max(noise, 0.07))
+    np.testing.assert_allclose(recursive.lengths.mean(), stands.sum(1).mean().item(), atol=0.02)
+    np.testing.assert_allclose(rejection.reached, stands.mean(0).numpy(), atol=0.01)
+
+
+def test_the_first_chain_of_a_tree_is_judged_as_the_chain_it_is(tmp_path: Path) -> None:
+    log, laws = logged(tmp_path, Static(children=(3, 2)))
+    rounds = joined(list(log.parts()))
+    assert rounds.q is not None
+    nodes = [1, 4]  # first child of the root, its first child
+    stands = (rounds.p / rounds.q)[:, nodes].clamp_max(1).cumprod(1).sum(1)
+    (chain,) = judge_rounds(log, laws, [rule("rejection", "first chain")], chances=200)
+    assert abs(chain.lengths.mean() - stands.mean().item()) < 0.02
+    np.testing.assert_allclose(chain.lengths, stands.numpy(), atol=0.25)
+
+
+def test_the_result_does_not_depend_on_how_rounds_and_chances_are_grouped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, laws = logged(tmp_path, Static(children=(3, 2)), new=12)
+    every = [rule("recursive"), rule("rejection", "first chain")]
+    whole = judge_rounds(log, laws, every, chances=6, seed=1)
+    for elements in (1, 64 * 14 * 4, 64 * 14 * 20):
+        monkeypatch.setattr(rules, "ELEMENTS", elements)
+        for one, other in zip(judge_rounds(log, laws, every, chances=6, seed=1), whole, strict=True):
+            np.testing.assert_array_equal(one.lengths, other.lengths)
+
+
+def test_every_registered_rule_is_judged_or_left_out_with_a_reason(tmp_path: Path) -> None:
+    for shape, topology in ((Chain(length=2), "chain"), (Static(children=(2, 2)), "tree")):
+        log, _ = logged(tmp_path / topology, shape, new=6)
+        every, left_out = judges(log.info)
+        whole = {judge.rule.config.name for judge in every if judge.form == "whole"}
+        assert whole | {note.partition(":")[0] for note in left_out} == set(RULES)
+        fits = {
+            name for name, kind in RULES.items()
+            if kind.lossless and kind.temperatures != "zero" and (log.info.draws, topology) in kind.accepts
+            and not any(field.is_required() for field in kind.Config.model_fields.values())
+        }  # fmt: skip
+        assert whole == fits
+        assert every[0].label == ("rejection" if topology == "chain" else "recursive")
+        assert ([judge.label for judge in every if judge.form != "whole"] == ["rejection, first chain"]) == (topology == "tree")
+
+
+def test_intervals_are_over_prompts_and_differences_are_paired() -> None:
+    rng = np.random.default_rng(0)
+    prompt = np.repeat(np.arange(40), 25)
+    base = rng.normal(2, 0.5, 1000) + rng.normal(0, 1, 40)[prompt]  # prompts differ far more than rules
+    first, second = (Judged(rule("recursive"), lengths, np.zeros(2)) for lengths in (base, base + 0.05 + rng.normal(0, 0.01, 1000)))
+    own, other = compare([first, second], prompt)
+    assert own.tau.value == pytest.approx(base.mean() + 1)
+    assert own.difference.value == own.difference.low == 0
+    assert other.difference.low is not None and other.difference.high is not None
+    assert 0.045 < other.difference.low < 0.05 < other.difference.high < 0.055
+    assert own.tau.low is not None and own.tau.high is not None
+    half = (own.tau.high - own.tau.low) / 2
+    assert half > 0.15  # as 40 prompts allow, not 1000 rounds
+    assert other.relative.value == pytest.approx(other.tau.value / own.tau.value - 1)
+
+
+def test_rows_name_what_was_measured_and_rounds_are_logged_once(tmp_path: Path) -> None:
+    config = EvaluationConfig(max_new_tokens=20, temperature=1.0, repeats=2)
+    trees = RuntimeConfig(shape=Static(children=(2, 2)))
+    both = [Contender("chain", contender().decoder), Contender("tree", SpeculativeDecoder(target(), contender().decoder.drafter, trees))]
+    rows, left_out = replay_rules(target(), both, SUITE, config, tmp_path, chances=4)
+    assert any(note.startswith("greedy: for temperature 0 only") for note in left_out)
+    assert {row.contender for row in rows} == {"chain", "tree"}
+    assert all(row.prompts == 4 and row.law_gap < 1e-5 for row in rows)
+    by_rule = {row.rule: row for row in rows if row.contender == "chain"}
+    assert by_rule["rejection"].decoded_by == "rejection"
+    assert by_rule["rejection"].tau.value == pytest.approx(by_rule["rejection"].decoded_tau, abs=0.3)
+    assert len(list((tmp_path / "rounds").iterdir())) == 2
+    before = target().forwards
+    again, _ = replay_rules(target(), both, SUITE, config, tmp_path, chances=4)
+    assert target().forwards == before
+    assert [row.tau for row in again] == [row.tau for row in rows]
+    written = [json.loads(line) for line in (tmp_path / "rules.jsonl").read_text().splitlines()]
+    assert len(written) == 2 * len(rows)
+    assert written[0]["rule"] == rows[0].rule and written[0]["format"] == rules.FORMAT
+    table = rules_table(rows + again)
+    assert table.count("| rejection |") == 1  # the chain's, once, though it was measured twice
+    assert table.count("| rejection, first chain |") == 1
+
+
+def test_temperature_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"temperature 0: all lossless rules keep the same tokens"):
+        replay_rules(target(), [contender()], SUITE, EvaluationConfig(), tmp_path)

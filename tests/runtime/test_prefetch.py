@@ -1,0 +1,151 @@
+"""Prefetched drafts are the drafts that would have been made, and save the calls for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic, Static
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.prefetch import Prefetcher
+from drafttrain.runtime.stats import Statistics
+from tests.runtime.test_rounds import PROMPTS, drafter, target
+from tests.tiny import greedy_text
+
+SHAPES = {"chain": Chain(length=3), "static": Static(children=(3, 2)), "dynamic": Dynamic(depth=3, beam=2, top_k=3, nodes=7)}
+NEW = 26
+
+
+def decoded(shape: Any, prefetch: int, temperature: float, batch: int = 1, **more: Any) -> tuple[list[Generation], list[Tree], Statistics]:
+    trees: list[Tree] = []
+
+    def keep(tree: Tree, scored: Scored, verdict: Verdict) -> None:
+        trees.append(tree)
+
+    runtime = RuntimeConfig(shape=shape, prefetch=prefetch)
+    speculative = SpeculativeDecoder(target(), drafter("small_lm"), runtime)
+    out = speculative.generate(PROMPTS, NEW, temperature, seed=4, batch_size=batch, on_round=keep, **more)
+    return out, trees, sum((one.statistics for one in out[1:]), out[0].statistics)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_texts_and_trees_are_those_of_decoding_without_prefetching(shape: Any, temperature: float, batch: int) -> None:
+    plain, trees, without = decoded(shape, 0, temperature, batch)
+    ours, ours_trees, counts = decoded(shape, 4, temperature, batch)
+    assert [one.tokens for one in ours] == [one.tokens for one in plain]
+    assert [tree.tokens.tolist() for tree in ours_trees] == [tree.tokens.tolist() for tree in trees]
+    assert counts.drafter_calls - counts.prefetch_calls + counts.calls_saved == without.drafter_calls
+    assert (without.bets, without.hits, without.prefetch_calls, without.calls_saved) == (0, 0, 0, 0)
+    assert 0 < counts.hits < counts.bets
+    if batch == 1:
+        assert counts.calls_saved == shape.depth * counts.hits
+    if temperature == 0:
+        assert [one.tokens for one in ours] == [greedy_text(target().model, prompt, NEW) for prompt in PROMPTS]
+
+
+def test_every_bet_on_a_row_is_tried_and_wider_ones_hit_more() -> None:
+    shares = [stats.hits / stats.bets for _, _, stats in (decoded(Chain(length=3), width, 0.0) for width in (1, 4, 64))]
+    assert shares[0] <= shares[1] < shares[2]
+
+
+def test_bets_are_placed_before_the_target_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    draft, score, propose = Prefetcher.draft, target().score, Batch._propose
+
+    def drafting(*given: Any) -> Any:
+        order.append("bet")
+        return draft(*given)
+
+    def scoring(*given: Any) -> Any:
+        order.append("score")
+        return score(*given)
+
+    def proposing(*given: Any) -> Any:
+        order.append("propose")
+        return propose(*given)
+
+    monkeypatch.setattr(Prefetcher, "draft", drafting)
+    monkeypatch.setattr(target(), "score", scoring)
+    monkeypatch.setattr(Batch, "_propose", proposing)
+    decoded(Chain(length=2), 2, 0.8, batch=4)
+    assert order == ["propose", "bet", "score"] * (len(order) // 3)
+
+
+def test_bets_are_the_likeliest_ways_out_of_the_tree_by_the_drafters_own_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the drafter's laws of whole texts, read afresh."""
+    checked = 0
+    draft = Prefetcher.draft
+    lm = drafter("small_lm")
+
+    def watched(self: Prefetcher, state: Any, tree: Tree, plan: Any, sampling: Sampling, chance: Any) -> Any:
+        nonlocal checked
+        bets = draft(self, state, tree, plan, sampling, chance)
+        chain = [0]
+        while int(tree.children[0, chain[-1], 0]) >= 0:
+            chain.append(int(tree.children[0, chain[-1], 0]))
+        context = [*PROMPTS[0], *batch.written[0][:-1]]
+        ways: dict[tuple[int, int], float] = {}
+        reached = 1.0
+        for depth, node in enumerate(chain):
+            text = context + tree.tokens[0, chain[: depth + 1]].tolist()
+            position, document = torch.arange(len(text))[None], torch.zeros(1, len(text), dtype=torch.long)
+            read = Packed(torch.tensor([text]), position, document)
+            states = next(lm.unrolled(read, target().head, 1)).roll(1, 1)  # type: ignore[arg-type]
+            law = lm.logits_of(states[:, -1], 0, target().head).softmax(-1)[0]
+            children = [int(child) for child in tree.children[0, node] if child >= 0]
+            taken = {int(tree.tokens[0, child]) for child in children}
+            ways |= {(depth, token): reached * float(law[token]) for token in range(len(law)) if token not in taken}
+            reached *= float(law[tree.tokens[0, chain[depth + 1]]]) if depth + 1 < len(chain) else 0
+        best = sorted(ways.values(), reverse=True)[:3]
+        placed = [ways[int(depth), int(token)] for depth, token in zip(bets.length[0], bets.token[0], strict=True)]
+        assert sorted(placed, reverse=True) == pytest.approx(best)
+        checked += 1
+        return bets
+
+    monkeypatch.setattr(Prefetcher, "draft", watched)
+    batch = SpeculativeDecoder(target(), lm, RuntimeConfig(shape=Static(children=(2, 1, 1)), prefetch=3)).batch(Sampling())
+    batch.start([Request(PROMPTS[0], 0, 16)])
+    while not batch.done:
+        batch.step()
+    assert checked > 3
+
+
+class Packed:
+    """What `unrolled` reads of a batch."""
+
+    def __init__(self, tokens: torch.Tensor, position: torch.Tensor, document: torch.Tensor) -> None:
+        self.tokens, self.position, self.document = tokens, position, document
+
+
+def test_rows_near_their_end_bet_past_it_without_harm() -> None:
+    for new in (2, 3, 5):
+        runtime = RuntimeConfig(shape=Chain(length=6), prefetch=3)
+        got = SpeculativeDecoder(target(), drafter("small_lm"), runtime).generate([[3] * 120], new)
+        assert len(got[0].tokens) == new
+
+
+def test_a_row_that_ends_throws_its_bets_away() -> None:
+    end = decoded(Chain(length=3), 0, 0.0)[0][0].tokens[9]
+    plain = SpeculativeDecoder(target(), drafter("small_lm"), RuntimeConfig(shape=Chain(length=3)))
+    ours = SpeculativeDecoder(target(), drafter("small_lm"), RuntimeConfig(shape=Chain(length=3), prefetch=8))
+    before = target().eos_ids
+    try:
+        target().eos_ids = (end,)
+        assert [one.tokens for one in ours.generate(PROMPTS, NEW)] == [one.tokens for one in plain.generate(PROMPTS, NEW)]
+        assert ours.generate(PROMPTS[0], NEW)[0].tokens[-1] == end
+    finally:
+        target().eos_ids = before
+
+
+def test_a_drafter_that_reads_the_target_cannot_bet() -> None:
+    with pytest.raises(UserError, match=r"runtime.prefetch 2: a eagle3 drafter reads the target's features \(aux\)"):
+        SpeculativeDecoder(target(), drafter("eagle3"), RuntimeConfig(shape=Chain(length=2), prefetch=2))

@@ -1,0 +1,168 @@
+"""Logged rounds: what is kept is enough to have every law again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.core.chance import Seeded
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.drafters import DRAFTERS
+from drafttrain.drafters.base import Drafter
+from drafttrain.runtime import rounds as logging
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.rounds import Laws, Recorder, RoundLog, joined, log_rounds
+from drafttrain.target.adapter import Target
+from tests.tiny import VOCAB, fitted, tiny_target
+
+PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48], [7, 7]]
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "eagle3": ("eagle3", {"unroll": 3, "draft_vocab_size": 48}),
+    "medusa": ("medusa", {"heads": 3}),
+    "medusa, own heads": ("medusa", {"heads": 3, "own_heads": True, "draft_vocab_size": 40}),
+    "small_lm": ("small_lm", {"layers": 2}),
+    "small_lm, narrow": ("small_lm", {"layers": 1, "hidden_size": 16}),
+}
+RAGGED = Static(choices=((0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0)))
+HOT = Sampling(temperature=0.9, top_k=20, top_p=0.95)
+
+
+@lru_cache
+def target() -> Target:
+    return tiny_target(3)
+
+
+@lru_cache
+def drafter(name: str) -> Drafter:
+    family, options = FAMILIES[name]
+    torch.manual_seed(1)
+    made = DRAFTERS[family](DRAFTERS[family].Config(name=family, **options), target().shape)
+    made.start_from(target().head, torch.arange(VOCAB))
+    return fitted(made, target(), PROMPTS, new_tokens=16, steps=10)
+
+
+def decoder(name: str, shape: Any, **runtime: Any) -> SpeculativeDecoder:
+    return SpeculativeDecoder(target(), drafter(name), RuntimeConfig(shape=shape, **runtime))
+
+
+class Spy(Recorder):
+    """Keeps the laws themselves too, as the round used them."""
+
+    seen: list[tuple[Tree, torch.Tensor]]
+
+    def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
+        assert self.batch is not None
+        if not hasattr(self, "seen"):
+            self.seen = []
+        alive = self.batch.alive
+        kept = {name: vars(tree)[name][alive] for name in ("tokens", "parents", "live", "law_rows", "law_of", "law_states")}
+        self.seen.append((replace(tree, **kept), scored.p[alive]))
+        super().__call__(tree, scored, verdict)
+
+
+@pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2)), RAGGED], ids=["chain", "3-2", "ragged"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_laws_recomputed_from_logged_states_are_those_the_rounds_used(
+    name: str, shape: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spies: list[Spy] = []
+    monkeypatch.setattr(logging, "Recorder", lambda *given: spies.append(Spy(*given)) or spies[-1])
+    log = log_rounds(decoder(name, shape, drafter_temperature=1.3), PROMPTS, HOT, 12, tmp_path / "log", "d", batch_size=3)
+    laws = Laws(log.info, drafter(name), target().head)
+    logged = joined(list(log.parts()))
+    again = laws.tree(logged)
+    used = [pair for spy in spies for pair in spy.seen]
+    tokens, p = torch.cat([tree.tokens for tree, _ in used]), torch.cat([p for _, p in used])
+    assert len(log) == len(tokens) > 8
+    assert torch.equal(again.tokens, tokens)
+    used_q = torch.cat([tree.law_rows.gather(1, tree.law_of[..., None].expand(-1, -1, VOCAB)) for tree, _ in used])[:, 1:]
+    found_q = again.law_rows.gather(1, again.law_of[..., None].expand(-1, -1, VOCAB))[:, 1:]
+    torch.testing.assert_close(found_q, used_q, atol=1e-5, rtol=0)
+    torch.testing.assert_close(HOT.law(laws.logits(logged)), p, atol=1e-5, rtol=0)
+    assert laws.check(logged) < 1e-5
+    assert used_q.max() > used_q.mean() * 3  # these laws are not flat
+
+
+def test_rounds_logged_are_the_rounds_of_rows_that_go_on(tmp_path: Path) -> None:
+    speculative = decoder("eagle3", Static(children=(2, 2)))
+    log = log_rounds(speculative, PROMPTS, HOT, 40, tmp_path / "log", "d", seed=6, batch_size=4)
+    answers = speculative.generate(PROMPTS, 40, *HOT, seed=6)
+    counts = torch.cat([part.prompt for part in log.parts()]).bincount(minlength=4).tolist()
+    assert counts == [one.statistics.rounds for one in answers]
+    assert sorted(counts)[0] < sorted(counts)[1]  # one row waits, ended, beside three that go on
+
+
+def test_a_finished_log_is_opened_again_and_one_of_other_settings_is_made_anew(tmp_path: Path) -> None:
+    speculative = decoder("medusa", Chain(length=2))
+    first = log_rounds(speculative, PROMPTS, HOT, 8, tmp_path / "log", "d")
+    before = speculative.target.forwards
+    assert len(log_rounds(speculative, PROMPTS, HOT, 8, tmp_path / "log", "d")) == len(first)
+    assert speculative.target.forwards == before
+    log_rounds(speculative, PROMPTS, HOT, 8, tmp_path / "log", "d", seed=1)
+    assert speculative.target.forwards > before
+
+
+def test_shards_together_hold_what_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speculative = decoder("small_lm", Chain(length=2))
+    whole = log_rounds(speculative, PROMPTS, HOT, 8, tmp_path / "one", "d", batch_size=1)
+    monkeypatch.setattr(logging, "SHARD_BYTES", 1)
+    many = log_rounds(speculative, PROMPTS, HOT, 8, tmp_path / "many", "d", batch_size=1)
+    assert (len(whole.info.shards), len(many.info.shards)) == (1, 4)
+    for name, value in joined(list(whole.parts())).tensors().items():
+        assert torch.equal(joined(list(many.parts())).tensors()[name], value), name
+
+
+def test_a_log_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(logging.RoundWriter, "finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        log_rounds(decoder("medusa", Chain(length=2)), PROMPTS, HOT, 8, tmp_path / "log", "d")
+    with pytest.raises(UserError, match=r"no index.json.*--replay-rules"):
+        RoundLog.open(tmp_path / "log")
+
+
+def test_laws_of_another_drafter_are_refused(tmp_path: Path) -> None:
+    cold = Sampling(temperature=0.3)
+    log = log_rounds(decoder("medusa", Chain(length=2)), PROMPTS, cold, 16, tmp_path / "log", "d")
+    with pytest.raises(UserError, match="another drafter or target"):
+        Laws(log.info, drafter("medusa"), tiny_target(9).head).check(joined(list(log.parts())))
+
+
+@pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2)), Dynamic(depth=3, beam=2, top_k=3, nodes=7)])
+@torch.inference_mode()
+def test_states_of_point_trees_give_the_logits_their_tokens_were_the_likeliest_of(shape: Any) -> None:
+    for name in ("eagle3", "small_lm"):
+        made, head = drafter(name), target().head
+        prompts, lengths = torch.tensor([PROMPTS[0], PROMPTS[0]]), torch.tensor([6, 4])
+        cache = target().new_cache(2, 40)
+        read = target().prefill(cache, prompts, lengths, made.needs)
+        state = made.begin(prompts, lengths, read.features, head, 40)
+        plan = Plan(shape, "point", keep_states=True)
+        tree = made.propose(state, torch.tensor([4, 8]), plan, Sampling(), Seeded(0, torch.arange(2)))
+        assert tree.law_states is not None and tree.law_of is not None
+        logits = made.logits_of(tree.law_states, 0, head)
+        ids = made.draft_ids if made.draft_ids is not None else torch.arange(VOCAB)
+        for row in range(2):
+            for node in range(1, tree.tokens.shape[1]):
+                likeliest = ids[logits[row, tree.law_of[row, node]].topk(3).indices].tolist()
+                assert tree.tokens[row, node] in likeliest
+
+
+def test_a_log_holds_states_and_not_laws(tmp_path: Path) -> None:
+    log = log_rounds(decoder("eagle3", Static(children=(3, 2))), PROMPTS, HOT, 12, tmp_path / "log", "d")
+    rounds = joined(list(log.parts()))
+    nodes, states = 1 + 3 + 6, 1 + 3
+    assert rounds.last.shape[1:] == (nodes, 32)
+    assert rounds.states is not None and rounds.states.shape[1:] == (states, 32)
+    assert all(VOCAB not in value.shape[1:] for value in rounds.tensors().values())
