@@ -12,6 +12,7 @@ import numpy as np
 
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation.efficiency import Efficiency
+from drafttrain.evaluation.quality import Judged, Quality, pooled
 from drafttrain.evaluation.runners import PLAIN, Facts, Outcome
 from drafttrain.runtime.stats import PHASES, Statistics
 
@@ -41,6 +42,7 @@ class Sample:
     outcome: Outcome
     looping: bool
     difference: Difference | None = None
+    quality: Judged | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -57,7 +59,9 @@ class Sample:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sample:
         difference = None if data["difference"] is None else Difference(**data["difference"])
-        return cls(**{**data, "outcome": Outcome.from_json(data["outcome"]), "difference": difference})
+        quality = Judged(**data["quality"]) if data.get("quality") else None  # older journals have none
+        outcome = Outcome.from_json(data["outcome"])
+        return cls(**{**data, "outcome": outcome, "difference": difference, "quality": quality})
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Measured:
     peak_memory: int
     loop_efficiency: float | None = None
     drafting_overhead: float | None = None
+    quality: Quality | None = None  # see `quality.pooled`; None where it was not measured
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,7 @@ def summarise(
         peak_memory=max(sample.outcome.peak_memory for sample in own),
         loop_efficiency=efficiency.loop if efficiency else None,
         drafting_overhead=efficiency.drafting if efficiency else None,
+        quality=pooled([sample.quality for sample in own if sample.quality is not None]),
     )
 
 
