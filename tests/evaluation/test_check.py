@@ -30,7 +30,8 @@ def test_the_last_number_counts_unless_a_place_is_marked(text: str, number: str 
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("B", "B"), ("B) a dog", "B"), ("B. A dog", "B"), ("C: since (A) is wrong", "C"), ("(C)", "C"), ("The answer is D.", "D"), ("Answer: (B) dog", "B"),
+        ("B", "B"), ("B) a dog", "B"), ("B. A dog", "B"), ("C: since (A) is wrong", "C"),
+        ("(C)", "C"), ("The answer is D.", "D"), ("Answer: (B) dog", "B"),
         ("A) table\n\nThe correct answer is D) stone.", "D"), ("**C**", "C"), ("I think it is\nB\n", "B"),
         ("A dog is an animal.", None), ("The answer is a dog.", None), ("It would be (B), not (C).", "B"),
         ("the answer is A", "A"), ("The answer is A dog", None), ("nothing", None), ("A", "A"),
