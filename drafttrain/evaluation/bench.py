@@ -26,12 +26,14 @@ from drafttrain.drafters.base import DrafterConfig
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import AnyFree
 from drafttrain.evaluation.efficiency import Efficiency, measure
+from drafttrain.evaluation.execute import can_execute
 from drafttrain.evaluation.journal import Journal, append_whole, parse_lines
 from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.peers import Peer, PeerConfig, make_peer
+from drafttrain.evaluation.quality import judge
 from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows
-from drafttrain.evaluation.runners import PLAIN, Contender, Runner, shape_name
+from drafttrain.evaluation.runners import PLAIN, Contender, Facts, Runner, shape_name
 from drafttrain.evaluation.suites import Item, Suite
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
@@ -84,6 +86,11 @@ class EvaluationConfig(Config):
     """Modes of transformers' own `generate` to compare with."""
     efficiency: bool = True
     """Measure the loop efficiency too: a few prompts are decoded again while bare forwards are replayed."""
+    quality: bool = False
+    """Quality columns for every contender. Those with a lossy rule have them in any case, and plain decoding beside them."""
+    execute_code: bool = False
+    """Run the programs that the target writes (HumanEval), with limits but WITHOUT a barrier to files and network: only inside a
+    container, or with a model that you trust. Implies `quality`."""
 
     @property
     def sampling(self) -> Sampling:
@@ -135,7 +142,9 @@ def evaluate(
     if len(facts) < len(runners):
         given = ", ".join(run.label for run in runs)
         raise UserError(f"labels of contenders must differ, and none is '{PLAIN}': got {given}")
-    bench = Bench(target, runners, config)
+    if config.execute_code and not can_execute():
+        raise UserError("evaluation.execute_code: this system lacks the limits that programs are run under (POSIX); leave it off")
+    bench = Bench(target, runners, config, judged_labels(facts, config))
     bench.check(suite)
     setting = bench.setting(suite, out_path, facts)
     journal = Journal(out_path.parent / "measurements" / f"{setting.run}.jsonl")
@@ -161,6 +170,15 @@ def evaluate(
     return rows
 
 
+def judged_labels(facts: dict[str, Facts], config: EvaluationConfig) -> frozenset[str]:
+    """The runners whose texts the target reads again: all where that is asked for, else those with a lossy rule and, to compare them
+    with, plain decoding."""
+    if config.quality or config.execute_code:
+        return frozenset(facts)
+    lossy = frozenset(label for label, known in facts.items() if not known.lossless)
+    return lossy | {PLAIN} if lossy else lossy
+
+
 def read_rows(path: Path) -> list[Row]:
     """All rows of a results file, in the order in which they were measured."""
     if not path.is_file():
@@ -176,6 +194,7 @@ class Bench:
     target: Target
     runners: list[Runner]
     config: EvaluationConfig
+    judged: frozenset[str] = frozenset()  # labels of the runners whose quality is measured
 
     def __post_init__(self) -> None:
         self.reader = SpeculativeDecoder(self.target)
@@ -227,10 +246,15 @@ class Bench:
             asked = (prompt, self.config.max_new_tokens, self.config.sampling, self._seed(item.id, turn, repeat))
             outcomes = {runner.label: runner.run(*asked) for runner in in_turn(self.runners, place + repeat)}
             answers.append(outcomes[PLAIN].text)
+            check = item.check if turn == len(item.turns) - 1 else None
             for label, outcome in outcomes.items():
                 difference = self._difference(prompt, outcomes[PLAIN].tokens, outcome.tokens)
                 looping = loops(outcome.tokens)
-                samples.append(Sample(item.id, turn, repeat, item.task, label, outcome, looping, difference))
+                sample = Sample(item.id, turn, repeat, item.task, label, outcome, looping, difference)
+                if label in self.judged:
+                    texts = (outcome.tokens, outcome.text, answers[-1])
+                    sample.quality = judge(self.target, prompt, *texts, check, self.config.sampling, self.config.execute_code)
+                samples.append(sample)
         return samples
 
     def efficiencies(self, suite: Suite) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation.efficiency import Efficiency
+from drafttrain.evaluation.quality import Judged, Quality, pooled
 from drafttrain.evaluation.runners import PLAIN, Facts, Outcome
 from drafttrain.runtime.stats import PHASES, Statistics
 
@@ -42,6 +43,7 @@ class Sample:
     outcome: Outcome
     looping: bool
     difference: Difference | None = None
+    quality: Judged | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -58,7 +60,9 @@ class Sample:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sample:
         difference = None if data["difference"] is None else Difference(**data["difference"])
-        return cls(**{**data, "outcome": Outcome.from_json(data["outcome"]), "difference": difference})
+        quality = Judged(**data["quality"]) if data.get("quality") else None  # older journals have none
+        outcome = Outcome.from_json(data["outcome"])
+        return cls(**{**data, "outcome": outcome, "difference": difference, "quality": quality})
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Measured:
     loop_efficiency: float | None = None
     drafting_overhead: float | None = None
     prefetch: dict[str, int] | None = None  # bets, hits, prefetch_calls, calls_saved; see `Statistics`
+    quality: Quality | None = None  # see `quality.pooled`; None where it was not measured
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,7 @@ def summarise(
         loop_efficiency=efficiency.loop if efficiency else None,
         drafting_overhead=efficiency.drafting if efficiency else None,
         prefetch={name: vars(total)[name] for name in PREFETCH} if total.bets else None,
+        quality=pooled([sample.quality for sample in own if sample.quality is not None]),
     )
 
 

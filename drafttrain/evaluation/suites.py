@@ -75,7 +75,8 @@ class Suite:
         for item in self.items:
             if left.get(item.task, 0) > 0:
                 left[item.task] -= 1
-                kept.append(replace(item, turns=item.turns[:turns]))
+                check = item.check if turns is None or turns >= len(item.turns) else None  # it belongs to the last turn
+                kept.append(replace(item, turns=item.turns[:turns], check=check))
         return replace(self, items=tuple(kept))
 
 

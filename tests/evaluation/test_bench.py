@@ -17,7 +17,7 @@ from drafttrain.drafters.files import save_drafter
 from drafttrain.evaluation.bench import ContenderConfig, contenders, evaluate, in_turn, read_rows
 from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.runners import PLAIN, Contender, Facts, Outcome
-from drafttrain.evaluation.suites import Item, Suite
+from drafttrain.evaluation.suites import Item, Suite, load_suite
 from drafttrain.runtime.decoder import RuntimeConfig
 from tests.evaluation.toys import CONFIG, SUITE, Letters, contender, lines, target
 from tests.tiny import tiny_eagle3
@@ -173,6 +173,26 @@ def test_a_second_turn_follows_plain_decodings_own_answer(tmp_path: Path) -> Non
     answer = contender().decoder.generate([spy.prompts[0]], max_new_tokens=20)[0].tokens
     assert spy.prompts[1] == Letters()("ABC")["input_ids"] + answer + Letters()("DEF")["input_ids"]
     assert pick(read_rows(tmp_path / "results.jsonl"), PLAIN).measured.prompts == 2
+
+
+def test_mt_bench_is_asked_turn_by_turn_behind_plain_decodings_answers_whoever_else_answers(tmp_path: Path) -> None:
+    questions = [
+        {"question_id": 81, "category": "writing", "turns": ["ABC", "DEF"]},
+        {"question_id": 111, "category": "math", "turns": ["5:<N3", "@?>", "AB"], "reference": ["1", "2", "3"]},
+    ]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    spy = Wrong(contender())
+    config = CONFIG.model_copy(update={"turns": 3})
+    rows = evaluate(target(), [spy], load_suite(f"mt_bench:{tmp_path}"), config, tmp_path / "results.jsonl")
+    expected = []
+    for question in questions:
+        heard: list[int] = []
+        for turn in question["turns"]:
+            heard += Letters()(turn)["input_ids"]
+            expected.append(list(heard))
+            heard += contender().decoder.generate([heard], max_new_tokens=20)[0].tokens
+    assert spy.prompts == expected
+    assert [pick(rows, PLAIN, task).measured.prompts for task in ("writing", "math", "all")] == [2, 3, 5]
 
 
 def test_a_conversation_that_outgrows_the_context_stops_there(tmp_path: Path) -> None:

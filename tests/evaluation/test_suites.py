@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from drafttrain.core.errors import UserError
+from drafttrain.evaluation.check import Check
 from drafttrain.evaluation.suites import Item, Suite, load_suite, read_item
 
 BUILTIN = load_suite("builtin")
@@ -94,6 +95,25 @@ def test_a_selection_keeps_the_first_items_of_each_task_and_the_first_turns() ->
     chosen = Suite("mine", tuple(items)).select(limit=2, turns=1)
     assert [(item.id, item.turns) for item in chosen.items] == [(id, ("one",)) for id in "0123"]
     assert [item.id for item in Suite("mine", tuple(items)).select(tasks=("b",)).items] == ["1", "3", "5"]
+
+
+def test_an_answer_belongs_to_the_last_turn_and_goes_where_that_is_not_asked() -> None:
+    suite = Suite("mine", (Item("a", "t", ("one", "two"), check=Check("word", ("yes",))),))
+    assert suite.select(turns=1).items[0].check is None
+    assert suite.select(turns=2).items[0].check == suite.select().items[0].check == suite.items[0].check
+
+
+def test_how_an_answer_is_checked_follows_from_the_answer_unless_it_is_said() -> None:
+    def read(**more: Any) -> Check | None:
+        return read_item(json.dumps({"id": "x", "task": "t", "prompt": "p", **more}), "here").check
+
+    assert read() is None
+    assert read(answer="1,200") == Check("number", ("1,200",))
+    assert read(answer=26) == Check("number", ("26",))
+    assert read(answer="carbon dioxide") == Check("word", ("carbon dioxide",))
+    assert read(answer="32", check="word") == Check("word", ("32",))
+    assert read(answer=["Leonardo", "da Vinci"]) == Check("word", ("Leonardo", "da Vinci"))
+    assert read(answer="yes", check="option", options=["yes", "no"]) == Check("option", ("yes",), ("yes", "no"))
 
 
 @pytest.mark.parametrize("change", [{"turns": ("other",)}, {"task": "other"}, {"before": (("system", "other"),)}])
