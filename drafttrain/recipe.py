@@ -57,9 +57,13 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 """The recipe keys, or whole sections, that each stage's fingerprint is made from, in the order of the stages."""
 
 FREE = frozenset(
-    {"name", "output", "seed", "target.device", "data.batch_size", "data.online", "train.keep", "train.save_every", "train.tracker"}
-)
-"""Keys that no fingerprint reads: they change no result beyond rounding (`seed` is counted in the sections that take it)."""
+    {
+        "name", "output", "seed", "target.device", "data.batch_size", "data.online", "train.keep", "train.save_every", "train.tracker",
+        "study.grid", "study.confirm", "study.timed",
+    }
+)  # fmt: skip
+"""Keys that no stage's fingerprint reads: they change no result beyond rounding (`seed` is counted in the sections that take it), or are
+the study's, which keeps its own accounts."""
 
 
 class Recipe(Config):

@@ -95,7 +95,7 @@ def cells(recipe: Recipe, folder: Path) -> list[Cell]:
             raise UserError(f"study.grid '{key}': no values; list at least one")
     combined = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     recipes = [_varied(recipe, values, folder) for values in combined]
-    labels = _labels(recipe, recipes)
+    labels = _labels(recipes)
     return [Cell(*parts) for parts in zip(labels, combined, recipes, strict=True)]
 
 
@@ -128,13 +128,14 @@ def _conversations(recipe: Recipe) -> Path:
     return features if (features / INDEX).exists() else stages.conversations_folder(recipe)
 
 
-def _labels(recipe: Recipe, made: Sequence[Recipe]) -> list[str]:
-    """`eagle3 intermediate_size=768 chain-4`: what was set and differs between the cells."""
+def _labels(made: Sequence[Recipe]) -> list[str]:
+    """`eagle3 intermediate_size=768 chain-4`: what was set and differs between the cells of a family."""
     sections = [{f"{section}.{key}": value for section in VARIED for key, value in _set(one, section).items()} for one in made]
-    differs = {key for one in sections for key in one if len({json.dumps(other.get(key)) for other in sections}) > 1}
     labels: list[str] = []
     for one, values in zip(made, sections, strict=True):
-        told = [f"{key.split('.')[1]}={value}" for key, value in values.items() if key in differs and not isinstance(value, dict)]
+        family = [other for other, its in zip(sections, made, strict=True) if its.drafter.name == one.drafter.name]
+        differs = [key for key in values if any(other.get(key) != values[key] for other in family)]
+        told = [f"{key.split('.')[1]}={values[key]}" for key in differs if not isinstance(values[key], dict)]
         label = " ".join([one.drafter.name, *told, shape_name(one.runtime.shape)])
         labels.append(label if label not in labels else f"{label} ({sum(label == other.split(' (')[0] for other in labels) + 1})")
     return labels
