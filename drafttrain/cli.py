@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -223,6 +223,56 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def study(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=[VALUES]", help="A key and its values; replaces the recipe's grid.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a grid of drafters, forecast their speed from replay and latencies, and decode with the best few.
+
+    [dim]drafttrain study recipes/smollm2-study.yaml[/dim]
+    [dim]drafttrain study my.yaml --grid 'drafter.layers=[1, 2, 4]' --grid 'runtime.shape.length=[2, 4]' study.confirm=3[/dim]
+    """
+    from drafttrain import study as studying
+    from drafttrain.evaluation.frontier import cells_table
+
+    resolved = _load(recipe, [*_gridded(grid or []), *(overrides or [])])
+    with stopped_training_exits():
+        found = studying.study(resolved)
+    _print_cells(*cells_table(found))
+    print(f"{resolved.folder / 'study'}: study.md, study.jsonl, study.png, study.svg")
+
+
+@app.command()
+def tune(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="A further run whose drafter is considered.", show_default=False)
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tuned recipe here, not into the chosen run.", show_default=False)
+    ] = None,
+) -> None:
+    """Choose the tree's shape (and of several runs the drafter) that decodes fastest on this device, and write it down.
+
+    [dim]drafttrain tune runs/quickstart evaluation.limit=2[/dim]
+    [dim]drafttrain tune runs/eagle3 --also runs/medusa --write tuned.yaml[/dim]
+    """
+    from drafttrain import tune as tuning
+    from drafttrain.recipe import write_recipe
+
+    tuned = tuning.tune([_load(recipe, overrides), *(_load(other, None) for other in also or [])])
+    _print_cells(*tuning.table(tuned))
+    path = tuning.destination(tuned.recipe, write)
+    write_recipe(tuned.recipe, path)
+    slower = "; slower than plain decoding by forecast, so policy is adaptive" if tuned.forecasts[tuned.chosen].speedup < 1 else ""
+    print(f"{tuned.labels[tuned.chosen]}{slower}: written to {path}")
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, from which editors complete YAML.
 
@@ -292,6 +342,36 @@ def _print(table: Group) -> None:
     if not console.is_terminal:
         console.width = 160  # a file has no edge
     console.print(table)
+
+
+def _print_cells(head: Sequence[str], body: Iterable[Sequence[str]]) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, name in enumerate(head):
+        table.add_column(name, justify="right" if place else "left", overflow="fold")
+    for cells in body:
+        table.add_row(*cells)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # a file has no edge
+    console.print(table)
+
+
+def _gridded(options: Sequence[str]) -> list[str]:
+    """`KEY=[VALUES]` options as one override of the recipe's grid; keys hold dots, which overrides would split."""
+    from drafttrain.recipe import apply_override
+
+    grid: dict[str, Any] = {}
+    for option in options:
+        key, found, values = option.partition("=")
+        holder: dict[str, Any] = {}
+        apply_override(holder, f"values={values}")
+        if not found or not isinstance(holder["values"], list):
+            raise UserError(f"--grid '{option}': expected KEY=[VALUES], such as drafter.layers=[1, 2]")
+        grid[key.strip()] = holder["values"]
+    return [f"study.grid={json.dumps(grid)}"] if grid else []
 
 
 def _stream(recipe: Recipe, prompt: Any, plain: bool = False, **options: Any) -> None:

@@ -26,6 +26,7 @@ from drafttrain.data.shards import INDEX, write_whole
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import DrafterConfig
 from drafttrain.evaluation.bench import EvaluationConfig
+from drafttrain.evaluation.frontier import StudyConfig
 from drafttrain.export import ExportConfig
 from drafttrain.runtime.decoder import RuntimeConfig
 from drafttrain.target.files import TargetConfig
@@ -56,9 +57,13 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 """The recipe keys, or whole sections, that each stage's fingerprint is made from, in the order of the stages."""
 
 FREE = frozenset(
-    {"name", "output", "seed", "target.device", "data.batch_size", "data.online", "train.keep", "train.save_every", "train.tracker"}
-)
-"""Keys that no fingerprint reads: they change no result beyond rounding (`seed` is counted in the sections that take it)."""
+    {
+        "name", "output", "seed", "target.device", "data.batch_size", "data.online", "train.keep", "train.save_every", "train.tracker",
+        "study.grid", "study.confirm", "study.timed",
+    }
+)  # fmt: skip
+"""Keys that no stage's fingerprint reads: they change no result beyond rounding (`seed` is counted in the sections that take it), or are
+the study's, which keeps its own accounts."""
 
 
 class Recipe(Config):
@@ -78,6 +83,7 @@ class Recipe(Config):
     runtime: RuntimeConfig = RuntimeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+    study: StudyConfig = StudyConfig()
 
     @property
     def folder(self) -> Path:
@@ -99,7 +105,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for section in SEEDED:
         if isinstance(data.get(section, {}), dict):
             data[section] = {"seed": data.get("seed", 0), **data.get(section, {})}
-    recipe = parse(Recipe, data, str(source))
+    return check_recipe(data, str(source))
+
+
+def check_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """`data` as a recipe whose rules fit, or a `UserError` that `where` opens."""
+    recipe = parse(Recipe, data, where)
     recipe.runtime.fitted(recipe.evaluation.sampling.check(), DRAFTERS[recipe.drafter.name])
     for contender in recipe.evaluation.contenders:
         (contender.runtime or recipe.runtime).fitted(recipe.evaluation.sampling)
@@ -180,10 +191,15 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 
 def write_resolved(recipe: Recipe, folder: Path) -> None:
     """Puts the recipe as it was understood, and the versions it ran with, into `folder`."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RESOLVED, lambda path: path.write_text(text, encoding="utf-8"))
+    write_recipe(recipe, folder / RESOLVED)
     write_whole(folder / VERSIONS, lambda path: path.write_text(json.dumps(versions(), indent=2) + "\n"))
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """The recipe as it was understood, every key of it."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def versions() -> dict[str, str]:

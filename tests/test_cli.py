@@ -249,7 +249,7 @@ def test_doctor_marks_every_answer_token_but_the_first() -> None:
 def test_schema_and_version_and_help_answer() -> None:
     assert json.loads(drafttrain("schema").stdout)["properties"].keys() >= {"target", "data", "drafter", "train"}
     assert drafttrain("--version").stdout.startswith("drafttrain ")
-    for command in ("regenerate", "capture", "train", "eval", "generate", "export", "run", "schema", "doctor"):
+    for command in ("regenerate", "capture", "train", "eval", "generate", "export", "run", "schema", "doctor", "study", "tune"):
         assert "drafttrain" in drafttrain(command, "--help").stdout
 
 

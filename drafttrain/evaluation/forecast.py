@@ -1,0 +1,148 @@
+"""What `throughput.py` reckons with, measured on this device: t_score by the number of nodes, t_draft and t_other from a few real rounds,
+and the accepted length replayed on the target's own answers.
+
+Batch 1, greedy. Everything that is compared is measured by turns, after a warm-up, and medians are taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+import torch
+
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Layout
+from drafttrain.drafters.base import Drafter
+from drafttrain.evaluation.throughput import Forecast, ScoreCurve
+from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.generate import Request
+from drafttrain.runtime.retrace import Texts, read_texts, retrace
+from drafttrain.runtime.stats import Statistics
+from drafttrain.target.adapter import Target
+
+NODES = (1, 2, 4, 8, 16, 32, 64)
+SIDE_BY_SIDE = 8
+"""Texts replayed at once."""
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """Median seconds of a round's parts around the target's forward."""
+
+    draft: float
+    other: float  # verify, commit, and the loop's own
+
+
+def score_curve(target: Target, context: int, needs: Iterable[str], passes: int = 9, nodes: Sequence[int] = NODES) -> ScoreCurve:
+    """t_score(N) behind `context` committed tokens. needs: features that the target hands over too."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, target.vocab_size, (1, context + max(nodes)), generator=generator).to(target.device)
+    cache = target.new_cache(1, context + max(nodes) + 1)
+    target.prefill(cache, tokens[:, :context], torch.tensor([context], device=target.device))
+    cache.settle([context])
+    taken: dict[int, list[float]] = {N: [] for N in nodes}
+    for number in range(WARM_UP + passes):
+        for N in nodes if number % 2 else nodes[::-1]:
+            order = torch.arange(N, device=target.device)
+            chain = Layout(tokens[:, context : context + N], order[None], (order[:, None] >= order)[None])
+            start = _now(target)
+            target.score(cache, chain, Sampling(), needs)
+            taken[N].append(_now(target) - start)
+    return ScoreCurve(tuple(nodes), tuple(median(taken[N][WARM_UP:]) for N in nodes))
+
+
+def round_costs(
+    decoders: Sequence[SpeculativeDecoder], prompts: Sequence[list[int]], max_new_tokens: int, rounds: int = 12
+) -> list[RoundCost]:
+    """Of each decoder, over the first `rounds` rounds on each prompt (token ids)."""
+    drafts: list[list[float]] = [[] for _ in decoders]
+    others: list[list[float]] = [[] for _ in decoders]
+    for decoder in decoders:
+        _play(decoder, prompts[0], max_new_tokens, WARM_UP)
+    for turn, prompt in enumerate(prompts):
+        for place in _turned(len(decoders), turn):
+            for seconds in _play(decoders[place], prompt, max_new_tokens, rounds):
+                drafts[place].append(seconds["draft"])
+                others[place].append(seconds["verify"] + seconds["commit"] + seconds["other"])
+    return [RoundCost(median(draft), median(other)) for draft, other in zip(drafts, others, strict=True)]
+
+
+def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, rounds: int) -> list[dict[str, float]]:
+    """Seconds by phase of the first `rounds` rounds."""
+    batch = decoder.batch(Sampling())
+    batch.start([Request(prompt, 0, max_new_tokens)])
+    batch.clock.seconds()  # waits for the device and forgets the prefill
+    out: list[dict[str, float]] = []
+    while not batch.done and len(out) < rounds:
+        batch.step()
+        out.append(batch.clock.seconds())
+    return out
+
+
+def answer(target: Target, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The target's own greedy answers, decoded plainly and side by side."""
+    return [made.tokens for made in SpeculativeDecoder(target).generate(list(prompts), max_new_tokens, batch_size=SIDE_BY_SIDE)]
+
+
+def texts_of(target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], drafters: Iterable[Drafter]) -> list[Texts]:
+    """Prompts and answers as replay reads them, similar lengths together."""
+    needs = frozenset().union(*(drafter.needs for drafter in drafters))
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]) + len(answers[place]))
+    parts = [order[start : start + SIDE_BY_SIDE] for start in range(0, len(order), SIDE_BY_SIDE)]
+    return [read_texts(target, [prompts[i] for i in part], [answers[i] for i in part], needs) for part in parts]
+
+
+def replayed(decoder: SpeculativeDecoder, texts: Iterable[Texts]) -> Statistics:
+    """What the decoder's drafter, under its runtime, gets accepted on these texts."""
+    assert decoder.drafter is not None
+    return retrace(decoder.drafter, decoder.target.head, texts, decoder.runtime.fitted(Sampling())[1])
+
+
+def typical_context(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> int:
+    """Committed tokens in the middle of a typical answer."""
+    return max(1, round(mean(len(prompt) + len(answer) / 2 for prompt, answer in zip(prompts, answers, strict=True))))
+
+
+def forecasts(
+    target: Target, decoders: Sequence[SpeculativeDecoder], prompts: Sequence[list[int]], answers: Sequence[list[int]],
+    max_new_tokens: int, timed: int = 4, texts: Sequence[Texts] | None = None,
+) -> list[Forecast]:
+    """All of it, for decoders of one target, in their order.
+
+    answers: the target's own greedy ones. timed: prompts whose rounds are timed.
+    """
+    drafters = [decoder.drafter for decoder in decoders if decoder.drafter is not None]
+    texts = texts_of(target, prompts, answers, drafters) if texts is None else texts
+    needs = frozenset().union(*(drafter.needs for drafter in drafters))
+    curve = score_curve(target, typical_context(prompts, answers), needs)
+    plain, *costs = round_costs([SpeculativeDecoder(target), *decoders], spread(prompts, timed), max_new_tokens)
+    return [
+        forecast(replayed(decoder, texts).tau, decoder, cost, plain, curve) for decoder, cost in zip(decoders, costs, strict=True)
+    ]  # fmt: skip
+
+
+def forecast(tau: float, decoder: SpeculativeDecoder, cost: RoundCost, plain: RoundCost, curve: ScoreCurve) -> Forecast:
+    """The parts put together."""
+    return Forecast(tau, cost.draft, curve.at(decoder.runtime.shape.nodes + 1), cost.other, plain.draft + curve.at(1) + plain.other)
+
+
+def spread(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """At most `count` prompts of evenly spread lengths, the longest among them."""
+    ordered = sorted(prompts, key=len, reverse=True)
+    count = min(count, len(ordered))
+    return [ordered[round(place * (len(ordered) - 1) / max(1, count - 1))] for place in range(count)]
+
+
+def _turned(count: int, turn: int) -> list[int]:
+    order = [(turn + place) % count for place in range(count)]
+    return order if turn % 2 == 0 else order[::-1]
+
+
+def _now(target: Target) -> float:
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()

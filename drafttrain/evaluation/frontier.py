@@ -1,0 +1,165 @@
+"""A design study's cells: which there are, what was found of each, and how that looks as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from drafttrain.core.config import Config
+from drafttrain.core.errors import UserError
+from drafttrain.data.shards import write_whole
+from drafttrain.evaluation.throughput import Forecast, best, frontier
+
+TOLERANCE = 0.15
+"""How far off a forecast may be before the plot shows it outside of its band."""
+NONE = "–"
+
+
+class StudyConfig(Config):
+    """What `drafttrain study` varies. Every drafter is trained as the `train` section says: that is its budget."""
+
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """`section.key` -> the values it takes; every combination is a cell. Keys of `drafter`, `train` and `runtime`, or a whole section:
+    `{drafter.layers: [1, 2], runtime.shape.length: [2, 4]}` has four cells and trains two drafters."""
+    confirm: int = Field(default=3, ge=0)
+    """Cells that are decoded for real, the fastest by forecast."""
+    timed: int = Field(default=4, ge=1)
+    """Prompts whose rounds are timed for the forecast."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A real run's figures, from `drafttrain eval`'s own rows."""
+
+    tau: float
+    tokens_per_second: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a study knows of one cell."""
+
+    label: str
+    values: dict[str, Any]  # of the grid's keys
+    drafter: str  # folder
+    budget: str  # what the drafter was trained with
+    forecast: Forecast
+    alpha: tuple[float, ...]
+    measured: Measurement | None = None
+
+    @property
+    def error(self) -> float | None:
+        """By how much of the measured tokens a second the forecast is off."""
+        if self.measured is None:
+            return None
+        return self.forecast.tokens_per_second / self.measured.tokens_per_second - 1
+
+    @property
+    def speedup_error(self) -> float | None:
+        """The same of the speed-up, from which a machine that is busier at one time than at another falls out."""
+        return None if self.measured is None else self.forecast.speedup / self.measured.speedup - 1
+
+    def to_json(self) -> dict[str, Any]:
+        known = self.forecast
+        made = {"round": known.round, "tokens_per_second": known.tokens_per_second, "speedup": known.speedup}
+        return {**asdict(self), "forecast": {**asdict(known), **made}, "error": self.error, "speedup_error": self.speedup_error}
+
+
+HEAD = (
+    "cell", "tau", "alpha_1 ..", "draft ms", "score ms", "other ms", "round ms", "tokens/s", "speed-up",
+    "measured tau", "measured tokens/s", "measured speed-up", "error", "speed-up's error",
+)  # fmt: skip
+
+
+def cells_table(findings: Sequence[Finding]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Head and body, the fastest by forecast first."""
+    order = sorted(findings, key=lambda finding: -finding.forecast.tokens_per_second)
+    return HEAD, [_cells(finding) for finding in order]
+
+
+def _cells(finding: Finding) -> list[str]:
+    known, measured = finding.forecast, finding.measured
+    times = [f"{1e3 * seconds:.2f}" for seconds in (known.draft, known.score, known.other, known.round)]
+    alpha = " ".join(f"{value:.2f}".lstrip("0") for value in finding.alpha) or NONE
+    out = [finding.label, f"{known.tau:.2f}", alpha, *times, f"{known.tokens_per_second:.1f}", f"{known.speedup:.2f}"]
+    if measured is None:
+        return [*out, *[NONE] * 5]
+    errors = (f"{finding.error:+.1%}", f"{finding.speedup_error:+.1%}")
+    return [*out, f"{measured.tau:.2f}", f"{measured.tokens_per_second:.1f}", f"{measured.speedup:.2f}", *errors]
+
+
+def markdown(findings: Sequence[Finding], measured_on: str) -> str:
+    """The table, what it was measured on, and what comes out."""
+    head, body = cells_table(findings)
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, ["---"] * len(head), *body)]
+    chosen = findings[best([finding.forecast for finding in findings])]
+    budgets = "; ".join(dict.fromkeys(finding.budget for finding in findings))
+    errors = [abs(finding.error) for finding in findings if finding.error is not None]
+    ratios = [abs(finding.speedup_error) for finding in findings if finding.speedup_error is not None]
+    measured = f"Forecasts of {len(errors)} cells measured for real"
+    facts = [
+        f"tau and alpha are replayed on the target's own greedy answers, times are forecast from medians. Drafters: {budgets}.",
+        f"Fastest by forecast: **{chosen.label}**.",
+        *([f"{measured} are off by at most {max(errors):.1%} in tokens/s, {max(ratios):.1%} in speed-up."] if errors else []),
+        measured_on,
+    ]
+    return "\n".join(lines) + "\n\n" + "\n".join(facts) + "\n"
+
+
+def draw(findings: Sequence[Finding], path: Path) -> None:
+    """The frontier beside forecasts against measurements, as PNG or SVG by the path's suffix.
+
+    Raises `UserError` where matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("a study's plot needs matplotlib: pip install 'drafttrain[plots]', then run the same command again") from error
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_frontier(left, findings)
+    _draw_errors(right, findings)
+    write_whole(path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=130))
+
+
+def _draw_frontier(axes: Any, findings: Sequence[Finding]) -> None:
+    """Accepted length over a round's time: equal throughput lies on lines through the origin."""
+    known = [finding.forecast for finding in findings]
+    across = [1e3 * one.round for one in known]
+    widest, highest = 1.15 * max(across), 1.15 * max(one.tau for one in known)
+    plain = 1e3 * known[0].plain
+    for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0):
+        end = min(widest, highest * plain / ratio)
+        axes.plot([0, end], [0, ratio * end / plain], color="0.85" if ratio != 1 else "0.5", lw=1, zorder=0)
+        axes.annotate(f"{ratio:g}x", (end, ratio * end / plain), color="0.5", fontsize=8)
+    edge = frontier(known)
+    axes.plot([across[place] for place in edge], [known[place].tau for place in edge], color="tab:blue", ls="--", lw=1, label="frontier")
+    axes.scatter(across, [one.tau for one in known], color="tab:blue", zorder=2)
+    for place, finding in enumerate(findings):
+        axes.annotate(finding.label, (across[place], known[place].tau), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    chosen = best(known)
+    axes.scatter(across[chosen], known[chosen].tau, marker="*", s=200, color="tab:orange", zorder=3, label="fastest by forecast")
+    axes.set(xlabel="ms a round", ylabel="accepted length (tau)", xlim=(0, widest), ylim=(0, highest))
+    axes.set_title("Lines: equal speed-up over plain decoding", fontsize=10, pad=16)
+    axes.legend(loc="lower right")
+
+
+def _draw_errors(axes: Any, findings: Sequence[Finding]) -> None:
+    """Forecast over measurement, with the band of `TOLERANCE`."""
+    pairs = [(f.measured.tokens_per_second, f.forecast.tokens_per_second, f.label) for f in findings if f.measured is not None]
+    axes.set(xlabel="measured tokens/s", ylabel="forecast tokens/s")
+    axes.set_title(f"{len(pairs)} cells decoded for real; band: {TOLERANCE:.0%}", fontsize=10, pad=16)
+    if not pairs:
+        return
+    end = 1.2 * max(max(measured, foretold) for measured, foretold, _ in pairs)
+    axes.fill_between([0, end], [0, end * (1 - TOLERANCE)], [0, end * (1 + TOLERANCE)], color="0.9", zorder=0)
+    axes.plot([0, end], [0, end], color="0.6", lw=1, zorder=1)
+    axes.scatter([measured for measured, _, _ in pairs], [foretold for _, foretold, _ in pairs], color="tab:blue", zorder=2)
+    for measured, foretold, label in pairs:
+        axes.annotate(label, (measured, foretold), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlim=(0, end), ylim=(0, end))

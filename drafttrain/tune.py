@@ -1,0 +1,117 @@
+"""`drafttrain tune`: the shape (and of several drafters the one) that decodes fastest on this device, by the model of
+`evaluation/throughput.py` and a short measurement of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic, Shape
+from drafttrain.drafters.files import load_drafter
+from drafttrain.evaluation.forecast import answer, forecasts
+from drafttrain.evaluation.runners import shape_name
+from drafttrain.evaluation.suites import load_suite
+from drafttrain.evaluation.throughput import Forecast, best
+from drafttrain.recipe import RESOLVED, Recipe
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
+from drafttrain.target.adapter import Target
+
+CHAINS = (1, 2, 3, 4, 5, 6, 8)
+TREES = ((4, 3), (8, 4), (16, 4), (32, 8), (60, 10))
+"""Drafted nodes, and how many nodes a level expands into how many children."""
+DEPTHS = (2, 4, 6)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trained drafter under one shape."""
+
+    recipe: Recipe  # of the run that trained it, with the runtime that is tried
+    decoder: SpeculativeDecoder
+    label: str
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was considered, and what is best."""
+
+    labels: list[str]
+    forecasts: list[Forecast]
+    chosen: int
+    recipe: Recipe  # the best drafter's, with the best runtime
+
+
+def tune(recipes: Sequence[Recipe]) -> Tuned:
+    """The fastest way of decoding with one of the recipes' trained drafters, greedily and at batch 1, on the first one's suite.
+
+    Where no candidate beats plain decoding, the best one's policy becomes `adaptive`, which decodes plainly while drafting loses. Raises
+    `UserError` where a drafter is missing or another target's.
+    """
+    first = recipes[0]
+    target = Target.load(first.target)
+    tried = [candidate for recipe in recipes for candidate in candidates(target, recipe)]
+    suite, reader = first.evaluation.chosen(load_suite(first.evaluation.suite)), SpeculativeDecoder(target)
+    prompts = [reader.tokenize(item.opening()) for item in suite.items]
+    answers = answer(target, prompts, first.evaluation.max_new_tokens)
+    found = forecasts(target, [one.decoder for one in tried], prompts, answers, first.evaluation.max_new_tokens)
+    chosen = best(found)
+    runtime = tried[chosen].recipe.runtime
+    if found[chosen].speedup < 1:
+        runtime = runtime.model_copy(update={"policy": "adaptive"})
+    return Tuned([one.label for one in tried], found, chosen, tried[chosen].recipe.model_copy(update={"runtime": runtime}))
+
+
+def candidates(target: Target, recipe: Recipe) -> list[Candidate]:
+    """Every shape that the recipe's drafter can draft and its rule verifies, the recipe's own first."""
+    folder = find_drafter(recipe.folder)
+    drafter = load_drafter(folder, target.fingerprint)
+    out = []
+    for shape in shapes(drafter.max_depth, recipe.runtime.shape):
+        runtime = recipe.runtime.model_copy(update={"shape": shape})
+        if fits(runtime, recipe):
+            steady = runtime.model_copy(update={"policy": "fixed"})  # what is measured is drafting
+            label = f"{recipe.folder.name}: {drafter.config.name} {named(shape)}"
+            out.append(Candidate(recipe.model_copy(update={"runtime": runtime}), SpeculativeDecoder(target, drafter, steady), label))
+    return out
+
+
+def shapes(deepest: int | None, own: Shape) -> list[Shape]:
+    """Chains and trees of many sizes, no deeper than `deepest`; `own` comes first."""
+    chains: list[Shape] = [Chain(length=length) for length in CHAINS]
+    trees: list[Shape] = [
+        Dynamic(depth=depth, beam=width, top_k=width, nodes=nodes) for nodes, width in TREES for depth in DEPTHS if depth < nodes
+    ]
+    return [shape for shape in dict.fromkeys([own, *chains, *trees]) if deepest is None or shape.depth <= deepest]
+
+
+def fits(runtime: RuntimeConfig, recipe: Recipe) -> bool:
+    """Whether the recipe's rule and draws stay exact with this shape."""
+    try:
+        runtime.fitted(recipe.evaluation.sampling)
+    except UserError:
+        return False
+    return True
+
+
+def named(shape: Shape) -> str:
+    """`chain-4`, `tree-16, 4 deep`."""
+    return shape_name(shape) if shape.shape == "chain" else f"{shape_name(shape)}, {shape.depth} deep"
+
+
+def table(tuned: Tuned) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Head and body, the fastest first."""
+    pairs = sorted(zip(tuned.labels, tuned.forecasts, strict=True), key=lambda pair: -pair[1].tokens_per_second)
+    head = ("candidate", "tau", "draft ms", "score ms", "other ms", "tokens/s", "speed-up")
+    return head, [[label, *_figures(one)] for label, one in pairs]
+
+
+def _figures(one: Forecast) -> list[str]:
+    times = [f"{1e3 * seconds:.2f}" for seconds in (one.draft, one.score, one.other)]
+    return [f"{one.tau:.2f}", *times, f"{one.tokens_per_second:.1f}", f"{one.speedup:.2f}"]
+
+
+def destination(recipe: Recipe, write: Path | None) -> Path:
+    """Where the tuned recipe goes: `write`, or the run's own resolved recipe."""
+    return write or recipe.folder / RESOLVED

@@ -1,0 +1,103 @@
+"""The throughput model, and what goes into it."""
+
+from __future__ import annotations
+
+import pytest
+
+from drafttrain.core.plan import Chain, Dynamic, Static
+from drafttrain.evaluation.forecast import answer, forecasts, replayed, score_curve, spread, texts_of
+from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best, break_even, frontier
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from tests.evaluation.toys import contender, target
+from tests.runtime.test_adaptive import random_drafter
+
+CURVE = ScoreCurve((1, 2, 8), (1.0, 1.2, 1.8))
+PROMPTS = [[5, 10, 12, 30], [17, 18, 19, 17, 18], [10, 11, 12, 13, 14, 15, 16], [16, 15, 14]]
+SHAPES = [Chain(length=1), Chain(length=3), Static(children=(3, 2, 1)), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
+
+
+def at(tau: float, draft: float, nodes: int) -> Forecast:
+    return Forecast(tau, draft, CURVE.at(nodes), 0.1, plain=1.1)
+
+
+def test_score_times_lie_on_the_lines_between_what_was_measured_and_beyond() -> None:
+    assert [CURVE.at(nodes) for nodes in (1, 2, 5, 8, 14)] == pytest.approx([1.0, 1.2, 1.5, 1.8, 2.4])
+    assert CURVE.forwards(8) == pytest.approx(1.8)
+
+
+def test_throughput_is_chosen_where_the_best_tau_is_another() -> None:
+    deep, shallow = at(tau=3.0, draft=2.5, nodes=8), at(tau=2.2, draft=0.3, nodes=3)
+    assert deep.tau > shallow.tau
+    assert best([deep, shallow]) == 1
+    assert shallow.tokens_per_second == pytest.approx(2.2 / (0.3 + 1.3 + 0.1))
+    assert shallow.speedup == pytest.approx(2.2 * 1.1 / 1.7)
+
+
+def test_plain_decoding_beats_a_drafter_that_costs_more_than_it_gives() -> None:
+    assert at(tau=1.5, draft=1.0, nodes=5).speedup < 1 < at(tau=1.5, draft=0.01, nodes=2).speedup
+
+
+def test_a_drafter_with_its_break_even_tau_is_as_fast() -> None:
+    known, other = at(2.0, 0.2, 3), at(9.9, 0.7, 6)
+    needed = break_even(known, other)
+    assert Forecast(needed, other.draft, other.score, other.other, other.plain).tokens_per_second == pytest.approx(known.tokens_per_second)
+
+
+def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
+    cells = [at(1.5, 0.1, 2), at(1.4, 0.2, 2), at(2.5, 0.9, 4), at(2.4, 1.5, 8), at(2.6, 1.6, 8)]
+    assert frontier(cells) == [0, 2, 4]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.shape}-{shape.nodes}")
+@pytest.mark.parametrize("family", ["fitted eagle3", "eagle3", "medusa", "small_lm"])
+def test_replay_counts_what_greedy_decoding_counts_with_every_tree(family: str, shape: Chain | Static | Dynamic) -> None:
+    """Rounds, tokens and acceptance by depth, on texts of different lengths side by side."""
+    drafter = contender().decoder.drafter if family == "fitted eagle3" else random_drafter(family, target())
+    decoder = SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape))
+    assert decoder.drafter is not None
+    answers = answer(target(), PROMPTS, 21)
+    answers[1] = answers[1][:9]
+    got = replayed(decoder, texts_of(target(), PROMPTS, answers, [decoder.drafter]))
+    rounds = tokens = 0
+    attempts, accepts = [0] * shape.depth, [0] * shape.depth
+    for prompt, written in zip(PROMPTS, answers, strict=True):
+        one = decoder.generate([prompt], max_new_tokens=len(written))[0]
+        assert one.tokens == written
+        rounds, tokens = rounds + one.statistics.rounds, tokens + one.statistics.tokens
+        attempts = [a + b for a, b in zip(attempts, one.statistics.attempts, strict=True)]
+        accepts = [a + b for a, b in zip(accepts, one.statistics.accepts, strict=True)]
+    assert (got.rounds, got.tokens, got.attempts, got.accepts) == (rounds, tokens, attempts, accepts)
+    assert family != "fitted eagle3" or got.tau > 1.2
+
+
+def test_replay_asks_the_target_for_nothing() -> None:
+    decoder = contender().decoder
+    assert decoder.drafter is not None
+    texts = texts_of(target(), PROMPTS, answer(target(), PROMPTS, 12), [decoder.drafter])
+    before = target().forwards
+    replayed(decoder, texts)
+    assert target().forwards == before
+
+
+def test_a_curve_is_measured_at_every_number_of_nodes_and_leaves_no_trace() -> None:
+    before = target().forwards
+    curve = score_curve(target(), 20, {"aux"}, passes=2, nodes=(1, 3, 6))
+    assert curve.nodes == (1, 3, 6)
+    assert min(curve.seconds) > 0
+    assert target().forwards - before == 1 + (2 + 3) * 3  # the prefill; warm-up and passes
+
+
+def test_a_forecast_holds_each_parts_of_its_own_decoder() -> None:
+    drafter = contender().decoder.drafter
+    decoders = [SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape)) for shape in SHAPES[:2]]
+    answers = answer(target(), PROMPTS, 12)
+    one, three = forecasts(target(), decoders, PROMPTS, answers, 12, timed=2)
+    assert drafter is not None
+    assert [one.tau, three.tau] == [replayed(decoder, texts_of(target(), PROMPTS, answers, [drafter])).tau for decoder in decoders]
+    assert one.plain == three.plain
+    assert min(one.draft, one.score, one.other, three.draft) > 0
+
+
+def test_timed_prompts_are_spread_from_the_longest_to_the_shortest() -> None:
+    assert [len(prompt) for prompt in spread(PROMPTS, 3)] == [7, 4, 3]
+    assert len(spread(PROMPTS, 9)) == 4

@@ -1,0 +1,220 @@
+"""`drafttrain study` and `drafttrain tune` on a tiny random target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from drafttrain import tune as tuning
+from drafttrain.core.plan import Chain, Dynamic
+from drafttrain.evaluation import bench
+from drafttrain.evaluation.bench import read_rows
+from drafttrain.evaluation.frontier import Finding, Measurement, markdown
+from drafttrain.evaluation.throughput import Forecast
+from drafttrain.recipe import RESOLVED, load_recipe
+from drafttrain.train import loop
+from tests.test_cli import complaint, drafttrain, snapshot, write_inputs
+
+DRAFTERS = 'drafter=[{name: medusa, heads: 2}, {name: eagle3, unroll: 2}]'
+GRID = ("--grid", DRAFTERS, "--grid", "runtime.shape.length=[1, 2]")
+SMALL = ("train.steps=4", "study.timed=1", "evaluation.max_new_tokens=12", "evaluation.limit=1")
+LABELS = ["medusa chain-1", "medusa chain-2", "eagle3 chain-1", "eagle3 chain-2"]
+
+
+def found(folder: str = "runs/tiny") -> dict[str, dict[str, Any]]:
+    lines = (Path(folder) / "study" / "study.jsonl").read_text().splitlines()
+    return {one["label"]: one for one in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a study of four cells was finished."""
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_inputs()
+        result = drafttrain("study", "tiny.yaml", *GRID, *SMALL, "study.confirm=2")
+    assert result.exit_code == 0, result.output
+    assert all(label in result.stdout for label in LABELS)
+    return folder
+
+
+@pytest.fixture
+def workplace(studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(studied, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_cells_that_differ_in_runtime_keys_share_a_drafter_and_all_are_forecast(workplace: Path) -> None:
+    cells = found()
+    assert list(cells) == LABELS
+    assert len({one["drafter"] for one in cells.values()}) == len(list(Path("runs/tiny/study/drafters").iterdir())) == 2
+    for one in cells.values():
+        known = one["forecast"]
+        assert known["round"] == pytest.approx(known["draft"] + known["score"] + known["other"])
+        assert known["tokens_per_second"] == pytest.approx(known["tau"] / known["round"])
+        assert one["budget"] == "trained for 4 steps each"
+
+
+def test_the_fastest_by_forecast_are_decoded_for_real_with_the_tau_that_was_replayed(workplace: Path) -> None:
+    order = sorted(found().values(), key=lambda one: -one["forecast"]["tokens_per_second"])
+    assert [one["measured"] is not None for one in order] == [True, True, False, False]
+    for one in order[:2]:
+        assert one["measured"]["tau"] == one["forecast"]["tau"]  # greedy, in fp32
+        assert one["error"] == pytest.approx(one["forecast"]["tokens_per_second"] / one["measured"]["tokens_per_second"] - 1)
+    rows = {row.measured.label for row in read_rows(Path("runs/tiny/study/results.jsonl"))}
+    assert rows == {"plain", *(one["label"] for one in order[:2])}
+
+
+def test_table_and_plots_show_every_cell(workplace: Path) -> None:
+    folder = Path("runs/tiny/study")
+    table = (folder / "study.md").read_text()
+    assert all(f"| {label} |" in table for label in LABELS)
+    assert "trained for 4 steps each" in table
+    assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert "eagle3 chain-2" in _svg_text((folder / "study.svg").read_text())
+
+
+def _svg_text(svg: str) -> str:
+    """Text that matplotlib drew as paths stands in comments beside them."""
+    return "\n".join(line.strip() for line in svg.splitlines() if line.strip().startswith("<!--"))
+
+
+def test_a_finished_study_trains_replays_and_decodes_nothing_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot("runs")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("done already")
+
+    for module, name in ((loop, "train"), (bench, "evaluate")):
+        monkeypatch.setattr(module, name, never)
+    result = drafttrain("study", "tiny.yaml", *GRID, *SMALL, "study.confirm=2")
+    assert result.exit_code == 0, result.output
+    assert snapshot("runs").keys() == before.keys()
+    assert Path("runs/tiny/study/journal.jsonl").read_bytes() == before[Path("runs/tiny/study/journal.jsonl")][1]
+
+
+def test_a_study_that_was_cut_off_goes_on_and_a_larger_one_keeps_what_is_there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    train = loop.train
+    monkeypatch.setattr(loop, "train", lambda drafter, *rest, **more: trained.append(drafter.config.name) or train(drafter, *rest, **more))
+    journal = Path("runs/tiny/study/journal.jsonl")
+    kept = [line for line in journal.read_text().splitlines() if json.loads(line)["kind"] in ("answers", "replay")][:3]
+    journal.write_text("\n".join(kept) + "\n" + '{"kind": "repl')  # killed while writing
+    shutil.rmtree(next(Path("runs/tiny/study/drafters").glob("eagle3*")))
+    larger = ("--grid", DRAFTERS, "--grid", "runtime.shape.length=[1, 2, 3]")
+    assert "its tree is 3 deep, its drafter reaches 2" in complaint("study", "tiny.yaml", *larger, *SMALL)
+    result = drafttrain("study", "tiny.yaml", *GRID, *SMALL, "study.confirm=4")
+    assert result.exit_code == 0, result.output
+    assert trained == ["eagle3"]
+    assert journal.read_text().splitlines()[: len(kept)] == kept
+    assert all(one["measured"] for one in found().values())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "study.grid is empty"),
+        (("--grid", "target.dtype=[float32]"), "cells differ in keys of drafter, train, runtime"),
+        (("--grid", "drafter.unrol=[1]"), "did you mean 'unroll'"),
+        (("--grid", "drafter.unroll=2"), "expected KEY=[VALUES]"),
+        (("--grid", "drafter.unroll=[]"), "no values"),
+        (("--grid", "drafter.unroll=[1]", "evaluation.temperature=1"), "a study forecasts greedy decoding"),
+        (("--grid", "runtime.policy=[adaptive]"), "set it to fixed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_grid_that_makes_no_sense_is_refused_before_any_work(
+    words: Sequence[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_inputs()
+    assert said in complaint("study", "tiny.yaml", *words)
+    assert not Path("runs/tiny/data").exists()
+
+
+def test_the_table_names_the_fastest_and_the_largest_error() -> None:
+    def cell(label: str, tau: float, draft: float, measured: float | None) -> Finding:
+        known = Forecast(tau, draft, 1.0, 0.0, 1.0)
+        return Finding(label, {}, "", "b", known, (0.5,), None if measured is None else Measurement(tau, measured, 1.0))
+
+    text = markdown([cell("deep", 3.0, 2.0, 1.25), cell("shallow", 2.0, 0.5, 1.3), cell("idle", 1.0, 0.5, None)], "here")
+    assert "**shallow**" in text  # though deep has the best tau
+    assert "2 cells measured for real are off by at most 20.0%" in text
+    assert text.index("| shallow |") < text.index("| deep |") < text.index("| idle |")
+
+
+# -- tune ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def tunable(folder: Path) -> Path:
+    """The study's eagle3 drafter's run."""
+    return next((folder / "runs/tiny/study/drafters").glob("eagle3*"))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, costs: Any) -> None:
+    """Forecasts by a rule: costs(decoder) -> (tau, seconds a round), a plain round taking 1."""
+
+    def forecasts(target: Any, decoders: Any, *_: Any, **__: Any) -> list[Forecast]:
+        return [Forecast(costs(decoder)[0], costs(decoder)[1], 0.0, 0.0, 1.0) for decoder in decoders]
+
+    monkeypatch.setattr(tuning, "forecasts", forecasts)
+
+
+def test_tune_measures_every_candidate_and_writes_the_fastest_into_the_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TREES", ((8, 3),))
+    monkeypatch.setattr(tuning, "CHAINS", (1, 3))
+    run = tunable(workplace)
+    result = drafttrain("tune", run, "evaluation.limit=1", "evaluation.max_new_tokens=12")
+    assert result.exit_code == 0, result.output
+    for label in ("chain-1", "chain-2", "chain-3", "tree-8, 2 deep", "tree-8, 4 deep", "tree-8, 6 deep"):
+        assert label in result.stdout
+    best = next(line for line in result.stdout.splitlines() if f"{run.name}: eagle3" in line)
+    shape = load_recipe(run).runtime.shape
+    assert f"eagle3 {tuning.named(shape)} " in best
+    assert drafttrain("generate", run, "w3 w4", "--max-new-tokens", 6).exit_code == 0
+
+
+def test_tune_takes_the_most_tokens_a_second_not_the_best_tau_and_leaves_the_run_when_told_where_to_write(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, lambda decoder: (1 + 0.5 * decoder.runtime.shape.depth, 1 + 0.25 * decoder.runtime.shape.nodes))
+    run = tunable(workplace)
+    before = (run / RESOLVED).read_bytes()
+    assert drafttrain("tune", run, "--write", "tuned.yaml").exit_code == 0
+    tuned = load_recipe(Path("tuned.yaml"))
+    assert (tuned.runtime.shape, tuned.runtime.policy, tuned.folder) == (Chain(length=8), "fixed", run)
+    assert (run / RESOLVED).read_bytes() == before
+
+
+def test_tune_chooses_among_drafters_and_asks_for_the_fallback_where_all_lose(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, lambda decoder: (1.0, 2.0 if decoder.drafter.config.name == "eagle3" else 1.5))
+    run, other = tunable(workplace), next(Path("runs/tiny/study/drafters").glob("medusa*"))
+    before = (run / RESOLVED).read_bytes()
+    result = drafttrain("tune", run, "--also", other)
+    assert result.exit_code == 0, result.output
+    assert "policy is adaptive" in result.stdout
+    assert yaml.safe_load((other / RESOLVED).read_text())["runtime"]["policy"] == "adaptive"
+    assert (run / RESOLVED).read_bytes() == before
+
+
+def test_no_candidate_is_deeper_than_the_drafter_and_the_runs_own_shape_is_one() -> None:
+    own = Dynamic(depth=3, beam=2, top_k=2, nodes=5)
+    made = tuning.shapes(4, own)
+    assert made[0] == own
+    assert {shape.depth for shape in made} == {1, 2, 3, 4}
+    assert len(set(made)) == len(made)
+
+
+def test_candidates_that_the_rule_would_not_verify_are_left_out(workplace: Path) -> None:
+    recipe = load_recipe(tunable(workplace), ["runtime.rule=rejection", "evaluation.temperature=1"])
+    kept = [shape for shape in tuning.shapes(None, Chain()) if tuning.fits(recipe.runtime.model_copy(update={"shape": shape}), recipe)]
+    assert {shape.shape for shape in kept} == {"chain"}
