@@ -169,6 +169,26 @@ def export(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or results files.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; by default `report` beside the first results.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the report's files; by default made of the runs' names.")] = None,
+) -> None:
+    """Tables, plots (SVG and PNG) and one self-contained HTML page of what was measured.
+
+    [dim]drafttrain report runs/quickstart[/dim]
+    [dim]drafttrain report runs/quickstart --output docs/results[/dim]
+    """
+    from drafttrain.evaluation.page import open_run, together, write_report
+
+    opened = [open_run(path) for path in runs]
+    folder = output or opened[0].folder / "report"
+    written = write_report(opened, folder, name or "-".join(dict.fromkeys(run.name for run in opened)))
+    _print_table(together(opened))
+    print(*written, sep="\n")
+
+
+@app.command()
 def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     """All stages in order: what is done is skipped, what is half done goes on. Then the results and a sample.
 

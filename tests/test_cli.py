@@ -501,3 +501,24 @@ def test_doctor_finds_too_little_memory(empty: Path, monkeypatch: pytest.MonkeyP
 
 def test_doctor_finds_a_suite_beyond_the_context(empty: Path) -> None:
     assert "evaluation.max_new_tokens" in doctor_finds("suite", "evaluation.max_new_tokens=95")
+
+
+# -- what was measured --------------------------------------------------------------------------------------------------------------------
+
+
+def test_report_writes_pages_and_plots_of_a_run_and_shows_its_table(workplace: Path) -> None:
+    result = drafttrain("report", "runs/tiny", "--output", "out")
+    assert result.exit_code == 0, result.output
+    rows = {row.measured.label: row.measured for row in read_rows(Path("runs/tiny/results.jsonl")) if row.measured.task == "all"}
+    assert f"{rows['eagle3 chain-2'].tau:.2f}" in Path("out/tiny.md").read_text()
+    assert "eagle3 chain-2" in result.stdout
+    shown = [Path(line) for line in result.stdout.splitlines() if line.startswith("out/")]
+    assert Path("out/tiny.html") in shown
+    assert all(path.stat().st_size > 0 for path in shown)
+    assert Path("out/tiny-speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_nothing_is_refused(empty: Path) -> None:
+    assert "no such file or folder" in complaint("report", "runs/tiny")
+    Path("broken.jsonl").write_text("{}\n")
+    assert "broken.jsonl', line 1: not a result row" in complaint("report", "broken.jsonl")
