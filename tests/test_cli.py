@@ -522,3 +522,14 @@ def test_report_of_nothing_is_refused(empty: Path) -> None:
     assert "no such file or folder" in complaint("report", "runs/tiny")
     Path("broken.jsonl").write_text("{}\n")
     assert "broken.jsonl', line 1: not a result row" in complaint("report", "broken.jsonl")
+
+
+def test_generate_writes_a_trace_of_the_very_answer_that_it_streams(workplace: Path) -> None:
+    words = ("generate", "runs/tiny", "w3 w4", "--max-new-tokens", 12)
+    plain, traced = drafttrain(*words), drafttrain(*words, "--trace", "trace.html")
+    assert traced.exit_code == 0, traced.output
+    assert traced.stdout == plain.stdout
+    assert "trace: trace.html" in traced.stderr
+    rounds = int(traced.stderr.split(" rounds")[0].split()[-1])
+    assert Path("trace.html").read_text().count('class="card round"') == rounds > 0
+    assert "which is no folder" in complaint(*words, "--trace", "gone/trace.html")

@@ -55,6 +55,7 @@ tr:last-child td { border-bottom: 0; }
 div.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 14px; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 figure[data-plot="speedup"] { grid-column: 1 / -1; }
+figure[data-plot="speedup"] svg { max-width: 940px; margin: 0 auto; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--faint); font-size: 13px; margin-top: 6px; }
 """

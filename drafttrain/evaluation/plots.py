@@ -228,7 +228,7 @@ PLOTS: dict[str, Plot] = {
     "alpha": Plot(
         "Conditional acceptance by depth",
         "How often a drafted token at depth k stands, given that its parent does; thin lines are single tasks.",
-        lambda rows: any(row.alpha for row in rows), draw_alpha, _even,
+        lambda rows: any(row.alpha for row in rows if row.label != PLAIN), draw_alpha, _even,
     ),
     "tau-time": Plot(
         "Accepted length against time per round",

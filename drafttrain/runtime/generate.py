@@ -123,7 +123,9 @@ class Batch:
         self.clock.lap("score")
         verdict = self.rule(tree, scored, self.chance)
         if self.on_round:
+            self.clock.lap("verify")
             self.on_round(tree, scored, verdict)
+            self.clock.pause()  # whoever looks on pays for it
         kept = self._cut(tree, verdict)
         self.clock.lap("verify")
         fetched = self._fetch(kept) if self.stopper else None  # stop strings need the host before the commit
