@@ -185,7 +185,7 @@ def report(
     from drafttrain.evaluation.page import open_run, together, write_report
 
     opened = [open_run(path) for path in runs]
-    folder = output or opened[0].folder / "report"
+    folder = output or opened[0].file.parent / "report"
     written = write_report(opened, folder, name or "-".join(dict.fromkeys(run.name for run in opened)))
     _print_table(together(opened))
     print(*written, sep="\n")

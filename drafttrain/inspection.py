@@ -193,7 +193,9 @@ def _source(source: dict[str, Any]) -> list[Any]:
 
 
 def _facts(title: str, facts: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False
+    )  # fmt: skip
     for name, value in facts.items():
         table.add_row(Text(name, "dim"), value)
     return table
@@ -205,7 +207,9 @@ def _table(heads: Sequence[str]) -> Table:
 
 def _spread(lengths: list[int]) -> str:
     """`4 / 12 / 30 / 55 / 96`: shortest, tenth, half, nine tenths, longest."""
-    return "no" if not lengths else " / ".join(f"{value:.0f}" for value in np.percentile(lengths, PERCENTILES)) + " (min, 10%, median, 90%, max)"
+    if not lengths:
+        return "no"
+    return f"{' / '.join(f'{value:.0f}' for value in np.percentile(lengths, PERCENTILES))} (min, 10%, median, 90%, max)"
 
 
 def _short(value: Any) -> str:
@@ -219,4 +223,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _size(count: int) -> str:
-    return next(f"{count / unit:,.1f} {name}" for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes")) if count >= unit or unit == 1)
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count} bytes"

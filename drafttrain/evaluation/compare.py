@@ -21,8 +21,10 @@ from drafttrain.evaluation.rows import ALL, BASELINES, Interval, Measured, Row
 from drafttrain.evaluation.runners import PLAIN
 from drafttrain.runtime.stats import PHASES
 
-ASKED = ("target_fingerprint", "suite_hash", "temperature", "top_k", "top_p", "max_new_tokens")
-"""Where these differ, the two decoded other texts and nothing can be compared."""
+ASKED: dict[str, str] = {
+    "target_fingerprint": "target", "suite_hash": "suite", "temperature": "", "top_k": "", "top_p": "", "max_new_tokens": "",
+}  # fmt: skip
+"""Where these differ, the two decoded other texts and nothing can be compared; by the field that says their name, if there is one."""
 MEASURED_ON = ("device", "threads", "dtype", "versions", "repeats")
 """Where these differ, times differ for another reason than the contenders."""
 STEADY = 0.05  # plain decoding's speed may differ by this share before it is pointed out
@@ -66,15 +68,17 @@ class Comparison:
 def compare(left: Run, right: Run) -> Comparison:
     """The last evaluation in each. Raises `UserError` where target, suite or sampling differ, or no contender has a counterpart."""
     ours, theirs = last_evaluation(left.rows), last_evaluation(right.rows)
-    for field in ASKED:
+    for field, named in ASKED.items():
         a, b = vars(ours[0])[field], vars(theirs[0])[field]
         if a != b:
-            shown = {"target_fingerprint": (ours[0].target, theirs[0].target), "suite_hash": (ours[0].suite, theirs[0].suite)}
-            name, known = field.removesuffix("_fingerprint").removesuffix("_hash"), shown.get(field)
-            said = f"{a} and {b}" + (f" ('{known[0]}' and '{known[1]}')" if known else "")
-            raise UserError(f"'{left.name}' and '{right.name}' cannot be compared: their {name} differs ({said}); evaluate both alike")
-    found = [{(row.measured.label, row.measured.task): row.measured for row in rows if row.measured.outputs == "all"} for rows in (ours, theirs)]
-    mates = counterparts(*([label for label, task in known if task == ALL] for known in found))
+            names = [f"'{vars(rows[0])[named]}' {value}" if named else str(value) for rows, value in ((ours, a), (theirs, b))]
+            said = f"their {named or field} differs ({names[0]} and {names[1]})"
+            raise UserError(f"'{left.name}' and '{right.name}' cannot be compared: {said}; evaluate both alike")
+    found = [
+        {(row.measured.label, row.measured.task): row.measured for row in rows if row.measured.outputs == "all"} for rows in (ours, theirs)
+    ]  # fmt: skip
+    labels = [[label for label, task in known if task == ALL] for known in found]
+    mates = counterparts(*labels)
     pairs = [
         Pair(a if a == b else f"{a} | {b}", one, found[1][b, task])
         for a, b in mates for (label, task), one in found[0].items() if label == a and (b, task) in found[1]
@@ -82,7 +86,7 @@ def compare(left: Run, right: Run) -> Comparison:
     if not any(pair.label != PLAIN for pair in pairs):
         raise UserError(f"'{left.name}' and '{right.name}' have no contender in common; give their contenders the same labels")
     paired = {label for mate in mates for label in mate}
-    alone = [f"{run.name}: {label}" for run, known in zip((left, right), found, strict=True) for label, task in known if task == ALL and label not in paired]
+    alone = [f"{run.name}: {label}" for run, known in zip((left, right), labels, strict=True) for label in known if label not in paired]
     return Comparison((left.name, right.name), pairs, alone, [*warnings(ours[0], theirs[0]), *unsteady(pairs)])
 
 

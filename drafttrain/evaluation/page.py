@@ -68,8 +68,8 @@ class Run:
     """What one argument of `report` or `compare` stands for."""
 
     name: str
-    folder: Path
-    """Where the results lie."""
+    file: Path
+    """The results."""
     rows: list[Row]
 
 
@@ -82,7 +82,7 @@ def open_run(path: Path) -> Run:
     if not rows:
         raise UserError(f"results '{file}' are empty; `drafttrain eval` fills them")
     name = file.stem if file.name != RESULTS else file.absolute().parent.name
-    return Run(re.sub(r"[^\w.-]+", "-", name), file.parent, rows)
+    return Run(re.sub(r"[^\w.-]+", "-", name), file, rows)
 
 
 def together(runs: Sequence[Run]) -> list[Row]:
@@ -102,7 +102,8 @@ def write_report(runs: Sequence[Run], folder: Path, name: str) -> list[Path]:
     html = page(name, rows)
     data, markdown, whole = (folder / f"{name}.{kind}" for kind in ("jsonl", "md", "html"))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(data, lambda partial: partial.write_bytes(lines_of([row.to_json() for row in rows])))
+    measured = runs[0].file.read_bytes() if len(runs) == 1 else lines_of([row.to_json() for row in rows])
+    write_whole(data, lambda partial: partial.write_bytes(measured))
     if not markdown.exists():
         write_whole(markdown, lambda partial: partial.write_text(MARKDOWN.format(name=name), encoding="utf-8"))
     report.render(markdown, folder)

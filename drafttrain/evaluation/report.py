@@ -219,7 +219,7 @@ def draw(name: str, results: Path) -> list[Path]:
         figure = plots.figure(plot, measured)
         for suffix in plots.SUFFIXES:
             written.append(results / f"{file}{suffix}")
-            plots.save(figure, written[-1], _source(rows))
+            plots.save(figure, written[-1], _source(name, results))
     return written
 
 
@@ -227,7 +227,8 @@ def drawn(name: str, results: Path) -> bool:
     """Whether every plot lies there and was drawn from the results file as it is now."""
     rows = read_rows(results / f"{name}.jsonl")
     files = [results / f"{file}.svg" for *_, file in plot_files(name, rows)]
-    return all(file.exists() and _source(rows) in file.read_text(encoding="utf-8") for file in files)
+    source = _source(name, results)
+    return all(file.exists() and source in file.read_text(encoding="utf-8") for file in files)
 
 
 def plotted(text: str) -> list[str]:
@@ -235,8 +236,9 @@ def plotted(text: str) -> list[str]:
     return list(dict.fromkeys(mark["name"] for mark in MARK.finditer(text) if (mark["view"] or "summary") not in VIEWS))
 
 
-def _source(rows: Iterable[Row]) -> str:
-    return f"drafttrain results {fingerprint([row.to_json() for row in latest(rows)])}"
+def _source(name: str, results: Path) -> str:
+    """What a plot of this file says that it was drawn from."""
+    return f"drafttrain results {fingerprint((results / f'{name}.jsonl').read_text(encoding='utf-8'))}"
 
 
 def _between(page: Path, results: Path) -> str:

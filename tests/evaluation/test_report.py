@@ -192,6 +192,7 @@ def test_a_report_written_again_keeps_the_text_of_its_page_and_gives_the_same_by
     mine = (tmp_path / "report" / "quick.md").read_text() + "\nMy words.\n"
     (tmp_path / "report" / "quick.md").write_text(mine)
     before = {path: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert (tmp_path / "report" / "quick.jsonl").read_bytes() == run.file.read_bytes()
     write_report([run], tmp_path / "report", "quick")
     assert {path: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
 
