@@ -179,16 +179,19 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without the drafter.")] = False,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page of all rounds.", show_default=False)] = None,
 ) -> None:
     """Stream an answer; the drafter's accepted tokens are green.
 
     [dim]drafttrain generate runs/quickstart "Why is the sky blue?" --temperature 0.7[/dim]
     [dim]drafttrain generate runs/quickstart "Count to ten." runtime.shape='{shape: chain, length: 3}'[/dim]
+    [dim]drafttrain generate runs/quickstart "Count to ten." --trace trace.html[/dim]
     """
     resolved = _load(run, overrides)
     asked = sys.stdin.read() if prompt == "-" else prompt
     _stream(
-        resolved, asked, plain, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
+        resolved, asked, plain, trace,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or (),
     )  # fmt: skip
 
 
@@ -201,6 +204,58 @@ def export(recipe: RecipePath, overrides: Overrides = None) -> None:
     from drafttrain import stages
 
     stages.perform("export", _load(recipe, overrides), again=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or results files.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; by default `report` beside the first results.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the report's files; by default made of the runs' names.")] = None,
+) -> None:
+    """Tables, plots (SVG and PNG) and one self-contained HTML page of what was measured.
+
+    [dim]drafttrain report runs/quickstart[/dim]
+    [dim]drafttrain report runs/quickstart --output docs/results[/dim]
+    """
+    from drafttrain.evaluation.page import open_run, together, write_report
+
+    opened = [open_run(path) for path in runs]
+    folder = output or opened[0].file.parent / "report"
+    written = write_report(opened, folder, name or "-".join(dict.fromkeys(run.name for run in opened)))
+    _print_table(together(opened))
+    print(*written, sep="\n")
+
+
+@app.command()
+def compare(
+    left: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or a results file.", show_default=False)],
+    right: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.", show_default=False)],
+) -> None:
+    """Two results side by side; what differs beyond its interval is marked.
+
+    [dim]drafttrain compare runs/quickstart runs/slower[/dim]
+    """
+    from drafttrain.evaluation.compare import compare as compared
+    from drafttrain.evaluation.compare import side_by_side
+    from drafttrain.evaluation.page import open_run
+
+    _wide_console().print(side_by_side(compared(open_run(left), open_run(right))))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="DATA|RUN", help="Folder of a run or of a store, or a results file.", show_default=False)],
+    samples: Annotated[int, typer.Option(min=0, help="Conversations to show.")] = 2,
+) -> None:
+    """What is in a store or a run: counts, lengths, loops, samples, where it came from.
+
+    [dim]drafttrain inspect runs/quickstart/data --samples 5[/dim]
+    """
+    from drafttrain.inspection import inspect as inspected
+
+    console = _wide_console()
+    for part in inspected(path, samples):
+        console.print(part)
 
 
 @app.command()
@@ -338,10 +393,14 @@ def _print_table(rows: list[Row]) -> None:
 
 
 def _print(table: Group) -> None:
-    console = Console()
+    _wide_console().print(table)
+
+
+def _wide_console() -> Console:
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160  # a file has no edge
-    console.print(table)
+    return console
 
 
 def _print_cells(head: Sequence[str], body: Iterable[Sequence[str]]) -> None:
@@ -374,13 +433,21 @@ def _gridded(options: Sequence[str]) -> list[str]:
     return [f"study.grid={json.dumps(grid)}"] if grid else []
 
 
-def _stream(recipe: Recipe, prompt: Any, plain: bool = False, **options: Any) -> None:
+def _stream(recipe: Recipe, prompt: Any, plain: bool = False, trace: Path | None = None, **options: Any) -> None:
     from drafttrain import terminal
     from drafttrain.runtime.decoder import SpeculativeDecoder
+    from drafttrain.trace import Recorder, check_writable, write_trace
 
+    if trace is not None:
+        check_writable(trace)
     folder = None if plain else recipe.folder
     decoder = SpeculativeDecoder.from_pretrained(recipe.target, folder, recipe.runtime)
-    terminal.stream(decoder, prompt, Console(highlight=False), Console(stderr=True, highlight=False), **options)
+    recorder = None if trace is None else Recorder(decoder.target)
+    notes = Console(stderr=True, highlight=False)
+    terminal.stream(decoder, prompt, Console(highlight=False), notes, on_round=recorder, **options)
+    if trace is not None and recorder is not None:
+        write_trace(trace, decoder, recorder, prompt, options)
+        notes.print(f"trace: {trace}", soft_wrap=True, style="dim")
 
 
 def main() -> None:

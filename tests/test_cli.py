@@ -249,7 +249,9 @@ def test_doctor_marks_every_answer_token_but_the_first() -> None:
 def test_schema_and_version_and_help_answer() -> None:
     assert json.loads(drafttrain("schema").stdout)["properties"].keys() >= {"target", "data", "drafter", "train"}
     assert drafttrain("--version").stdout.startswith("drafttrain ")
-    for command in ("regenerate", "capture", "train", "eval", "generate", "export", "run", "schema", "doctor", "study", "tune"):
+    commands = ("regenerate", "capture", "train", "decision", "eval", "generate", "export", "report", "compare", "inspect", "run", "schema")
+    commands += ("doctor", "study", "tune")
+    for command in commands:
         assert "drafttrain" in drafttrain(command, "--help").stdout
 
 
@@ -529,3 +531,79 @@ def test_a_decision_model_is_trained_and_decodes(workplace: Path, labels: str) -
     assert "alpha" in short.stderr
     assert len(short.stderr.split("alpha ")[1].split(";")[0].split()) == 1  # one level a round
     assert "temperature 0.0" in complaint("generate", "runs/tiny", "w3", policy, "--temperature", 0.5, "--max-new-tokens", 12)
+# -- what was measured --------------------------------------------------------------------------------------------------------------------
+
+
+def test_report_writes_pages_and_plots_of_a_run_and_shows_its_table(workplace: Path) -> None:
+    result = drafttrain("report", "runs/tiny", "--output", "out")
+    assert result.exit_code == 0, result.output
+    rows = {row.measured.label: row.measured for row in read_rows(Path("runs/tiny/results.jsonl")) if row.measured.task == "all"}
+    assert f"{rows['eagle3 chain-2'].tau:.2f}" in Path("out/tiny.md").read_text()
+    assert "eagle3 chain-2" in result.stdout
+    shown = [Path(line) for line in result.stdout.splitlines() if line.startswith("out/")]
+    assert Path("out/tiny.html") in shown
+    assert all(path.stat().st_size > 0 for path in shown)
+    assert Path("out/tiny-speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_nothing_is_refused(empty: Path) -> None:
+    assert "no such file or folder" in complaint("report", "runs/tiny")
+    Path("broken.jsonl").write_text("{}\n")
+    assert "broken.jsonl', line 1: not a result row" in complaint("report", "broken.jsonl")
+
+
+def test_generate_writes_a_trace_of_the_very_answer_that_it_streams(workplace: Path) -> None:
+    words = ("generate", "runs/tiny", "w3 w4", "--max-new-tokens", 12)
+    plain, traced = drafttrain(*words), drafttrain(*words, "--trace", "trace.html")
+    assert traced.exit_code == 0, traced.output
+    assert traced.stdout == plain.stdout
+    assert "trace: trace.html" in traced.stderr
+    rounds = int(traced.stderr.split(" rounds")[0].split()[-1])
+    assert Path("trace.html").read_text().count('class="card round"') == rounds > 0
+    assert "which is no folder" in complaint(*words, "--trace", "gone/trace.html")
+
+
+def test_compare_sets_two_results_side_by_side_and_refuses_other_targets(workplace: Path) -> None:
+    shutil.copytree("runs/tiny", "runs/copy")
+    result = drafttrain("compare", "runs/tiny", "runs/copy/results.jsonl")
+    assert result.exit_code == 0, result.output
+    measured = [row.measured for row in read_rows(Path("runs/tiny/results.jsonl"))]
+    tau = next(one.tau for one in measured if one.task == "all" and one.drafter)
+    (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == ["tau"]]
+    assert line.count(f"{tau:.2f}") >= 2
+    assert "overlap" in line
+    lines = Path("runs/copy/results.jsonl").read_text().splitlines()
+    other = [json.dumps(json.loads(line) | {"target_fingerprint": "another"}) for line in lines]
+    Path("other.jsonl").write_text("\n".join(other) + "\n")
+    assert "their target differs" in complaint("compare", "runs/tiny", "other.jsonl")
+
+
+def test_inspect_says_what_is_in_a_store_and_in_a_run(workplace: Path) -> None:
+    store = Store.open("runs/tiny/features")
+    said = drafttrain("inspect", "runs/tiny/features", "--samples", 1).stdout
+    assert f"{len(store)}, {store.tokens:,} tokens in {len(store.index.shards)} shards" in said
+    assert all(f"{name} {width} numbers a token" in said for name, width in store.index.features.items())
+    assert store.index.origin.target in said
+    assert "<assistant>" in said  # a sample in words
+    assert "temperature: 0.0 40" in said
+    run = drafttrain("inspect", "runs/tiny", "--samples", 0).stdout
+    for stage in STAGES:
+        (line,) = [line for line in run.splitlines() if line.split()[:1] == [stage]]
+        assert line.split()[1] == "done"
+    split = len(store.split("held_out", 0.2, 0))
+    assert f"{len(store) - split} to train on, {split} held out (train.held_out=0.2)" in run
+    assert "Drafter eagle3" in run
+    assert "eagle3 chain-2" in run
+    assert "<assistant>" not in run
+
+
+def test_inspect_shows_token_ids_where_the_tokenizer_is_gone(workplace: Path) -> None:
+    shutil.move("target", "elsewhere")
+    said = drafttrain("inspect", "runs/tiny/data", "--samples", 1).stdout
+    assert "the tokenizer of 'target' is not at hand" in said
+    assert " ".join(map(str, Store.open("runs/tiny/data")[0].tokens[:5].tolist())) in said
+
+
+def test_inspect_of_neither_is_refused(empty: Path) -> None:
+    assert "does not exist" in complaint("inspect", "runs/tiny")
+    assert "holds neither a store nor a run" in complaint("inspect", "target")

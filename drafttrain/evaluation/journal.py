@@ -58,7 +58,12 @@ def append_whole(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     with _writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.exists() else b""
-        write_whole(path, lambda partial: partial.write_bytes(before + b"".join(map(_line, entries))))
+        write_whole(path, lambda partial: partial.write_bytes(before + lines_of(entries)))
+
+
+def lines_of(entries: Sequence[dict[str, Any]]) -> bytes:
+    """What a file of these entries holds."""
+    return b"".join(map(_line, entries))
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -1,16 +1,19 @@
-"""Tables from results files: Markdown for pages, rich for the terminal, and pages whose tables come from the files by
+"""Tables from results files: Markdown for pages, rich for the terminal, and pages whose tables and plots come from the files by
 name.
 
-A page marks where a table belongs, at the beginning of a line, and everything between its marks is replaced when it is rendered:
+A page marks where figures belong, at the beginning of a line, and everything between its marks is replaced when it is rendered:
 
     <!-- results:NAME -->            one line a contender, from NAME.jsonl (`results:NAME tasks`: one a contender and task)
     <!-- /results:NAME -->
+
+`results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,22 +23,22 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
+from drafttrain.evaluation import plots
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
-from drafttrain.evaluation.runners import PLAIN
+from drafttrain.evaluation.runners import GENERATE, PLAIN
 
 View = Literal["summary", "tasks"]
 VIEWS: dict[str, View] = {"summary": "summary", "tasks": "tasks"}
+ALL_PLOTS = "plots"
 NONE = "–"
 MARK = re.compile(
-    r"^(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>\w+))? -->\n)"
+    r"^(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>[\w-]+))? -->\n)"
     r"(?P<body>.*?)"
     r"(?P<tail><!-- /results:(?P=name) -->)", re.S | re.M,
-)  # fmt: skip
-COLUMNS = (
-    "tau", "tau, no loops", "alpha_1 ..", "plain tokens/s", "tokens/s", "speed-up [95%]", "speed-up, no loops [95%]",
 )  # fmt: skip
 
 
@@ -47,27 +50,88 @@ class Line:
     straight: Row | None
 
 
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    head: str
+    cell: Callable[[Line], str]
+    names: bool = False  # says what the line is about, rather than a figure
+    wide: bool = False  # left out in a terminal
+
+
 def results_table(rows: Iterable[Row], view: View = "summary") -> str:
     """Markdown: a table for every setting (target, suite, device, ...) with what it was measured under below it.
 
-    Where a contender was measured more than once under one setting, its last run counts.
+    Where a contender was measured more than once under one setting, its last run counts. Raises `UserError` where a rule is lossy and
+    what it cost was not measured.
     """
-    parts = [f"{_markdown(_head(view), _cells(lines, view))}\n\n{footer(lines)}" for lines in _by_setting(rows, view)]
+    parts = []
+    for lines in by_setting(rows, view):
+        refuse_unmeasured_quality(lines)
+        parts.append(f"{_markdown(*table(lines, view))}\n\n{footer(lines)}")
     return "\n\n".join(parts) + "\n"
 
 
 def terminal_table(rows: Iterable[Row], view: View = "summary") -> Group:
     """The same for `rich.print`, without the columns that only a maintainer reads."""
     parts: list[Table | Text] = []
-    names = _labels(view)
-    for lines in _by_setting(rows, view):
-        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-        for place, name in enumerate(_head(view)[: names + len(COLUMNS)]):
-            table.add_column(name, justify="left" if place < names else "right", no_wrap=place < names)
-        for cells in _cells(lines, view):
-            table.add_row(*cells[: names + len(COLUMNS)])
-        parts += [table, Text(footer(lines), style="dim")]
+    for lines in by_setting(rows, view):
+        kept = [column for column in columns(lines, view) if not column.wide]
+        shown = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in kept:
+            shown.add_column(column.head, justify="left" if column.names else "right", no_wrap=column.names)
+        for line in lines:
+            shown.add_row(*(column.cell(line) for column in kept))
+        parts += [shown, Text(footer(lines), style="dim")]
     return Group(*parts)
+
+
+def table(lines: Sequence[Line], view: View = "summary") -> tuple[list[str], list[list[str]]]:
+    """Head and body of one setting's table."""
+    shown = columns(lines, view)
+    return [column.head for column in shown], [[column.cell(line) for column in shown] for line in lines]
+
+
+def columns(lines: Sequence[Line], view: View) -> list[Column]:
+    """Those of a view; baselines and qualities have one where any of the lines was measured so."""
+    measured = [line.whole.measured for line in lines]
+    named = [Column("contender", lambda line: plots.name_of(line.whole.measured), names=True)]
+    if view == "tasks":
+        named.append(Column("task", lambda line: line.whole.measured.task, names=True))
+    shared = [
+        Column("tau", lambda line: f"{line.whole.measured.tau:.2f}"),
+        Column("tau, no loops", lambda line: NONE if line.straight is None else f"{line.straight.measured.tau:.2f}"),
+        Column("alpha_1 ..", lambda line: _alphas(line.whole.measured)),
+        Column("plain tokens/s", lambda line: f"{line.whole.measured.plain_tokens_per_second:.1f}"),
+        Column("tokens/s", lambda line: f"{line.whole.measured.tokens_per_second:.1f}"),
+        Column("speed-up [95%]", lambda line: _speedup(line.whole, PLAIN)),
+        Column("speed-up, no loops [95%]", lambda line: _speedup(line.straight, PLAIN)),
+    ]
+    if any(GENERATE in one.speedups for one in measured):
+        shared.append(Column("over generate [95%]", lambda line: _speedup(line.whole, GENERATE)))
+    if any(one.quality for one in measured):
+        shared.append(Column("quality", lambda line: quality(line.whole.measured)))
+    if view == "tasks":
+        return [*named, *shared, Column("looping", lambda line: f"{line.whole.measured.looping:.0%}", wide=True)]
+    return [
+        *named, *shared,
+        Column("yield", lambda line: f"{line.whole.measured.yield_of_tau:.2f}", wide=True),
+        Column("loop efficiency", lambda line: _number(line.whole.measured.loop_efficiency), wide=True),
+        Column("drafting / bare", lambda line: _number(line.whole.measured.drafting_overhead), wide=True),
+        Column("differ from plain", lambda line: _differing(line.whole.measured), wide=True),
+    ]  # fmt: skip
+
+
+def refuse_unmeasured_quality(lines: Iterable[Line]) -> None:
+    """A `UserError` for a lossy rule whose rows don't say what it did to the answers: its speed alone means nothing."""
+    for line in lines:
+        one = line.whole.measured
+        if not one.lossless and not one.quality:
+            raise UserError(
+                f"results of '{one.label}' on '{one.task}': rule '{one.rule}' is lossy and the row has no quality; "
+                f"evaluate it again with quality columns, or leave it out of the report"
+            )
 
 
 def footer(lines: Sequence[Line]) -> str:
@@ -92,37 +156,95 @@ def footer(lines: Sequence[Line]) -> str:
 
 
 def render(page: Path, results: Path) -> bool:
-    """Replaces the marked tables of a Markdown page by those of the files in `results`; whether anything changed."""
+    """Replaces what stands between the marks of a Markdown page by what the files in `results` say; whether anything changed.
+
+    Plots are linked, where `draw` puts them: beside their results file.
+    """
     text = page.read_text(encoding="utf-8")
-    rendered = render_text(text, results, str(page))
+    rendered = render_text(text, results, str(page), _between(page, results))
     if rendered != text:
         write_whole(page, lambda partial: partial.write_text(rendered, encoding="utf-8"))
     return rendered != text
 
 
 def stale(page: Path, results: Path) -> list[str]:
-    """Names of the marked tables of a page that differ from what the files in `results` say."""
+    """Names of the marks of a page under which something differs from what the files in `results` say, plots included."""
     text = page.read_text(encoding="utf-8")
-    marks = zip(MARK.finditer(text), MARK.finditer(render_text(text, results, str(page))), strict=True)
-    return [old["name"] for old, new in marks if old["body"] != new["body"]]
+    renewed = render_text(text, results, str(page), _between(page, results))
+    marks = zip(MARK.finditer(text), MARK.finditer(renewed), strict=True)
+    wrong = [old["name"] for old, new in marks if old["body"] != new["body"]]
+    return [*wrong, *(name for name in plotted(text) if name not in wrong and not drawn(name, results))]
 
 
-def render_text(text: str, results: Path, where: str) -> str:
-    """A page's text with its tables renewed. Raises `UserError` for a mark without its end, or of a file that is not
-    there."""
+def render_text(text: str, results: Path, where: str, link: str = "") -> str:
+    """A page's text with its tables and links to plots renewed. link: how the page reaches `results`, with a slash at its end.
 
-    def table(mark: re.Match[str]) -> str:
-        rows = read_rows(results / f"{mark['name']}.jsonl")
-        if mark["view"] not in (None, *VIEWS):
-            raise UserError(f"{where}: mark 'results:{mark['name']} {mark['view']}': the view is {' or '.join(VIEWS)}")
-        return mark["head"] + results_table(rows, VIEWS[mark["view"] or "summary"]) + mark["tail"]
+    Raises `UserError` for a mark without its end, with an unknown view, or of a file that is not there.
+    """
+    def filled(mark: re.Match[str]) -> str:
+        rows, view = read_rows(results / f"{mark['name']}.jsonl"), mark["view"] or "summary"
+        if view in VIEWS:
+            return mark["head"] + results_table(rows, VIEWS[view]) + mark["tail"]
+        if view != ALL_PLOTS and view not in plots.PLOTS:
+            known = ", ".join((*VIEWS, ALL_PLOTS, *plots.PLOTS))
+            raise UserError(f"{where}: mark 'results:{mark['name']} {view}': the view is one of {known}")
+        images = [
+            f"![{plots.PLOTS[plot].title}]({link}{file}.svg)\n\n{plots.PLOTS[plot].caption}\n"
+            for _, plot, file in plot_files(mark["name"], rows) if view in (ALL_PLOTS, plot)
+        ]  # fmt: skip
+        return mark["head"] + "\n".join(images) + mark["tail"]
 
     opened = re.findall(r"^<!-- results:([\w.-]+)", text, re.M)
     closed = [mark["name"] for mark in MARK.finditer(text)]
     if opened != closed:
         lonely = next((name for name in opened if name not in closed), opened[0])
         raise UserError(f"{where}: mark 'results:{lonely}' has no matching '<!-- /results:{lonely} -->' after it")
-    return MARK.sub(table, text)
+    return MARK.sub(filled, text)
+
+
+def plot_files(name: str, rows: Iterable[Row]) -> Iterator[tuple[list[Measured], str, str]]:
+    """What the plots of a results file are made from: (rows of one setting, plot, name of its files without suffix)."""
+    for number, lines in enumerate(by_setting(rows, "tasks"), 1):
+        refuse_unmeasured_quality(lines)
+        measured = [line.whole.measured for line in lines]
+        for plot in plots.shown(measured):
+            yield measured, plot, f"{name}-{plot}" if number == 1 else f"{name}-{number}-{plot}"
+
+
+def draw(name: str, results: Path) -> list[Path]:
+    """Draws the plots of `results/NAME.jsonl` as SVG and PNG beside it. Raises `UserError` where matplotlib is missing."""
+    rows = read_rows(results / f"{name}.jsonl")
+    written = []
+    for measured, plot, file in plot_files(name, rows):
+        figure = plots.figure(plot, measured)
+        for suffix in plots.SUFFIXES:
+            written.append(results / f"{file}{suffix}")
+            plots.save(figure, written[-1], _source(name, results))
+    return written
+
+
+def drawn(name: str, results: Path) -> bool:
+    """Whether every plot lies there and was drawn from the results file as it is now."""
+    rows = read_rows(results / f"{name}.jsonl")
+    files = [results / f"{file}.svg" for *_, file in plot_files(name, rows)]
+    source = _source(name, results)
+    return all(file.exists() and source in file.read_text(encoding="utf-8") for file in files)
+
+
+def plotted(text: str) -> list[str]:
+    """Names of the results files whose plots a page shows."""
+    return list(dict.fromkeys(mark["name"] for mark in MARK.finditer(text) if (mark["view"] or "summary") not in VIEWS))
+
+
+def _source(name: str, results: Path) -> str:
+    """What a plot of this file says that it was drawn from."""
+    return f"drafttrain results {fingerprint((results / f'{name}.jsonl').read_text(encoding='utf-8'))}"
+
+
+def _between(page: Path, results: Path) -> str:
+    """How a page links to files beside the results: `docs/results/`, or nothing where it lies there itself."""
+    way = Path(os.path.relpath(results, page.parent)).as_posix()
+    return "" if way == "." else f"{way}/"
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -141,8 +263,8 @@ def setting_key(row: Row) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _by_setting(rows: Iterable[Row], view: View) -> Iterable[list[Line]]:
-    """A table's lines: plain decoding is a column, unless it stands alone."""
+def by_setting(rows: Iterable[Row], view: View) -> Iterator[list[Line]]:
+    """The lines of each setting's table."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in latest(rows):
         groups.setdefault(setting_key(row), []).append(row)
@@ -154,33 +276,18 @@ def _by_setting(rows: Iterable[Row], view: View) -> Iterable[list[Line]]:
         ]  # fmt: skip
 
 
-def _head(view: View) -> tuple[str, ...]:
-    if view == "tasks":
-        return ("contender", "task", *COLUMNS, "looping")
-    return ("contender", *COLUMNS, "yield", "loop efficiency", "drafting / bare", "differ from plain")
+def quality(row: Measured) -> str:
+    """`right 0.42, agreement 0.97`."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in (row.quality or {}).items()) or NONE
 
 
-def _labels(view: View) -> int:
-    return 2 if view == "tasks" else 1
+def _alphas(row: Measured) -> str:
+    return " ".join(f"{alpha:.2f}".lstrip("0") for alpha in row.alpha) or NONE
 
 
-def _cells(lines: Sequence[Line], view: View) -> list[list[str]]:
-    return [_line_cells(line, view) for line in lines]
-
-
-def _line_cells(line: Line, view: View) -> list[str]:
-    whole, straight = line.whole.measured, line.straight.measured if line.straight else None
-    name = whole.label if whole.lossless else f"{whole.label} (lossy)"
-    figures = [
-        f"{whole.tau:.2f}", NONE if straight is None else f"{straight.tau:.2f}",
-        " ".join(f"{alpha:.2f}".lstrip("0") for alpha in whole.alpha) or NONE,
-        f"{whole.plain_tokens_per_second:.1f}", f"{whole.tokens_per_second:.1f}", _interval(whole.speedups[PLAIN]),
-        NONE if straight is None else _interval(straight.speedups[PLAIN]),
-    ]  # fmt: skip
-    if view == "tasks":
-        return [name, whole.task, *figures, f"{whole.looping:.0%}"]
-    shares = [f"{whole.yield_of_tau:.2f}", _number(whole.loop_efficiency), _number(whole.drafting_overhead)]
-    return [name, *figures, *shares, _differing(whole)]
+def _speedup(row: Row | None, baseline: str) -> str:
+    ratio = None if row is None else row.measured.speedups.get(baseline)
+    return NONE if ratio is None else interval(ratio)
 
 
 def _differing(row: Measured) -> str:
@@ -192,7 +299,8 @@ def _differing(row: Measured) -> str:
     return f"{exactness.different} of {exactness.compared}{f', margin <= {max(known):.2g}' if known else ''}"
 
 
-def _interval(ratio: Interval) -> str:
+def interval(ratio: Interval) -> str:
+    """`1.26 [1.19, 1.34]`."""
     return f"{ratio.value:.2f}" if ratio.low is None else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from operator import add
@@ -13,13 +13,17 @@ import numpy as np
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation.efficiency import Efficiency
 from drafttrain.evaluation.quality import Judged, Quality, pooled
-from drafttrain.evaluation.runners import PLAIN, Facts, Outcome
+from drafttrain.evaluation.runners import GENERATE, PLAIN, Facts, Outcome
 from drafttrain.runtime.stats import PHASES, Statistics
 
 FORMAT = 1
 ALL = "all"
 RESAMPLES = 10_000
 PREFETCH = ("bets", "hits", "prefetch_calls", "calls_saved")
+BASELINES = (PLAIN, GENERATE)
+"""Whom speed-ups are measured against, as far as they are in a run."""
+STRETCH = 16
+"""Tokens of an answer whose rounds are counted together in `positions`."""
 Outputs = Literal["all", "not_looping"]
 
 
@@ -140,8 +144,22 @@ class Measured:
     peak_memory: int
     loop_efficiency: float | None = None
     drafting_overhead: float | None = None
+    policy: str | None = None
+    tau_interval: Interval | None = None
+    positions: tuple[tuple[int, int], ...] = ()
+    """(rounds, tokens they kept) of the rounds that begin in each `STRETCH` tokens of an answer."""
     prefetch: dict[str, int] | None = None  # bets, hits, prefetch_calls, calls_saved; see `Statistics`
     quality: Quality | None = None  # see `quality.pooled`; None where it was not measured
+
+    @property
+    def seconds_per_token(self) -> dict[str, float]:
+        """The time split of decoding alone."""
+        return {phase: _ratio(spent, self.tokens) for phase, spent in self.seconds.items() if phase != "prefill"}
+
+    @property
+    def seconds_per_round(self) -> float:
+        """Of decoding alone."""
+        return _ratio(sum(self.seconds.values()) - self.seconds["prefill"], self.rounds)
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,9 @@ class Row(Setting):
             data["speedups"] = {name: Interval(**ratio) for name, ratio in data["speedups"].items()}
             if data["exactness"] is not None:
                 data["exactness"] = Exactness(**{key: _tuple(value) for key, value in data["exactness"].items()})
+            if data.get("tau_interval") is not None:
+                data["tau_interval"] = Interval(**data["tau_interval"])
+            data["positions"] = tuple(_tuple(stretch) for stretch in data.get("positions", ()))
             return cls(**shared, measured=Measured(**data))
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: a broken result row ({error}); evaluate again, or remove the line") from error
@@ -176,7 +197,8 @@ def make_rows(
 ) -> list[Row]:
     """A row for each runner, task (and all of them together) and kind of outputs; none where no prompt is left."""
     tasks = [*dict.fromkeys(sample.task for sample in samples), ALL]
-    plain = {sample.key: sample for sample in samples if sample.label == PLAIN}
+    decoded = {name: {one.key: one for one in samples if one.label == name} for name in BASELINES if name in facts}
+    plain = decoded[PLAIN]
     rows = []
     for label, known in facts.items():
         exact = setting.temperature == 0 and label != PLAIN
@@ -184,9 +206,9 @@ def make_rows(
             own = [sample for sample in samples if sample.label == label and task in (ALL, sample.task)]
             for outputs, chosen in _kinds(own, plain):
                 efficiency = efficiencies.get(label) if task == ALL and outputs == "all" else None
-                pairs = [plain[sample.key] for sample in chosen]
                 if chosen:
-                    measured = summarise(chosen, pairs, known, label, task, outputs, efficiency, exact)
+                    pairs = {name: [found[sample.key] for sample in chosen] for name, found in decoded.items()}
+                    measured = summarise(chosen, pairs.pop(PLAIN), known, label, task, outputs, efficiency, exact, pairs)
                     rows.append(Row(**asdict(setting), measured=measured))
     return rows
 
@@ -198,9 +220,9 @@ def _kinds(samples: list[Sample], plain: dict[tuple[str, int, int], Sample]) -> 
 
 def summarise(
     own: Sequence[Sample], plain: Sequence[Sample], facts: Facts, label: str, task: str, outputs: Outputs,
-    efficiency: Efficiency | None = None, exact: bool = False,
+    efficiency: Efficiency | None = None, exact: bool = False, others: Mapping[str, Sequence[Sample]] | None = None,
 ) -> Measured:
-    """One runner's decodings against plain decoding's of the same prompts, pair by pair."""
+    """One runner's decodings against plain decoding's of the same prompts, pair by pair, and against other baselines'."""
     total = _pooled(own)
     speedup = ratio_interval(own, plain)
     written, wall = sum(len(sample.outcome.tokens) for sample in own), sum(sample.outcome.wall for sample in own)
@@ -213,7 +235,8 @@ def summarise(
         tokens_per_second_with_prefill=_ratio(written, wall),
         plain_tokens_per_second=_ratio(_pooled(plain).tokens, _decoding(plain)),
         seconds={phase: total.seconds[phase] for phase in PHASES},
-        speedups={PLAIN: speedup}, yield_of_tau=_ratio(speedup.value, total.tau),
+        speedups={PLAIN: speedup, **{name: ratio_interval(own, theirs) for name, theirs in (others or {}).items()}},
+        yield_of_tau=_ratio(speedup.value, total.tau),
         looping=_ratio(sum(sample.looping for sample in own), len(own)),
         exactness=_exactness(own) if exact else None,
         peak_memory=max(sample.outcome.peak_memory for sample in own),
@@ -221,7 +244,20 @@ def summarise(
         drafting_overhead=efficiency.drafting if efficiency else None,
         prefetch={name: vars(total)[name] for name in PREFETCH} if total.bets else None,
         quality=pooled([sample.quality for sample in own if sample.quality is not None]),
+        tau_interval=tau_interval(own), positions=by_position(own),
     )
+
+
+def by_position(own: Iterable[Sample]) -> tuple[tuple[int, int], ...]:
+    """See `Measured.positions`; a round begins behind the tokens that stand, the prefill's included."""
+    found: dict[int, tuple[int, int]] = {}
+    for sample in own:
+        place = 1
+        for tokens in sample.outcome.kept:
+            rounds, kept = found.get(place // STRETCH, (0, 0))
+            found[place // STRETCH] = rounds + 1, kept + tokens
+            place += tokens
+    return tuple(found.get(stretch, (0, 0)) for stretch in range(max(found, default=-1) + 1))
 
 
 def ratio_interval(
@@ -230,27 +266,52 @@ def ratio_interval(
     """Speed-up: seconds per token of plain decoding over seconds per token of ours, sums over all prompts; the interval
     is the middle 95% of the same ratio over resampled prompts (percentile bootstrap; an item's turns and repeats stay
     together, pairs too)."""
-    place = {item: index for index, item in enumerate(dict.fromkeys(sample.item for sample in own))}
-    sums = np.zeros((len(place), 4))  # plain seconds, plain tokens, our seconds, our tokens
+    sums = []  # plain seconds, plain tokens, our seconds, our tokens
     for ours, theirs in zip(own, plain, strict=True):
         assert ours.key == theirs.key, f"{ours.key} is paired with {theirs.key}"
-        sums[place[ours.item]] += (
-            theirs.decode_seconds, theirs.outcome.statistics.tokens, ours.decode_seconds, ours.outcome.statistics.tokens
+        sums.append(
+            (theirs.decode_seconds, theirs.outcome.statistics.tokens, ours.decode_seconds, ours.outcome.statistics.tokens)
         )
-    value = float(_speedup(sums.sum(0)))
+    return _bootstrap([sample.item for sample in own], np.array(sums, dtype=float), _speedup, resamples, seed)
+
+
+def tau_interval(own: Sequence[Sample], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The accepted length with its interval, over the same resampled prompts as `ratio_interval`'s."""
+    sums = [(sample.outcome.statistics.tokens, sample.outcome.statistics.rounds) for sample in own]
+    return _bootstrap([sample.item for sample in own], np.array(sums, dtype=float), _tau, resamples, seed)
+
+
+def _bootstrap(
+    items: Sequence[str], sums: np.ndarray, ratio: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> Interval:
+    """`ratio` of the sums over all decodings (`sums` [B, n] of `items` [B]), and over resampled items."""
+    place = {item: index for index, item in enumerate(dict.fromkeys(items))}
+    pooled = np.zeros((len(place), sums.shape[1]))
+    np.add.at(pooled, [place[item] for item in items], sums)
+    value = float(ratio(pooled.sum(0)))
     if len(place) < 2:
         return Interval(value, None, None)
     even = np.full(len(place), 1 / len(place))
     draws = np.random.default_rng(seed).multinomial(len(place), even, size=resamples)  # [R, n] how often each was drawn
-    low, high = np.nanpercentile(_speedup(draws @ sums), [2.5, 97.5])
+    low, high = np.nanpercentile(ratio(draws @ pooled), [2.5, 97.5])
     return Interval(value, float(low), float(high))
 
 
 def _speedup(sums: np.ndarray) -> np.ndarray:
     """[..., 4] -> [...]; nan where a sum is 0 (no token decoded)."""
     plain_seconds, plain_tokens, seconds, tokens = np.moveaxis(sums, -1, 0)
+    return _divided(plain_seconds * tokens, plain_tokens * seconds)
+
+
+def _tau(sums: np.ndarray) -> np.ndarray:
+    """[..., 2] -> [...]; nan where there was no round."""
+    tokens, rounds = np.moveaxis(sums, -1, 0)
+    return _divided(tokens, rounds)
+
+
+def _divided(over: np.ndarray, under: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = (plain_seconds * tokens) / (plain_tokens * seconds)
+        ratio = over / under
     return np.where(np.isfinite(ratio), ratio, np.nan)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ from drafttrain.runtime.stats import Statistics
 
 PLAIN = "plain"
 """The label of plain decoding through our own runtime, which every speed-up is measured against."""
+GENERATE = "generate"
+"""The label of the target library's own plain decoding; where it is in a run, every speed-up is given against it too."""
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Outcome:
     wall: float  # seconds, from the call until its answer stood ready
     drafted: int  # live drafted nodes that the target scored, over all rounds
     peak_memory: int  # bytes; see `PeakMemory`
+    kept: list[int] = field(default_factory=list)  # tokens of each round, in order; empty where a runner has no rounds
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +63,7 @@ class Facts:
     draft_length: int = 0  # K: depth of a round's tree
     slots: int = 0  # N: drafted nodes a round, padding included
     options: dict[str, Any] | None = None  # everything else that was set
+    policy: str | None = None  # what made the rounds' plans
 
 
 class Runner(Protocol):
@@ -83,9 +88,11 @@ class Contender:
 
     def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
         live: list[Tensor] = []
+        verdicts: list[Verdict] = []
 
         def watch(tree: Tree, scored: Scored, verdict: Verdict) -> None:
             live.append(tree.live)  # kept, and counted when the clock has stopped
+            verdicts.append(verdict)
 
         memory = PeakMemory(self.decoder.target.device)
         start = time.perf_counter()
@@ -94,7 +101,8 @@ class Contender:
         statistics = generation.statistics
         statistics.seconds["other"] += wall - sum(statistics.seconds.values())
         drafted = sum(int(nodes.sum()) - 1 for nodes in live)
-        return Outcome(generation.tokens, generation.text, statistics, wall, drafted, memory.read())
+        kept = kept_tokens(verdicts, statistics.tokens)
+        return Outcome(generation.tokens, generation.text, statistics, wall, drafted, memory.read(), kept)
 
     def facts(self, sampling: Sampling) -> Facts:
         drafter, runtime = self.decoder.drafter, self.decoder.runtime
@@ -108,11 +116,18 @@ class Contender:
             drafter.config.name, self._fingerprint, rule.config.name, rule.lossless, runtime.treat_as or plan.draws,
             shape.model_dump(mode="json"), shape.depth, shape.nodes,
             options | ({"rule": knobs} if knobs else {}),
+            runtime.policy if isinstance(runtime.policy, str) else runtime.policy.name,
         )
 
     @cached_property
     def _fingerprint(self) -> str:
         return "in-memory" if self.files is None else folder_fingerprint(self.files)
+
+
+def kept_tokens(verdicts: Sequence[Verdict], total: int) -> list[int]:
+    """Tokens that each round of one row kept, `total` together: only the last one may have been cut."""
+    written = [int(verdict.length[0]) + (verdict.next is not None) for verdict in verdicts]
+    return [*written[:-1], total - sum(written[:-1])] if written else []
 
 
 def folder_fingerprint(folder: Path) -> str:

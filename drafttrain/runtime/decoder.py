@@ -194,7 +194,7 @@ class SpeculativeDecoder:
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
         stop: Sequence[str] = (), on_round: RoundHook | None = None, **refused: Any,
     ) -> Iterator[Piece]:
-        """One sample as it is written. After the last piece, `statistics` holds what it took."""
+        """One sample as it is written. After the last piece, `statistics` holds what it took, and `round_seconds` each round's phases."""
         _refuse(refused)
         request = self._requests([prompt], max_new_tokens, 1)
         batch = self.batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round)
@@ -208,6 +208,7 @@ class SpeculativeDecoder:
                     if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
                         yield Piece(text[len(shown) :], origin)
                         shown = text
+        self.round_seconds = batch.clock.runs()[1:]
         self.statistics = batch.statistics()[0]
 
     def _requests(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:

@@ -139,7 +139,9 @@ class Batch:
         self.chance.turn(2 * self.rounds + 2)
         verdict = self.rule(tree, scored, self.chance)
         if self.on_round:
+            self.clock.lap("verify")
             self.on_round(tree, scored, verdict)
+            self.clock.pause()  # whoever looks on pays for it
         kept = self._cut(tree, verdict)
         self.clock.lap("verify")
         fetched = self._fetch(kept) if self.stopper else None  # stop strings need the host before the commit

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 PHASES = ("prefill", "draft", "score", "verify", "commit", "other")
+START, PAUSE = "start", "pause"
+"""Marks of the clock that are no phase."""
 
 
 @dataclass
@@ -132,7 +134,11 @@ class Clock:
 
     def start(self) -> None:
         """Begins a new run of laps; what passed since the last one counts nowhere."""
-        self.laps.append(("", self._now()))
+        self.laps.append((START, self._now()))
+
+    def pause(self) -> None:
+        """What passed since the last mark counts nowhere, and the run of laps goes on."""
+        self.laps.append((PAUSE, self._now()))
 
     def lap(self, phase: str) -> None:
         """What passed since the last mark belongs to `phase`."""
@@ -145,16 +151,23 @@ class Clock:
         event.record()
         return event
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds a phase so far; forgets the laps."""
+    def runs(self) -> list[dict[str, float]]:
+        """Seconds a phase of each run of laps: the prefill's first, then every round's."""
         if self.cuda:
             torch.cuda.synchronize()
-        total = dict.fromkeys(PHASES, 0.0)
+        runs: list[dict[str, float]] = [{}]
         for (_, before), (phase, after) in zip(self.laps, self.laps[1:], strict=False):
-            if phase:
-                total[phase] += _elapsed(before, after)
+            if phase == START:
+                runs.append({})
+            elif phase != PAUSE:
+                runs[-1][phase] = runs[-1].get(phase, 0.0) + _elapsed(before, after)
+        return [run for run in runs if run]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds a phase so far; forgets the laps."""
+        runs = self.runs()
         self.laps = self.laps[-1:]
-        return total
+        return {phase: sum(run.get(phase, 0.0) for run in runs) for phase in PHASES}
 
 
 def _elapsed(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:

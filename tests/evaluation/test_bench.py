@@ -80,7 +80,8 @@ def test_a_row_pools_what_the_decoder_itself_counts(tmp_path: Path) -> None:
     assert row.measured.tokens == sum(one.tokens for one in statistics) == 2 * 19
     assert row.measured.nodes_per_round == 3.0
     assert (row.measured.draft_length, row.measured.slots) == (3, 3)
-    assert (row.measured.rule, row.measured.draws) == ("greedy", "point")
+    assert (row.measured.rule, row.measured.draws, row.measured.policy) == ("greedy", "point", "fixed")
+    assert [sum(counts) for counts in zip(*row.measured.positions, strict=True)] == [row.measured.rounds, row.measured.tokens]
 
 
 def test_times_of_all_phases_add_up_to_the_wall_clock() -> None:

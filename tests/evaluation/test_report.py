@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ import pytest
 from rich.console import Console
 
 from drafttrain.core.errors import UserError
+from drafttrain.evaluation import plots
 from drafttrain.evaluation.journal import append_whole
-from drafttrain.evaluation.report import render, results_table, stale, terminal_table
+from drafttrain.evaluation.page import open_run, together, write_report
+from drafttrain.evaluation.plots import PLOTS
+from drafttrain.evaluation.report import draw, latest, render, results_table, stale, terminal_table
 from drafttrain.evaluation.rows import Difference, Row
-from drafttrain.evaluation.runners import PLAIN
+from drafttrain.evaluation.runners import GENERATE, PLAIN
 from tests.evaluation.test_rows import DRAFTED, PLAINLY, SETTING, rows_of
 from tests.evaluation.toys import sample
 
@@ -27,6 +32,12 @@ def line(table: str, label: str) -> dict[str, str]:
     rows = [row.strip("|").split(" | ") for row in table.splitlines() if row.startswith("|")]
     cells = [[cell.strip() for cell in row] for row in rows]
     return dict(zip(cells[0], next(row for row in cells if row[0] == label), strict=True))
+
+
+def with_rounds() -> list[Row]:
+    """The same decodings, their rounds known one by one."""
+    mine = [replace(one, outcome=replace(one.outcome, kept=[1] * 40)) for one in DRAFTED]
+    return list(rows_of(*PLAINLY, *mine).values())
 
 
 def page(folder: Path, rows: list[Row], text: str = PAGE) -> Path:
@@ -68,9 +79,32 @@ def test_the_largest_margin_of_differing_outputs_stands_in_the_table() -> None:
     assert got["differ from plain"] == "1 of 2, margin <= 0.12"
 
 
-def test_a_lossy_rule_is_called_so() -> None:
-    lossy = [replace(row, measured=replace(row.measured, lossless=False)) for row in ROWS]
-    assert line(results_table(lossy), "mine (lossy)")["tau"] == "2.50"
+def lossy(quality: dict[str, float] | None) -> list[Row]:
+    return [replace(row, measured=replace(row.measured, lossless=False, rule="typical", quality=quality)) for row in ROWS]
+
+
+def test_a_lossy_rule_is_called_so_and_shows_its_quality() -> None:
+    got = line(results_table(lossy({"right": 0.25, "agreement": 0.975})), "mine (lossy)")
+    assert (got["tau"], got["quality"]) == ("2.50", "right 0.25, agreement 0.97")
+    assert "quality" not in results_table(ROWS)
+
+
+def test_a_lossy_row_without_quality_is_refused_in_every_report(tmp_path: Path) -> None:
+    path = page(tmp_path, lossy(None), PAGE.replace("results:quick -->\n<", "results:quick plots -->\n<"))
+    for report in (
+        lambda: results_table(lossy(None)), lambda: render(path, tmp_path / "results"), lambda: draw("quick", tmp_path / "results"),
+        lambda: write_report([open_run(tmp_path / "results" / "quick.jsonl")], tmp_path / "report", "quick"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="rule 'typical' is lossy and the row has no quality"):
+            report()
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_speed_up_over_the_librarys_own_decoding_has_a_column_where_it_was_measured() -> None:
+    peer = [sample("a", GENERATE, 2.0, 40, 40), sample("b", GENERATE, 1.0, 10, 10)]
+    got = line(results_table(rows_of(*PLAINLY, *DRAFTED, *peer).values()), "mine")
+    assert got["over generate [95%]"].startswith("2.00 [2.00, 2.00")
+    assert "over generate" not in results_table(ROWS)
 
 
 def test_the_last_run_of_a_setting_counts() -> None:
@@ -122,12 +156,97 @@ def test_a_mark_can_ask_for_tasks(tmp_path: Path) -> None:
     assert "| contender | task |" in path.read_text()
 
 
+def test_plots_are_linked_from_where_the_page_lies_and_are_stale_until_drawn_from_the_same_results(tmp_path: Path) -> None:
+    path = page(tmp_path, ROWS, PAGE.replace("results:quick -->\n<", "results:quick alpha -->\n<"))
+    render(path, tmp_path / "results")
+    assert "![Conditional acceptance by depth](results/quick-alpha.svg)" in path.read_text()
+    assert "quick-time.svg" not in path.read_text()
+    assert stale(path, tmp_path / "results") == ["quick"]
+    draw("quick", tmp_path / "results")
+    assert stale(path, tmp_path / "results") == []
+    later = [replace(row, measured=replace(row.measured, tau=1.25)) for row in ROWS]
+    append_whole(tmp_path / "results" / "quick.jsonl", [row.to_json() for row in later])
+    assert stale(path, tmp_path / "results") == ["quick"]
+
+
+def test_a_report_holds_results_tables_plots_and_one_page_without_outside_resources(tmp_path: Path) -> None:
+    page(tmp_path, with_rounds())
+    written = write_report([open_run(tmp_path / "results" / "quick.jsonl")], tmp_path / "report", "quick")
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "report").iterdir()}
+    assert {path.name for path in written} == {"quick.jsonl", "quick.md", "quick.html"} | {
+        f"quick-{plot}.{kind}" for plot in PLOTS for kind in ("svg", "png")
+    }
+    markdown, html = ((tmp_path / "report" / f"quick.{kind}").read_text() for kind in ("md", "html"))
+    assert line(markdown, "mine")["tau"] == "2.50"
+    assert all(f"(quick-{plot}.svg)" in markdown and f'data-plot="{plot}"' in html for plot in PLOTS)
+    assert html.count("<svg") == len(PLOTS)
+    assert "3.33 [2.00, 4.00]" in html
+    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", html)
+    assert stale(tmp_path / "report" / "quick.md", tmp_path / "report") == []
+
+
+def test_a_report_written_again_keeps_the_text_of_its_page_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    page(tmp_path, ROWS)
+    run = open_run(tmp_path / "results" / "quick.jsonl")
+    write_report([run], tmp_path / "report", "quick")
+    mine = (tmp_path / "report" / "quick.md").read_text() + "\nMy words.\n"
+    (tmp_path / "report" / "quick.md").write_text(mine)
+    before = {path: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert (tmp_path / "report" / "quick.jsonl").read_bytes() == run.file.read_bytes()
+    write_report([run], tmp_path / "report", "quick")
+    assert {path: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_the_speed_up_plot_draws_every_contender_on_every_task_at_its_figure() -> None:
+    qa = [sample("q", PLAIN, 2.0, 20, 20, task="qa"), sample("q", "mine", 1.0, 20, 10, task="qa")]
+    measured = [row.measured for row in rows_of(*PLAINLY, *DRAFTED, *qa).values() if row.measured.outputs == "all"]
+    (axes,) = plots.figure("speedup", measured).axes
+    assert [round(bar.get_height(), 4) for bar in axes.patches] == [3.3333, 2.0, 2.8]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["math", "qa", "all"]
+
+
+def test_the_time_plot_stacks_the_phases_to_the_time_of_a_token() -> None:
+    (axes,) = plots.figure("time", [row.measured for row in ROWS if row.measured.outputs == "all" and row.measured.task == "all"]).axes
+    assert sum(bar.get_width() for bar in axes.patches) == pytest.approx(1e3 * (5.0 / 50 + 1.5 / 50))
+
+
+def test_a_plot_that_the_rows_have_no_data_for_is_left_out() -> None:
+    measured = [row.measured for row in ROWS]
+    assert "position" in plots.shown([row.measured for row in with_rounds()])
+    assert "position" not in plots.shown(measured)  # rows of before had no positions
+    assert plots.shown([row for row in measured if row.label == PLAIN]) == ["time"]
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page(tmp_path, ROWS)
+    with pytest.raises(UserError, match=r"pip install 'drafttrain\[plots\]'"):
+        draw("quick", tmp_path / "results")
+
+
+def test_contenders_of_the_same_name_in_two_runs_are_told_apart(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        append_whole(tmp_path / name / "results.jsonl", [row.to_json() for row in ROWS])
+    rows = together([open_run(tmp_path / "one"), open_run(tmp_path / "two" / "results.jsonl")])
+    assert {row.measured.label for row in latest(rows)} == {PLAIN, "one: mine", "two: mine"}
+
+
+def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_run(tmp_path / "gone")
+    with pytest.raises(UserError, match="drafttrain eval"):
+        open_run(tmp_path)
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(UserError, match="are empty"):
+        open_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("<!-- results:quick -->\n", "no matching '<!-- /results:quick -->'"),
         ("<!-- results:quick -->\n<!-- /results:quack -->\n", "no matching"),
-        ("<!-- results:quick plots -->\n<!-- /results:quick -->\n", "the view is summary or tasks"),
+        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "the view is one of summary, tasks, plots, speedup"),
         ("<!-- results:gone -->\n<!-- /results:gone -->\n", "gone.jsonl': no such file"),
     ],
 )

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import bootstrap
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.types import Verdict
 from drafttrain.evaluation.efficiency import Efficiency
-from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows, ratio_interval, summarise
-from drafttrain.evaluation.runners import PLAIN, Facts
+from drafttrain.evaluation.rows import (
+    Difference,
+    Row,
+    Sample,
+    Setting,
+    by_position,
+    make_rows,
+    ratio_interval,
+    summarise,
+    tau_interval,
+)
+from drafttrain.evaluation.runners import GENERATE, PLAIN, Facts, kept_tokens
 from tests.evaluation.toys import sample
 
 SETTING = Setting(
@@ -69,6 +82,43 @@ def test_the_interval_is_the_percentile_bootstrap_over_prompts() -> None:
     assert got.high == pytest.approx(expected.high, abs=0.03 * width)
 
 
+def test_the_accepted_length_has_an_interval_over_prompts_around_the_pooled_value() -> None:
+    own = [sample(str(n), "mine", 1.0, 40, rounds) for n, rounds in enumerate((10, 20, 40, 20))]
+    got = tau_interval(own)
+    assert got.value == summarise(own, own, Facts(), "mine", "all", "all").tau == 160 / 90
+    assert got.low is not None and got.high is not None and 1.0 < got.low < got.value < got.high < 4.0
+    assert tau_interval(own * 3) == got
+    assert tau_interval(own[:1]).low is None
+
+
+def test_rounds_are_counted_where_in_the_answer_they_begin() -> None:
+    long = replace(DRAFTED[0], outcome=replace(DRAFTED[0].outcome, kept=[4, 10, 1, 1, 3]))  # begin behind 1, 5, 15, 16, 17 tokens
+    short = replace(DRAFTED[1], outcome=replace(DRAFTED[1].outcome, kept=[2]))
+    assert by_position([long, short]) == ((4, 17), (2, 4))
+    assert by_position(DRAFTED) == ()
+
+
+def test_the_last_round_keeps_what_the_limit_left() -> None:
+    verdicts = [Verdict(torch.zeros(1, 3), torch.tensor([length]), torch.tensor([7])) for length in (3, 0, 2)]
+    assert kept_tokens(verdicts, 6) == [4, 1, 1]
+    assert kept_tokens([replace(verdicts[0], next=None), verdicts[1]], 4) == [3, 1]
+    assert kept_tokens([], 0) == []
+
+
+def test_speed_ups_are_given_against_every_baseline_of_the_run() -> None:
+    peer = [sample("a", GENERATE, 2.0, 40, 40), sample("b", GENERATE, 1.0, 10, 10)]
+    speedups = rows_of(*PLAINLY, *DRAFTED, *peer)["mine", "all", "all"].measured.speedups
+    assert {name: ratio.value for name, ratio in speedups.items()} == pytest.approx({PLAIN: 5 / 1.5, GENERATE: 3 / 1.5})
+    assert set(rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"].measured.speedups) == {PLAIN}
+
+
+def test_rows_written_before_a_field_was_added_are_read_with_its_default() -> None:
+    row = rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"]
+    added = {"policy", "tau_interval", "positions", "quality"}
+    before = {key: value for key, value in row.to_json().items() if key not in added}
+    assert Row.from_json(before, "here") == replace(row, measured=replace(row.measured, tau_interval=None))
+
+
 def test_repeats_of_a_prompt_do_not_narrow_the_interval() -> None:
     plain = [sample(str(n), PLAIN, 4.0, 40, 40) for n in range(8)]
     own = [sample(str(n), "mine", 1.0 + n, 40, 20) for n in range(8)]
@@ -82,7 +132,8 @@ def test_one_prompt_alone_has_no_interval() -> None:
 
 def rows_of(*samples: Sample) -> dict[tuple[str, str, str], Row]:
     shape = {"shape": "chain", "length": 4}
-    facts = {PLAIN: Facts(), "mine": Facts("eagle3", "cafe", "greedy", True, "point", shape, 4, 4)}
+    facts = {label: Facts() for label in (PLAIN, GENERATE) if any(one.label == label for one in samples)}
+    facts |= {"mine": Facts("eagle3", "cafe", "greedy", True, "point", shape, 4, 4)}
     efficiency = {"mine": Efficiency(0.10, 0.8, 1.5)}
     rows = make_rows(samples, facts, efficiency, SETTING)
     return {(row.measured.label, row.measured.task, row.measured.outputs): row for row in rows}
@@ -129,7 +180,8 @@ def test_differing_outputs_are_counted_with_their_margins_and_prompts() -> None:
 
 def test_a_row_and_a_sample_survive_the_way_through_json() -> None:
     other = sample("b", "mine", 0.5, 10, 10, difference=Difference(3, None))
-    for row in rows_of(*PLAINLY, DRAFTED[0], other).values():
+    rounds = replace(DRAFTED[0], outcome=replace(DRAFTED[0].outcome, kept=[4] * 10))
+    for row in rows_of(*PLAINLY, rounds, other).values():
         assert Row.from_json(json.loads(json.dumps(row.to_json())), "here") == row
     assert Sample.from_json(json.loads(json.dumps(other.to_json()))) == other
 

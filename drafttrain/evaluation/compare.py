@@ -1,0 +1,204 @@
+"""Two results side by side: accepted length, speed-up, conditional acceptance and time split, contender by contender.
+
+What has a bootstrap interval is called different where the two intervals do not overlap; a difference inside them is noise until more
+prompts say otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from drafttrain.core.errors import UserError
+from drafttrain.evaluation.page import Run
+from drafttrain.evaluation.report import NONE, interval, quality
+from drafttrain.evaluation.rows import ALL, BASELINES, Interval, Measured, Row
+from drafttrain.evaluation.runners import PLAIN
+from drafttrain.runtime.stats import PHASES
+
+ASKED: dict[str, str] = {
+    "target_fingerprint": "target", "suite_hash": "suite", "temperature": "", "top_k": "", "top_p": "", "max_new_tokens": "",
+}  # fmt: skip
+"""Where these differ, the two decoded other texts and nothing can be compared; by the field that says their name, if there is one."""
+MEASURED_ON = ("device", "threads", "dtype", "versions", "repeats")
+"""Where these differ, times differ for another reason than the contenders."""
+STEADY = 0.05  # plain decoding's speed may differ by this share before it is pointed out
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity in both results; `differs` is None where no interval is known."""
+
+    name: str
+    left: str
+    right: str
+    change: str = ""
+    differs: bool | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One contender on one task in both results."""
+
+    label: str
+    left: Measured
+    right: Measured
+
+    @property
+    def task(self) -> str:
+        return self.left.task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two results that may be compared."""
+
+    names: tuple[str, str]
+    pairs: list[Pair]
+    alone: list[str]
+    """Contenders that only one of the two has."""
+    warnings: list[str]
+
+
+def compare(left: Run, right: Run) -> Comparison:
+    """The last evaluation in each. Raises `UserError` where target, suite or sampling differ, or no contender has a counterpart."""
+    ours, theirs = last_evaluation(left.rows), last_evaluation(right.rows)
+    for field, named in ASKED.items():
+        a, b = vars(ours[0])[field], vars(theirs[0])[field]
+        if a != b:
+            names = [f"'{vars(rows[0])[named]}' {value}" if named else str(value) for rows, value in ((ours, a), (theirs, b))]
+            said = f"their {named or field} differs ({names[0]} and {names[1]})"
+            raise UserError(f"'{left.name}' and '{right.name}' cannot be compared: {said}; evaluate both alike")
+    found = [
+        {(row.measured.label, row.measured.task): row.measured for row in rows if row.measured.outputs == "all"} for rows in (ours, theirs)
+    ]  # fmt: skip
+    labels = [[label for label, task in known if task == ALL] for known in found]
+    mates = counterparts(*labels)
+    pairs = [
+        Pair(a if a == b else f"{a} | {b}", one, found[1][b, task])
+        for a, b in mates for (label, task), one in found[0].items() if label == a and (b, task) in found[1]
+    ]  # fmt: skip
+    if not any(pair.label != PLAIN for pair in pairs):
+        raise UserError(f"'{left.name}' and '{right.name}' have no contender in common; give their contenders the same labels")
+    paired = {label for mate in mates for label in mate}
+    alone = [f"{run.name}: {label}" for run, known in zip((left, right), labels, strict=True) for label in known if label not in paired]
+    return Comparison((left.name, right.name), pairs, alone, [*warnings(ours[0], theirs[0]), *unsteady(pairs)])
+
+
+def last_evaluation(rows: list[Row]) -> list[Row]:
+    """The rows of the run that stands last in a file."""
+    return [row for row in rows if row.run == rows[-1].run]
+
+
+def counterparts(left: list[str], right: list[str]) -> list[tuple[str, str]]:
+    """Labels that belong together: equal ones, and the one left over on each side where there is just one."""
+    both = [(label, label) for label in left if label in right]
+    rest = [label for label in left if label not in right], [label for label in right if label not in left]
+    return [*both, (rest[0][0], rest[1][0])] if len(rest[0]) == len(rest[1]) == 1 else both
+
+
+def warnings(left: Row, right: Row) -> list[str]:
+    """Where the two were measured on different things."""
+    return [
+        f"{field} differs: {vars(left)[field]} | {vars(right)[field]}" for field in MEASURED_ON if vars(left)[field] != vars(right)[field]
+    ]  # fmt: skip
+
+
+def unsteady(pairs: Iterable[Pair]) -> list[str]:
+    """Plain decoding's own speed tells whether the machine was the same."""
+    for pair in pairs:
+        speeds = pair.left.tokens_per_second, pair.right.tokens_per_second
+        if pair.label == PLAIN and pair.task == ALL and abs(speeds[1] / speeds[0] - 1) > STEADY:
+            return [f"plain decoding itself ran at {speeds[0]:.1f} | {speeds[1]:.1f} tokens/s: compare speed-ups, not times"]
+    return []
+
+
+def figures(pair: Pair) -> list[Figure]:
+    """All quantities of a contender."""
+    left, right = pair.left, pair.right
+    out = [_ratio("tau", left.tau_interval or _bare(left.tau), right.tau_interval or _bare(right.tau))]
+    for baseline in BASELINES:
+        if baseline in left.speedups and baseline in right.speedups:
+            out.append(_ratio(f"speed-up over {baseline}", left.speedups[baseline], right.speedups[baseline]))
+    out.append(_number("tokens/s", left.tokens_per_second, right.tokens_per_second, 1))
+    for depth in range(max(len(left.alpha), len(right.alpha))):
+        a, b = (one.alpha[depth] if depth < len(one.alpha) else None for one in (left, right))
+        out.append(Figure(f"alpha_{depth + 1}", _shown(a, 2), _shown(b, 2), "" if a is None or b is None else f"{b - a:+.2f}"))
+    out.append(_number("ms per round", 1e3 * left.seconds_per_round, 1e3 * right.seconds_per_round, 1))
+    for phase in PHASES[1:]:
+        split = 1e3 * left.seconds_per_token[phase], 1e3 * right.seconds_per_token[phase]
+        out.append(_number(f"ms per token: {phase}", *split, 2))
+    out.append(_number("nodes a round", left.nodes_per_round, right.nodes_per_round, 1))
+    out.append(_number("yield", left.yield_of_tau, right.yield_of_tau, 2))
+    if left.loop_efficiency is not None and right.loop_efficiency is not None:
+        out.append(_number("loop efficiency", left.loop_efficiency, right.loop_efficiency, 2))
+    out.append(Figure("looping", f"{left.looping:.0%}", f"{right.looping:.0%}"))
+    if left.quality or right.quality:
+        out.append(Figure("quality", quality(left), quality(right)))
+    return out
+
+
+def side_by_side(comparison: Comparison) -> Group:
+    """For the terminal: a table for each contender, and one over the tasks."""
+    parts: list[Table | Text] = [Text(f"warning: {warning}", "yellow") for warning in comparison.warnings]
+    for pair in comparison.pairs:
+        if pair.task == ALL and pair.label != PLAIN:
+            shown = _table((pair.label, *comparison.names, "change", ""))
+            for figure in figures(pair):
+                shown.add_row(figure.name, figure.left, figure.right, figure.change, _mark(figure))
+            parts.append(shown)
+    tasks = _table(("contender", "task", *(f"{what}, {name}" for what in ("tau", "speed-up") for name in comparison.names), ""))
+    for pair in comparison.pairs:
+        if pair.task != ALL and pair.label != PLAIN:
+            tau, speedup = figures(pair)[:2]
+            both = Figure("", "", "", differs=_either(tau.differs, speedup.differs))
+            tasks.add_row(pair.label, pair.task, tau.left, tau.right, speedup.left, speedup.right, _mark(both))
+    parts.append(tasks)
+    if comparison.alone:
+        parts.append(Text(f"in one of them only: {', '.join(comparison.alone)}", "dim"))
+    return Group(*parts)
+
+
+def apart(left: Interval, right: Interval) -> bool | None:
+    """Whether two intervals do not overlap; None where one is unknown."""
+    if left.low is None or left.high is None or right.low is None or right.high is None:
+        return None
+    return left.high < right.low or right.high < left.low
+
+
+def _either(*marks: bool | None) -> bool | None:
+    known = [mark for mark in marks if mark is not None]
+    return any(known) if known else None
+
+
+def _ratio(name: str, left: Interval, right: Interval) -> Figure:
+    change = f"{right.value / left.value - 1:+.1%}" if left.value else ""
+    return Figure(name, interval(left), interval(right), change, apart(left, right))
+
+
+def _number(name: str, left: float, right: float, digits: int) -> Figure:
+    return Figure(name, f"{left:.{digits}f}", f"{right:.{digits}f}", f"{right / left - 1:+.1%}" if left else "")
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def _bare(value: float) -> Interval:
+    return Interval(value, None, None)
+
+
+def _mark(figure: Figure) -> Text:
+    return {True: Text("differs", "bold yellow"), False: Text("overlap", "dim"), None: Text("")}[figure.differs]
+
+
+def _table(heads: Iterable[str]) -> Table:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="left" if place == 0 or head in ("", "task") else "right")
+    return table

@@ -1,0 +1,109 @@
+"""Two results side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from drafttrain.core.errors import UserError
+from drafttrain.evaluation.compare import apart, compare, counterparts, figures, side_by_side
+from drafttrain.evaluation.page import Run
+from drafttrain.evaluation.rows import Interval, Row
+from drafttrain.evaluation.runners import PLAIN
+from tests.evaluation.test_rows import rows_of
+from tests.evaluation.toys import sample
+
+
+def run(name: str, seconds: float = 1.0, rounds: int = 10, plain: float = 4.0, **changes: Any) -> Run:
+    """Eight prompts of 40 tokens, whose times differ a little from each other."""
+    items = [(str(n), 1 + n / 100) for n in range(8)]
+    plainly = [sample(item, PLAIN, plain * spread, 40, 40) for item, spread in items]
+    mine = [sample(item, "mine", seconds * (2 - spread), 40, rounds) for item, spread in items]
+    return Run(name, Path(), [replace(row, **changes) for row in rows_of(*plainly, *mine).values()])
+
+
+def renamed(one: Run, label: str) -> Run:
+    rows = [replace(row, measured=replace(row.measured, label=label)) if row.measured.label == "mine" else row for row in one.rows]
+    return replace(one, rows=rows)
+
+
+def figure(left: Run, right: Run, name: str) -> Any:
+    pair = next(pair for pair in compare(left, right).pairs if pair.label != PLAIN and pair.task == "all")
+    return next(one for one in figures(pair) if one.name == name)
+
+
+def test_a_speed_up_outside_the_others_interval_differs_and_one_inside_does_not() -> None:
+    assert figure(run("a"), run("b", seconds=2.0), "speed-up over plain").differs is True
+    assert figure(run("a"), run("b", seconds=1.001), "speed-up over plain").differs is False
+    assert figure(run("a"), run("b", rounds=20), "tau").differs is True
+    assert figure(run("a"), run("b", rounds=20), "tau").change == "-50.0%"
+
+
+def test_intervals_are_apart_only_where_neither_end_reaches_the_other() -> None:
+    assert apart(Interval(1, 0.9, 1.1), Interval(1.3, 1.2, 1.4)) is apart(Interval(1.3, 1.2, 1.4), Interval(1, 0.9, 1.1)) is True
+    assert apart(Interval(1, 0.9, 1.2), Interval(1.3, 1.2, 1.4)) is False
+    assert apart(Interval(1, None, None), Interval(9, 8.0, 10.0)) is None
+
+
+def test_the_time_split_is_given_for_a_token() -> None:
+    got = figure(run("a"), run("b", seconds=2.0), "ms per token: score")
+    assert (got.left, got.right, got.change) == ("24.12", "48.25", "+100.0%")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target_fingerprint": "other"}, r"their target differs \('toy' f00d and 'toy' other\)"),
+        ({"suite_hash": "other"}, "their suite differs"),
+        ({"temperature": 1.0}, r"their temperature differs \(0.0 and 1.0\)"),
+        ({"max_new_tokens": 64}, "their max_new_tokens differs"),
+    ],
+)
+def test_results_of_other_texts_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"'a' and 'b' cannot be compared: {said}"):
+        compare(run("a"), run("b", **change))
+
+
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"threads": 8}, {"dtype": "bfloat16"}, {"versions": {"torch": "3"}}])
+def test_another_machine_is_a_warning(change: dict[str, Any]) -> None:
+    (warning,) = compare(run("a"), run("b", **change)).warnings
+    assert warning.startswith(f"{next(iter(change))} differs: ")
+
+
+def test_a_machine_that_ran_at_another_speed_is_a_warning() -> None:
+    (warning,) = compare(run("a"), run("b", plain=8.0)).warnings
+    assert "plain decoding itself ran at 9.7 | 4.8 tokens/s" in warning
+    assert compare(run("a"), run("b")).warnings == []
+
+
+def test_contenders_are_paired_by_name_and_the_last_two_left_with_each_other() -> None:
+    assert counterparts([PLAIN, "a", "b"], [PLAIN, "b", "c"]) == [(PLAIN, PLAIN), ("b", "b"), ("a", "c")]
+    assert counterparts([PLAIN, "a", "b"], [PLAIN, "c"]) == [(PLAIN, PLAIN)]
+    got = compare(run("a"), renamed(run("b"), "other"))
+    assert {pair.label for pair in got.pairs} == {PLAIN, "mine | other"}
+
+
+def test_contenders_without_a_counterpart_are_listed_and_nothing_in_common_is_refused() -> None:
+    more: list[Row] = [*run("a").rows, *(row for row in renamed(run("a"), "wide").rows if row.measured.label == "wide")]
+    assert compare(Run("a", Path(), more), run("b")).alone == ["a: wide"]
+    with pytest.raises(UserError, match="no contender in common"):
+        compare(Run("a", Path(), more), renamed(run("b"), "third"))
+
+
+def test_the_last_evaluation_of_a_file_counts() -> None:
+    rows = [*run("a", seconds=9.0).rows, *(replace(row, run="run-2") for row in run("a").rows)]
+    assert figure(Run("a", Path(), rows), run("b"), "speed-up over plain").change == "+0.0%"
+
+
+def test_the_terminal_shows_both_and_marks_what_differs() -> None:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(side_by_side(compare(run("first"), run("second", seconds=2.0, device="cuda"))))
+    text = console.export_text()
+    (line,) = [line for line in text.splitlines() if "speed-up over plain" in line]
+    assert "4.1" in line and "2.0" in line and "-50.0%" in line and "differs" in line
+    assert "warning: device differs: cpu | cuda" in text
+    assert "first" in text and "second" in text
