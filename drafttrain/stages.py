@@ -82,7 +82,7 @@ def perform(stage: str, recipe: Recipe, again: bool = False) -> Record:
     write_record(recipe, stage, record)
     begun = time.monotonic()
     notes = STAGES[stage](recipe)
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    finished = datetime.now(timezone.utc).isoformat(timespec="microseconds")
     seconds = round(time.monotonic() - begun, 1)
     record = record.model_copy(update={"done": True, "seconds": seconds, "finished": finished, "notes": notes})
     write_record(recipe, stage, record)
