@@ -114,8 +114,8 @@ class Trusting(Rule):
 class TrustingRuntime(RuntimeConfig):
     """Drafts as any runtime does, and verifies by `Trusting`."""
 
-    def fitted(self, sampling: Sampling) -> tuple[Rule, Plan]:
-        return Trusting(TrustingConfig()), super().fitted(sampling)[1]
+    def fitted(self, sampling: Sampling, drafter: type[Drafter] | None = None) -> tuple[Rule, Plan]:
+        return Trusting(TrustingConfig()), super().fitted(sampling, drafter)[1]
 
 
 def sample(
