@@ -143,7 +143,7 @@ class Measured:
     tau_interval: Interval | None = None
     positions: tuple[tuple[int, int], ...] = ()
     """(rounds, tokens they kept) of the rounds that begin in each `STRETCH` tokens of an answer."""
-    quality: dict[str, float] | None = None
+    quality: dict[str, float | None] | None = None
     """What a lossy rule did to the answers, by name; a lossy row without it is refused in reports."""
 
     @property
