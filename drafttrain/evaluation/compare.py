@@ -138,7 +138,7 @@ def figures(pair: Pair) -> list[Figure]:
     if left.loop_efficiency is not None and right.loop_efficiency is not None:
         out.append(_number("loop efficiency", left.loop_efficiency, right.loop_efficiency, 2))
     out.append(Figure("looping", f"{left.looping:.0%}", f"{right.looping:.0%}"))
-    if left.quality or right.quality:
+    if {quality(left), quality(right)} != {NONE}:
         out.append(Figure("quality", quality(left), quality(right)))
     return out
 

@@ -51,11 +51,12 @@ th, td { padding: 6px 9px 6px 0; text-align: right; white-space: nowrap; border-
 th { color: var(--faint); font-weight: 600; font-size: 12.5px; vertical-align: bottom; white-space: normal; min-width: 62px; }
 th.name, td.name { text-align: left; padding-right: 16px; }
 td.name { font-weight: 600; }
+td:last-child { white-space: normal; min-width: 132px; padding-right: 0; }
 tr:last-child td { border-bottom: 0; }
 div.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 14px; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 figure[data-plot="speedup"] { grid-column: 1 / -1; }
-figure[data-plot="speedup"] svg { max-width: 940px; margin: 0 auto; }
+figure[data-plot="speedup"] svg { max-width: 1020px; margin: 0 auto; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--faint); font-size: 13px; margin-top: 6px; }
 """

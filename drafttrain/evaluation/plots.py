@@ -33,6 +33,7 @@ STYLE = {
 }  # fmt: skip
 SUFFIXES = (".svg", ".png")
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+FEW = 3  # contenders for which there is room for more than the outline
 FEW_ROUNDS = 20  # a stretch of the answers with fewer is noise
 
 
@@ -72,7 +73,7 @@ def draw_speedup(axes: Axes, rows: Sequence[Measured]) -> None:
             axes.bar(at, ratio.value, width * 0.9, color=colour, label=name_of(row) if task == next(iter(own)) else None)
             top = ratio.value if ratio.low is None or ratio.high is None else ratio.high
             axes.errorbar(at, ratio.value, yerr=_reach(ratio), color=INK, elinewidth=1.1, capsize=min(4.0, 14 * width), capthick=1.1)
-            if len(labels) <= 3:
+            if len(labels) <= FEW:
                 axes.annotate(f"{ratio.value:.2f}", (at, top), (0, 4), textcoords="offset points", ha="center", fontsize=8.5)
     axes.axhline(1.0, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=3)
     axes.annotate(
@@ -82,14 +83,14 @@ def draw_speedup(axes: Axes, rows: Sequence[Measured]) -> None:
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("speed-up over plain decoding")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.04)
-    _legend(axes, len(labels))
+    _legend(axes, len(labels), wide=True)
 
 
 def draw_alpha(axes: Axes, rows: Sequence[Measured]) -> None:
-    """A line for each contender over all tasks, thin ones for single tasks."""
+    """A line for each contender over all tasks; thin ones for single tasks, as long as they can be told apart."""
     labels = contenders(rows)
     for row in rows:
-        if row.label in labels and row.alpha:
+        if row.label in labels and row.alpha and (row.task == ALL or len(labels) <= FEW):
             depth, whole = range(1, len(row.alpha) + 1), row.task == ALL
             style = {"linewidth": 2.2, "marker": "o", "markersize": 6} if whole else {"linewidth": 1.0, "alpha": 0.28}
             axes.plot(depth, row.alpha, color=labels[row.label], label=name_of(row) if whole else None, zorder=4 if whole else 2, **style)
@@ -107,9 +108,10 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
     labels = contenders(rows)
     plain = next(row for row in rows if row.label == PLAIN and row.task == ALL)
     unit = 1e3 * plain.seconds_per_round
-    for row in rows:
-        if row.label in labels:
-            whole = row.task == ALL
+    shown = [row for row in rows if row.label in labels and row.rounds]
+    for row in shown:
+        whole = row.task == ALL
+        if whole or len(labels) <= FEW:
             axes.scatter(
                 1e3 * row.seconds_per_round, row.tau, s=90 if whole else 34, color=labels[row.label], alpha=1.0 if whole else 0.55,
                 edgecolors="white", linewidths=1.0, label=name_of(row) if whole else None, zorder=5 if whole else 4,
@@ -117,7 +119,6 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
             if not whole and len(labels) == 1:
                 axes.annotate(row.task, (1e3 * row.seconds_per_round, row.tau), (6, -3), textcoords="offset points", fontsize=8, color=GREY)
     axes.scatter(unit, 1.0, s=90, marker="s", color=GREY, zorder=5, label=PLAIN)
-    shown = [row for row in rows if row.label in labels]
     right = 1.3 * max([unit, *(1e3 * row.seconds_per_round for row in shown)])
     top = 1.12 * max([1.0, *(row.tau for row in shown)])
     reached = [row.tau * unit / (1e3 * row.seconds_per_round) for row in shown]
@@ -197,8 +198,9 @@ def _reach(ratio: Interval) -> list[list[float]] | None:
     return None if ratio.low is None or ratio.high is None else [[ratio.value - ratio.low], [ratio.high - ratio.value]]
 
 
-def _legend(axes: Axes, entries: int, columns: int = 5) -> None:
+def _legend(axes: Axes, entries: int, wide: bool = False) -> None:
     """Between title and axes, where no data can be under it."""
+    columns = 5 if wide or entries <= 5 else 3
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.012, 1.0), ncols=min(entries, columns), borderaxespad=0.3, handlelength=1.2, columnspacing=1.4
     )  # fmt: skip
@@ -227,13 +229,13 @@ PLOTS: dict[str, Plot] = {
     ),
     "alpha": Plot(
         "Conditional acceptance by depth",
-        "How often a drafted token at depth k stands, given that its parent does; thin lines are single tasks.",
+        "How often a drafted token at depth k stands, given that its parent does; thin: single tasks.",
         lambda rows: any(row.alpha for row in rows if row.label != PLAIN), draw_alpha, _even,
     ),
     "tau-time": Plot(
         "Accepted length against time per round",
         "On a dotted line the speed-up over plain decoding is the same: a longer draft pays while the points climb faster than the line.",
-        lambda rows: _drafted(rows) and any(row.label == PLAIN and row.rounds and row.task == ALL for row in rows), draw_tau_time, _even,
+        lambda rows: {True, False} <= {row.label == PLAIN for row in rows if row.task == ALL and row.rounds}, draw_tau_time, _even,
     ),
     "position": Plot(
         "Acceptance along the answer",

@@ -34,6 +34,8 @@ from drafttrain.evaluation.runners import GENERATE, PLAIN
 View = Literal["summary", "tasks"]
 VIEWS: dict[str, View] = {"summary": "summary", "tasks": "tasks"}
 ALL_PLOTS = "plots"
+QUALITIES = {"right": "right", "same_answer": "same answer", "argmax_agreement": "argmax", "excess_kl": "excess KL"}
+"""What of a row's quality stands in tables, and its name there; one of them at least is asked of a lossy rule."""
 NONE = "–"
 MARK = re.compile(
     r"^(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>[\w-]+))? -->\n)"
@@ -110,7 +112,7 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
     ]
     if any(GENERATE in one.speedups for one in measured):
         shared.append(Column("over generate [95%]", lambda line: _speedup(line.whole, GENERATE)))
-    if any(one.quality for one in measured):
+    if any(quality(one) != NONE for one in measured):
         shared.append(Column("quality", lambda line: quality(line.whole.measured)))
     if view == "tasks":
         return [*named, *shared, Column("looping", lambda line: f"{line.whole.measured.looping:.0%}", wide=True)]
@@ -127,7 +129,7 @@ def refuse_unmeasured_quality(lines: Iterable[Line]) -> None:
     """A `UserError` for a lossy rule whose rows don't say what it did to the answers: its speed alone means nothing."""
     for line in lines:
         one = line.whole.measured
-        if not one.lossless and not one.quality:
+        if not one.lossless and quality(one) == NONE:
             raise UserError(
                 f"results of '{one.label}' on '{one.task}': rule '{one.rule}' is lossy and the row has no quality; "
                 f"evaluate it again with quality columns, or leave it out of the report"
@@ -277,8 +279,9 @@ def by_setting(rows: Iterable[Row], view: View) -> Iterator[list[Line]]:
 
 
 def quality(row: Measured) -> str:
-    """`right 0.42, agreement 0.97`."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in (row.quality or {}).items()) or NONE
+    """`right 0.42, argmax 0.97, excess KL 0.031`."""
+    known = {title: (row.quality or {}).get(name) for name, title in QUALITIES.items()}
+    return ", ".join(f"{title} {value:.3g}" for title, value in known.items() if value is not None) or NONE
 
 
 def _alphas(row: Measured) -> str:

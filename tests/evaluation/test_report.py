@@ -79,20 +79,21 @@ def test_the_largest_margin_of_differing_outputs_stands_in_the_table() -> None:
     assert got["differ from plain"] == "1 of 2, margin <= 0.12"
 
 
-def lossy(quality: dict[str, float] | None) -> list[Row]:
+def lossy(quality: dict[str, float | None] | None) -> list[Row]:
     return [replace(row, measured=replace(row.measured, lossless=False, rule="typical", quality=quality)) for row in ROWS]
 
 
 def test_a_lossy_rule_is_called_so_and_shows_its_quality() -> None:
-    got = line(results_table(lossy({"right": 0.25, "agreement": 0.975})), "mine (lossy)")
-    assert (got["tau"], got["quality"]) == ("2.50", "right 0.25, agreement 0.97")
+    got = line(results_table(lossy({"checked": 8, "right": 0.25, "same_answer": None, "excess_kl": 0.0314})), "mine (lossy)")
+    assert (got["tau"], got["quality"]) == ("2.50", "right 0.25, excess KL 0.0314")
     assert "quality" not in results_table(ROWS)
 
 
-def test_a_lossy_row_without_quality_is_refused_in_every_report(tmp_path: Path) -> None:
-    path = page(tmp_path, lossy(None), PAGE.replace("results:quick -->\n<", "results:quick plots -->\n<"))
+@pytest.mark.parametrize("unmeasured", [None, {}, {"tokens": 50.0, "right": None}])
+def test_a_lossy_row_without_quality_is_refused_in_every_report(tmp_path: Path, unmeasured: dict[str, float | None] | None) -> None:
+    path = page(tmp_path, lossy(unmeasured), PAGE.replace("results:quick -->\n<", "results:quick plots -->\n<"))
     for report in (
-        lambda: results_table(lossy(None)), lambda: render(path, tmp_path / "results"), lambda: draw("quick", tmp_path / "results"),
+        lambda: results_table(lossy(unmeasured)), lambda: render(path, tmp_path / "results"), lambda: draw("quick", tmp_path / "results"),
         lambda: write_report([open_run(tmp_path / "results" / "quick.jsonl")], tmp_path / "report", "quick"),
     ):  # fmt: skip
         with pytest.raises(UserError, match="rule 'typical' is lossy and the row has no quality"):
@@ -205,9 +206,11 @@ def test_the_speed_up_plot_draws_every_contender_on_every_task_at_its_figure() -
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["math", "qa", "all"]
 
 
-def test_the_time_plot_stacks_the_phases_to_the_time_of_a_token() -> None:
-    (axes,) = plots.figure("time", [row.measured for row in ROWS if row.measured.outputs == "all" and row.measured.task == "all"]).axes
-    assert sum(bar.get_width() for bar in axes.patches) == pytest.approx(1e3 * (5.0 / 50 + 1.5 / 50))
+def test_the_time_plot_stacks_the_phases_end_to_end_to_the_time_of_a_token() -> None:
+    mine = next(row.measured for row in ROWS if row.measured.label == "mine" and row.measured.task == "all")
+    row = replace(mine, seconds={**mine.seconds, "draft": 0.5, "commit": 0.25})
+    (axes,) = plots.figure("time", [row]).axes
+    assert [(round(bar.get_x(), 6), round(bar.get_width(), 6)) for bar in axes.patches] == [(0, 10), (10, 30), (40, 0), (40, 5), (45, 0)]
 
 
 def test_a_plot_that_the_rows_have_no_data_for_is_left_out() -> None:
