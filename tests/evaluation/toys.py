@@ -74,6 +74,8 @@ class Corrupted:
     For point draws: the swapped tokens were drawn from no law that the tree knows.
     """
 
+    draws = frozenset({"point"})
+
     def __init__(self, inner: Drafter, probability: float) -> None:
         self.inner, self.probability = inner, probability
         self.needs, self.config, self.max_depth, self.calls = inner.needs, inner.config, inner.max_depth, 0
