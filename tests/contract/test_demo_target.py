@@ -80,7 +80,7 @@ class Oracle:
     """Proposes the target's own continuation, each token corrupted with probability 0.3."""
 
     needs: frozenset[str] = frozenset()
-    calls, max_depth = 0, None
+    calls, max_depth, draws = 0, None, Drafter.draws
 
     def __init__(self, texts: list[tuple[int, ...]]) -> None:
         self.texts = texts
