@@ -5,5 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-environment
+environment plots
 exec drafttrain run recipes/quickstart.yaml "$@"
