@@ -35,7 +35,8 @@ def summary(statistics: Statistics, drafted: bool) -> Text:
     speed = f"{statistics.tokens / seconds:.1f} tokens/s" if seconds > 0 else "no rounds"
     line = Text(f"{statistics.tokens} tokens in {statistics.rounds} rounds, {speed}", "dim")
     if drafted:
-        alpha = " ".join(f"{value:.2f}" for value in statistics.alpha)
+        reached = [value for value, tried in zip(statistics.alpha, statistics.attempts, strict=True) if tried]
+        alpha = " ".join(f"{value:.2f}" for value in reached)
         line.append(f"; tau {statistics.tau:.2f}, alpha {alpha}; ")
         line.append("green", "green")
         line.append(": the drafter's tokens, plain: the target's")

@@ -284,8 +284,13 @@ def quality(row: Measured) -> str:
     return ", ".join(f"{title} {value:.3g}" for title, value in known.items() if value is not None) or NONE
 
 
+SHOWN = 8
+"""Depths whose alpha a table shows; lookups draft deeper."""
+
+
 def _alphas(row: Measured) -> str:
-    return " ".join(f"{alpha:.2f}".lstrip("0") for alpha in row.alpha) or NONE
+    shown = [f"{alpha:.2f}".lstrip("0") for alpha in row.alpha[:SHOWN]]
+    return " ".join(shown + ["…"] * (len(row.alpha) > SHOWN)) or NONE
 
 
 def _speedup(row: Row | None, baseline: str) -> str:
