@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#8c564b")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#8c564b", "#4d4d4d", "#b2df8a")
 """Of the contenders, in their order; told apart with any kind of sight (Okabe and Ito)."""
 GREY, INK, FAINT = "#6b7280", "#1f2937", "#e5e7eb"
 PHASE_COLOURS = {"draft": "#e69f00", "score": "#0072b2", "verify": "#cc79a7", "commit": "#009e73", "other": "#9ca3af"}
