@@ -112,6 +112,8 @@ def _static(
             law = sampling.law(logits)
             drawn = chance.draw(law, stage.width, replace=plan.draws == "iid")
             real = law.gather(-1, drawn) > 0  # a law of fewer tokens than siblings
+            if plan.draws == "without_replacement":  # past the last of them a draw may repeat one
+                real &= torch.arange(stage.width, device=device) < (law > 0).sum(-1, keepdim=True)
             laws.append(widen(law, vocab, size))
         drawn = drawn if vocab is None else vocab[drawn]
         tokens.append(drawn[:, stage.slot, stage.rank])

@@ -1,0 +1,97 @@
+"""Every lossless sampling rule on 100,000 seeded rows, with temperature, top-k and top-p on: chi-square of the two tokens that come out.
+
+Enumeration walks `Scripted` branches; this goes through `Seeded`, as decoding does. Laws that hold fewer tokens than siblings are among the
+cases: nothing is left to draw there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from drafttrain.core.chance import Seeded
+from drafttrain.core.plan import Chain, Plan, Shape, Static
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored
+from drafttrain.drafters.grow import Frontier, grow
+from drafttrain.verify import RULES
+from tests.contract.test_rules import VARIANTS, made
+
+ROWS, PART = 100_000, 20_000
+LEAST_P = 1e-4
+WIDE = Sampling(0.8, 20, 0.9)
+CASES = [
+    (name, draws, shape)
+    for name, (rule, _) in VARIANTS.items()
+    for draws in ("point", "iid", "without_replacement")
+    for shape in (Chain(length=2), Static(children=(3, 2)))
+    if RULES[rule].temperatures != "zero" and (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts
+    and name not in ("multidraft truncated", "multidraft optimal")  # a program a row on the host
+]  # fmt: skip
+
+
+def tables(vocab: int, seed: int) -> Tensor:
+    """[V, V] logits of the token after each token."""
+    return 2 * torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def alike() -> tuple[Tensor, Tensor]:
+    """Logits of a target and of a drafter that is right now and then."""
+    return tables(50, 1), tables(50, 1) + 0.5 * tables(50, 2)
+
+
+def p_value(
+    rule: str, draws: Any, shape: Shape, sampling: Sampling, p: Tensor, q: Tensor, change: Callable[[Tree], Tree] | None = None
+) -> float:
+    """Of the pair of tokens after token 0. p, q: [V, V] logits. Rows that stop after one token draw the second from the target."""
+    vocab, counts = len(p), np.zeros(len(p) ** 2)
+    for part in range(ROWS // PART):
+        chance = Seeded(part, torch.arange(PART))
+        tree = grow(lambda frontier: following(q, frontier), torch.zeros(PART).long(), Plan(shape, draws), sampling, chance).tree
+        tree = tree if change is None else change(tree)
+        verdict = made(rule)(tree, Scored(p[tree.tokens], sampling), chance)
+        drafted = torch.cat([tree.tokens.gather(1, verdict.path), torch.zeros(PART, 1).long()], 1)
+        tokens = drafted.scatter(1, verdict.length[:, None], verdict.next[:, None])  # type: ignore[index]
+        later = chance.draw(sampling.law(p[tokens[:, 0]])[:, None], 1, replace=True)[:, 0, 0]
+        second = torch.where(verdict.length > 0, tokens[:, 1], later)
+        counts += np.bincount((tokens[:, 0] * vocab + second).numpy(), minlength=vocab**2)
+    laws = sampling.law(p).double()
+    expected = ROWS * (laws[0][:, None] * laws).flatten().numpy()
+    assert counts[expected == 0].sum() == 0  # outside of top-k and top-p
+    often = expected >= 5  # the rest counts as one cell
+    seen, due = (np.append(part[often], part[~often].sum()) for part in (counts, expected))
+    kept = due > 0
+    return float(chisquare(seen[kept], due[kept] * seen.sum() / due.sum()).pvalue)
+
+
+def following(q: Tensor, frontier: Frontier) -> Tensor:
+    return q[frontier.tokens]
+
+
+@pytest.mark.parametrize(("rule", "draws", "shape"), CASES, ids=lambda part: getattr(part, "shape", part))
+def test_the_law_comes_out_at_a_vocabulary_of_50(rule: str, draws: str, shape: Shape) -> None:
+    assert p_value(rule, draws, shape, WIDE, *alike()) > LEAST_P
+
+
+@pytest.mark.parametrize("rule", ["recursive", "recursive naive", "traversal"])
+def test_the_law_comes_out_where_the_drafter_has_fewer_tokens_than_siblings(rule: str) -> None:
+    q = torch.full((5, 5), -9.0)
+    q[:, 4], q[:, 1] = 1.0, 0.5  # two tokens, the last id among them, for three siblings
+    shape = Static(children=(3, 2))
+    assert p_value(rule, "without_replacement", shape, Sampling(1.0, 0, 0.95), tables(5, 3), q) > LEAST_P
+
+
+def test_a_wrong_rule_is_seen() -> None:
+    def mistaken(tree: Tree) -> Tree:
+        return replace(tree, draws="iid")
+
+    wrong = p_value("recursive", "without_replacement", Static(children=(3, 2)), WIDE, *alike(), mistaken)
+    assert wrong < LEAST_P
