@@ -42,7 +42,7 @@ class Sampling(NamedTuple):
         """[..., V] logits -> [..., V] probabilities in fp32 that sum to 1."""
         if self.greedy:
             return one_hot(likeliest(logits), logits.shape[-1])
-        logits = logits.float() / self.temperature
+        logits = logits.to(torch.float32, copy=True).div_(self.temperature)
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
@@ -71,37 +71,29 @@ def one_hot(tokens: Tensor, vocab: int) -> Tensor:
     return F.one_hot(tokens, vocab).float()
 
 
-PREFIX = 1024  # likeliest tokens among which a nucleus is looked for first
-
-
 def nucleus(law: Tensor, top_p: float) -> Tensor:
     """The smallest set of likeliest tokens that holds `top_p`, renormalised: [..., V] -> [..., V]. Ties keep the lower id.
 
-    On a CPU, where a whole sort costs more than the target's forward, the likeliest `PREFIX` tokens are looked at first; where they hold
-    less than `top_p` in some row, everything is sorted.
+    Nothing is sorted: the least probability that stays is found digit by digit of its bits, by the mass at or above each digit.
     """
-    if law.device.type == "cpu" and law.shape[-1] > PREFIX:
-        ranked = law.topk(PREFIX).values
-        before = ranked.cumsum(-1) - ranked
-        if bool((before[..., -1] >= top_p).all()):
-            return _first(law, ranked, (before < top_p).sum(-1, keepdim=True))
-    return _sorted_nucleus(law, top_p)
+    bits = law.view(torch.int32)  # of non-negative numbers: in the numbers' own order
+    mass = law.double()
+    least, likelier = torch.zeros_like(bits[..., :1]), mass[..., :1]
+    for shift, width in DIGITS:
+        digits = 1 << width
+        place = (bits >> shift).sub_(least >> shift).clamp_(-1, digits).add_(1)  # 0: below all of them; digits + 1: above
+        held = torch.zeros(*law.shape[:-1], digits + 2, dtype=torch.float64, device=law.device).scatter_add_(-1, place.long(), mass)
+        held = held.flip(-1).cumsum(-1).flip(-1)  # from each place upwards
+        digit = ((held[..., 1:-1] >= top_p).sum(-1, keepdim=True) - 1).clamp_min(0)
+        least = least | (digit << shift).int()
+        likelier = held.gather(-1, digit + 2)  # mass above the digit found
+    equal = bits == least
+    before = likelier + (equal.cumsum(-1) - 1) * least.view(torch.float32).double()  # of equals, the elder ones come before
+    return normalise(law * ((bits > least) | (equal & (before < top_p))))
 
 
-def _first(law: Tensor, ranked: Tensor, count: Tensor) -> Tensor:
-    """The `count` [..., 1] likeliest tokens, renormalised; ranked: [..., K] the likeliest probabilities, the last ones kept among them."""
-    least = ranked.gather(-1, count - 1)  # the least probability that stays
-    spare = count - (ranked > least).sum(-1, keepdim=True)  # how many of those equal to it stay
-    equal = law == least
-    return normalise(law * ((law > least) | (equal & (equal.cumsum(-1) <= spare))))
-
-
-def _sorted_nucleus(law: Tensor, top_p: float) -> Tensor:
-    """The same by a whole sort."""
-    ranked, order = law.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens
-    kept = ranked.masked_fill(before >= top_p, 0.0)
-    return normalise(torch.zeros_like(law).scatter_(-1, order, kept))
+DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))
+"""(shift, width) of a probability's 31 bits, the highest first."""
 
 
 def normalise(weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,25 @@ class Layout:
     mask: Tensor  # [B, N, N] bool: query row sees key column (the committed context is always seen)
 
 
+@dataclass(frozen=True)
+class Skeleton:
+    """Where the nodes of every row hang, known on the host: of trees of a static shape."""
+
+    parents: tuple[int, ...]
+    law_of: tuple[int, ...]
+    """The row of `law_rows` each node was drawn from; siblings share one."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Nodes of one depth that have children, those with the most first. Indices are slices where they follow each other: `x[:, parents]`
+    is a view then."""
+
+    parents: Tensor | slice  # [W]
+    laws: Tensor | slice  # [W] the rows of `law_rows` their children were drawn from
+    children: tuple[Tensor | slice, ...]  # rank by rank: [n] the children of that rank of the first n parents
+
+
 @dataclass
 class Tree:
     """See the module. `live` marks real nodes: padding is never attended to, never accepted."""
@@ -43,6 +62,7 @@ class Tree:
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
     reach: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
     law_states: Tensor | None = None  # [B, R, D] what the drafter read those laws from, where `Plan.keep_states` asks for it
+    skeleton: Skeleton | None = None  # of a static shape; where a drawn tree lacks it, `families` waits for the host to read it
 
     @property
     def topology(self) -> Literal["chain", "tree"]:
@@ -74,6 +94,11 @@ class Tree:
         row = torch.arange(B, device=self.tokens.device)[:, None]
         table[row, torch.where(real, self.parents, 0), rank] = nodes.expand(B, N)
         return table[..., : self.max_children]
+
+    @cached_property
+    def families(self) -> tuple[Family, ...]:
+        """The inner nodes of a tree of drawn tokens, depth by depth. Raises `ValueError` where rows differ in shape."""
+        return _families(self.skeleton or _read_skeleton(self), self.tokens.device)
 
     def layout(self) -> Layout:
         """The tree as the target reads it."""
@@ -117,6 +142,39 @@ class Tree:
 
 FIELDS = frozenset(field.name for field in fields(Tree))
 """What a tree is given, apart from what it works out of it once."""
+
+
+@lru_cache(maxsize=64)
+def _families(skeleton: Skeleton, device: torch.device) -> tuple[Family, ...]:
+    children: dict[int, list[int]] = {}
+    depth = [0]
+    for node, parent in enumerate(skeleton.parents[1:], 1):
+        children.setdefault(parent, []).append(node)
+        depth.append(depth[parent] + 1)
+
+    def index(nodes: list[int]) -> Tensor | slice:
+        if nodes == list(range(nodes[0], nodes[0] + len(nodes))):
+            return slice(nodes[0], nodes[0] + len(nodes))
+        return torch.tensor(nodes, device=device)
+
+    families = []
+    for level in range(max(depth)):
+        inner = sorted((node for node in children if depth[node] == level), key=lambda node: -len(children[node]))
+        ranks = [[children[node][rank] for node in inner if rank < len(children[node])] for rank in range(len(children[inner[0]]))]
+        laws = [skeleton.law_of[children[node][0]] for node in inner]
+        families.append(Family(index(inner), index(laws), tuple(map(index, ranks))))
+    return tuple(families)
+
+
+def _read_skeleton(tree: Tree) -> Skeleton:
+    """From the live nodes of all rows; where a node lives nowhere, it hangs from the root."""
+    assert tree.law_of is not None, f"a {tree.draws} tree recorded no laws"
+    first = tree.live.long().argmax(0)  # [N] a row in which each node lives, if any does
+    node = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
+    parents, law_of = (torch.where(tree.live.any(0), part[first, node], 0) for part in (tree.parents, tree.law_of))
+    if bool((tree.live & ((tree.parents != parents) | (tree.law_of != law_of)))[:, 1:].any()):
+        raise ValueError("rows of one batch hang their drawn nodes in different ways; verify them one by one")
+    return Skeleton(tuple(parents.tolist()), tuple(law_of.tolist()))
 
 
 def root_only(roots: Tensor) -> Tree:

@@ -37,6 +37,12 @@ class Scored:
         """[B, N, V] fp32: the target's law at each node, after sampling options."""
         return self.sampling.law(self.logits)
 
+    def law(self, nodes: Tensor | slice) -> Tensor:
+        """[B, M, V] fp32: the same at some nodes alone, for rules that need few of them; nodes: [B, M], or a slice or [M] for all rows."""
+        row = torch.arange(len(self.logits), device=self.logits.device)[:, None]
+        index = (slice(None), nodes) if isinstance(nodes, slice) or nodes.dim() == 1 else (row, nodes)
+        return self.p[index] if "p" in self.__dict__ else self.sampling.law(self.logits[index])
+
     def at(self, nodes: Tensor) -> Scored:
         """The answer at `nodes` ([B, M]) alone; laws that were read already are not computed again."""
         row = torch.arange(len(nodes), device=nodes.device)[:, None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.sampling import Sampling, likeliest
-from drafttrain.core.tree import Tree
+from drafttrain.core.tree import Skeleton, Tree
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Growth:
 
 
 Step = Callable[[Frontier], Tensor]
-"""Frontier -> logits [B, W, Vd] of the token after each of its nodes."""
+"""Frontier -> logits [B, W, Vd] of the token after each of its nodes; [B, 1, Vd] where they are all alike."""
 
 
 def grow(
@@ -93,7 +93,7 @@ def _static(
     states: list[Tensor] | None,
 ) -> Growth:
     B, device = len(roots), roots.device
-    stages, parents, fed, law_of = _stages(shape, device)
+    stages, skeleton, parents, fed, law_of = _stages(shape, device)
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
     laws: list[Tensor] = []
     ended = _Ended(plan, states)
@@ -101,7 +101,7 @@ def _static(
     for level, stage in enumerate(stages):
         if level:
             frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1))
-        logits = step(frontier)
+        logits = step(frontier).expand(-1, frontier.tokens.shape[1], -1)
         stopped = None if plan.stop is None else plan.stop(level, logits)
         if plan.draws == "point":
             drawn = top(logits, stage.width)
@@ -130,6 +130,7 @@ def _static(
         drawn_tokens, parents[:N].expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=depth,
         max_children=max(stage.width for stage in stages[:depth]),
         law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of.expand(B, -1) if laws else None,
+        skeleton=skeleton if len(skeleton.parents) == N else Skeleton(skeleton.parents[:N], skeleton.law_of[:N]),
     )
     return Growth(tree, fed.expand(B, -1))
 
@@ -146,10 +147,11 @@ def _best_first(
     seen, placed = 1, 1  # candidates and fed nodes so far
     ended = _Ended(plan, states)
     for level in range(shape.depth):
-        logits = step(frontier).float()
-        stopped = None if plan.stop is None else plan.stop(level, logits)
+        logits, W = step(frontier).float(), frontier.tokens.shape[1]
+        shown = logits.expand(-1, W, -1)
+        stopped = None if plan.stop is None else plan.stop(level, shown)
         if plan.laws:
-            laws.append(widen(logits.softmax(-1), vocab, size))
+            laws.append(widen(logits.softmax(-1), vocab, size).expand(-1, W, -1))
         best = logits.topk(min(shape.top_k, logits.shape[-1]), -1)
         k = best.indices.shape[-1]
         reach = score[..., None] + best.values - logits.logsumexp(-1, keepdim=True)  # [B, W, k]
@@ -157,12 +159,12 @@ def _best_first(
             reach = reach.masked_fill(stopped[:, None, None], float("-inf"))
         if ended.rows is not None:
             reach = reach.masked_fill(ended.rows[:, None, None], float("-inf"))
-        drawn = (best.indices if vocab is None else vocab[best.indices]).flatten(1)  # [B, W * k]
+        drawn = (best.indices if vocab is None else vocab[best.indices]).expand(-1, W, -1).flatten(1)  # [B, W * k]
         tokens.append(drawn)
         scores.append(reach.flatten(1))
         parents.append(number.repeat_interleave(k, 1))
         fed.append(torch.full_like(drawn, -1))
-        if ended.after(level, logits):
+        if ended.after(level, shown):
             break
         if level + 1 < shape.depth:
             score, chosen = scores[-1].topk(min(shape.beam, drawn.shape[1]), -1)  # [B, W]
@@ -230,8 +232,8 @@ class Stage:
 
 
 @lru_cache(maxsize=64)
-def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, ...], Tensor, Tensor, Tensor]:
-    """Stages, parents [N], feeding order [N] and law row [N] of a static shape."""
+def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, ...], Skeleton, Tensor, Tensor, Tensor]:
+    """Stages, skeleton, parents [N], feeding order [N] and law row [N] of a static shape."""
     paths = [(), *shape.paths]
     place = {path: index for index, path in enumerate(paths)}
     inner = {path[:-1] for path in paths[1:]}
@@ -254,7 +256,8 @@ def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, .
                 width=max(path[-1] for path in levels[depth + 1]) + 1,
             )
         )
-    parents = index([0] + [place[path[:-1]] for path in paths[1:]])
-    fed = index([order.get(path, -1) for path in paths])
-    law_of = index([0] + [order[path[:-1]] for path in paths[1:]])
-    return tuple(stages), parents, fed, law_of
+    skeleton = Skeleton(
+        parents=(0, *(place[path[:-1]] for path in paths[1:])), law_of=(0, *(order[path[:-1]] for path in paths[1:])),
+    )  # fmt: skip
+    fed = [order.get(path, -1) for path in paths]
+    return tuple(stages), skeleton, index([*skeleton.parents]), index(fed), index([*skeleton.law_of])

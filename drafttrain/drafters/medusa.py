@@ -163,7 +163,7 @@ class Medusa(Drafter):
         def step(frontier: Frontier) -> Tensor:
             here, width = frontier.level, frontier.tokens.shape[1]  # all nodes of a level are alike
             states.append(hidden[:, here, None].expand(-1, width, -1))
-            return logits[:, here, None].expand(-1, width, -1)
+            return logits[:, here, None]
 
         return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size, states).tree
 

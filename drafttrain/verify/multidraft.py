@@ -57,12 +57,13 @@ class Multidraft(Rule):
         node = torch.zeros_like(row)  # [B] the deepest node that stands
         going = torch.ones_like(row, dtype=torch.bool)
         fell = torch.zeros_like(going)
-        q_last, K_last = scored.p[:, 0], torch.ones_like(row)  # of the drafts that fell
+        p = q_last = scored.law(node[:, None])[:, 0]  # [B, V]; q_last and
+        K_last = torch.ones_like(row)  # of the drafts that fell
         for _ in range(tree.max_depth):
             children = tree.children[row, node]  # [B, C]
             there = (children >= 0) & going[:, None]
             K, safe = there.sum(1), children.clamp_min(0)
-            p, q = scored.p[row, node], tree.law(safe[:, 0])  # [B, V]
+            q = tree.law(safe[:, 0])  # [B, V]
             tokens = tree.tokens.gather(1, safe)  # [B, C]
             place, weight = scheme.choose(p, q, tokens, there, chance)
             chosen = safe.gather(1, place[:, None])[:, 0]
@@ -71,7 +72,7 @@ class Multidraft(Rule):
             falls = (K > 0) & ~stands
             q_last, K_last = torch.where(falls[:, None], q, q_last), torch.where(falls, K, K_last)
             fell, node, going = fell | falls, torch.where(stands, chosen, node), stands
-        p = scored.p[row, node]
+            p = scored.law(node[:, None])[:, 0]
         residual = normalise((p - scheme.law(p, q_last, K_last).to(p.dtype)).clamp_min(0))
         path, length = tree.path_to(node)
         law = torch.where(fell[:, None], residual, p)
@@ -95,7 +96,8 @@ class Scheme(Protocol):
 class Priority:
     """The draft of the highest p / q; of equals the lower id."""
 
-    def __init__(self, config: MultidraftConfig, most: int) -> None: ...
+    def __init__(self, config: MultidraftConfig, most: int) -> None:
+        self.most = most
 
     def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
         merit = priority(p, q)
@@ -106,13 +108,13 @@ class Priority:
         ids = torch.arange(q.shape[-1], device=q.device)
         below = (merit < best) | ((merit == best) & (ids >= token))  # [B, V] of this priority or less
         tail = (q.double() * below).sum(1)
-        return place, _first_of(tail, q.gather(1, token)[:, 0].double(), there.sum(1))
+        return place, _first_of(tail, q.gather(1, token)[:, 0].double(), there.sum(1), self.most)
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
-        order = priority(p, q).sort(dim=1, descending=True, stable=True).indices
-        mass = q.double().gather(1, order)
-        tail = mass.flip(1).cumsum(1).flip(1)
-        return torch.zeros_like(tail).scatter(1, order, _first_of(tail, mass, K[:, None]))
+        bits = priority(p, q).flip(1).view(torch.int32)  # order as the numbers do, which are not negative, and sort faster
+        order = q.shape[-1] - 1 - bits.sort(dim=1, stable=True).indices  # the lowest first, of equals the higher id
+        mass = q.gather(1, order).double()
+        return torch.zeros_like(mass).scatter_(1, order, _first_of(mass.cumsum(1), mass, K[:, None], self.most))
 
 
 def priority(p: Tensor, q: Tensor) -> Tensor:
@@ -120,9 +122,15 @@ def priority(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > 0, p / q.clamp_min(1e-38), float("inf"))
 
 
-def _first_of(tail: Tensor, mass: Tensor, K: Tensor) -> Tensor:
-    """Probability that of K draws none stands above a token and one is it: tail^K - (tail - mass)^K."""
-    return tail**K - (tail - mass).clamp_min(0) ** K
+def _first_of(tail: Tensor, mass: Tensor, K: Tensor, most: int) -> Tensor:
+    """Probability that of K draws, at most `most`, none stands above a token and one is it: tail^K - (tail - mass)^K, which is
+    mass times the sum over i < K of tail^i (tail - mass)^(K - 1 - i)."""
+    below, power = (tail - mass).clamp_min(0), torch.ones_like(tail)
+    total = torch.zeros_like(tail)
+    for draft in range(most):
+        total = torch.where(draft < K, total * below + power, total)
+        power = power * tail
+    return mass * total
 
 
 class Tournament:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.chance import Chance
-from drafttrain.core.sampling import normalise
+from drafttrain.core.sampling import normalise, one_hot
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import Rule, RuleConfig
@@ -30,18 +30,17 @@ class Rejection(Rule):
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         B, N = tree.tokens.shape
-        p = scored.p[:, :N]  # [B, K + 1, V], p[:, k] judges token k + 1
-        drafted = tree.tokens[:, 1:, None]  # [B, K, 1]
-        q = self._laws(tree, p)  # [B, K, V]
-        ratio = (p[:, :-1].gather(-1, drafted) / q.gather(-1, drafted).clamp_min(1e-38))[..., 0]  # [B, K]
+        row = torch.arange(B, device=tree.tokens.device)
+        p = scored.law(slice(0, N))  # [B, K + 1, V], p[:, k] judges token k + 1
+        drafted = tree.tokens[:, 1:]  # [B, K]
+        ratio = p[row[:, None], torch.arange(N - 1, device=p.device), drafted] / self._drawn(tree).clamp_min(1e-38)  # [B, K]
         kept = chance.bernoulli(ratio.clamp_max(1.0)) & tree.live[:, 1:]
         length = kept.long().cumprod(1).sum(1)  # [B] tokens before the first rejection
-        row = torch.arange(B, device=p.device)
-        tried = torch.cat([tree.live[:, 1:], torch.zeros_like(tree.live[:, :1])], 1)[row, length]  # a token was there and fell
         law = p[row, length]  # [B, V]
-        q_here = torch.cat([q, torch.zeros_like(p[:, :1])], 1)[row, length]
-        residual = normalise((law - q_here).clamp_min(0))
-        law = torch.where(tried[:, None], residual, law)
+        if N > 1:
+            first = (length + 1).clamp_max(N - 1)  # [B] the token that was not kept, where there was one
+            fell = (length < N - 1) & tree.live[row, first]
+            law = torch.where(fell[:, None], normalise((law - self._law(tree, first, p.shape[-1])).clamp_min(0)), law)
         path = torch.arange(1, N, device=p.device).expand(B, -1)
         next_token = chance.draw(law[:, None], 1, replace=True)[:, 0, 0]
         if N == 1:  # plain decoding
@@ -49,9 +48,17 @@ class Rejection(Rule):
         return Verdict(path, length, next_token)
 
     @staticmethod
-    def _laws(tree: Tree, p: Tensor) -> Tensor:
-        """[B, K, V]: what each token was drawn from."""
+    def _drawn(tree: Tree) -> Tensor:
+        """[B, K] how likely each token was where it was drawn."""
         if tree.draws == "point":  # q = 1: chosen with certainty
-            return torch.zeros_like(p[:, 1:]).scatter_(-1, tree.tokens[:, 1:, None], 1.0)
+            return torch.ones_like(tree.tokens[:, 1:], dtype=torch.float32)
         assert tree.law_rows is not None and tree.law_of is not None, f"a {tree.draws} tree recorded no laws"
-        return tree.law_rows.gather(1, tree.law_of[:, 1:, None].expand(-1, -1, p.shape[-1]))
+        row = torch.arange(len(tree.tokens), device=tree.tokens.device)[:, None]
+        return tree.law_rows[row, tree.law_of[:, 1:], tree.tokens[:, 1:]]
+
+    @staticmethod
+    def _law(tree: Tree, node: Tensor, vocab: int) -> Tensor:
+        """[B, V] what the token at `node` [B] was drawn from."""
+        if tree.draws == "point":
+            return one_hot(tree.tokens.gather(1, node[:, None])[:, 0], vocab)
+        return tree.law(node)

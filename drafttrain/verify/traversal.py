@@ -6,23 +6,25 @@ with token t of node n starts at a[m] = min(1, a[n] P_n[t] / Q_n[t]); where m fa
     R = max(a[n] P_n - Q_n, 0),  S = sum R,  a[n] = S / (S + 1 - a[n]),  P_n = R / S,  and without replacement Q_n loses t.
 
 The first node that stands gives the path, and the next token comes from its P. On a chain this is block verification (Sun et al., 2024,
-arXiv:2403.10444). None of these numbers depends on which draws of chance fail: they are computed for all nodes in one sweep, parents before
-children, and the node that stands is drawn at once. B rows, N nodes, V vocabulary.
+arXiv:2403.10444). None of these numbers depends on which draws of chance fail: they are computed for all nodes, level by level, and the
+node that stands is drawn at once. Of a tree whose tokens were chosen with certainty the target's own walk leaves where it would have left
+anyway, so there the walk is taken. B rows, N nodes, W of them side by side, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from drafttrain.core.chance import Chance
-from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import Rule, RuleConfig
+from drafttrain.verify.recursive import matched
+from drafttrain.verify.residual import Residual
 
 
 class TraversalConfig(RuleConfig):
@@ -38,45 +40,55 @@ class Traversal(Rule):
     accepts = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
-        N = tree.tokens.shape[1]
-        a, P = residuals(tree, scored.p[:, :N])
-        node = chance.draw(standing(tree, a)[:, None], 1, replace=True)[:, 0, 0]
+        if tree.draws == "point":
+            return matched(tree, scored, chance)
+        swept = sweep(tree, scored)
+        node = chance.draw(standing(tree, swept.a)[:, None], 1, replace=True)[:, 0, 0]
         path, length = tree.path_to(node)
-        law = P[torch.arange(len(node), device=node.device), node]
-        return Verdict(path, length, chance.draw(law[:, None], 1, replace=True)[:, 0, 0])
+        return Verdict(path, length, chance.draw(left_at(tree, scored, swept, node), 1, replace=True)[:, 0, 0])
 
 
-def residuals(tree: Tree, p: Tensor) -> tuple[Tensor, Tensor]:
-    """What each node comes to once all its children have failed: a [B, N] in fp64, and P [B, N, V]."""
-    B, N, V = p.shape
-    row = torch.arange(B, device=p.device)
-    a, P = torch.zeros(B, N, dtype=torch.float64, device=p.device), p.clone()
+@dataclass
+class Swept:
+    """What each node comes to once all its children have failed."""
+
+    a: Tensor  # [B, N] fp64: the probability that it stands then
+    c: Tensor  # [B, N] fp64: of its residual
+    kept: Tensor  # [B, N] what its own token kept of its parent's P when it failed
+
+
+def sweep(tree: Tree, scored: Scored) -> Swept:
+    """All nodes' chances, parents before children."""
+    assert tree.law_rows is not None, f"a {tree.draws} tree recorded no laws"
+    a = torch.zeros(tree.tokens.shape, dtype=torch.float64, device=tree.tokens.device)
     a[:, 0] = 1.0
-    left = None if tree.draws != "without_replacement" or tree.law_rows is None else tree.law_rows.clone()  # loses what was drawn
-    for child in range(1, N):
-        token, parent, live = tree.tokens[:, child], tree.parents[:, child], tree.live[:, child]
-        P_n, a_n, Q_n = P[row, parent], a[row, parent], _drawn_from(tree, child, left, V)
-        ratio = P_n[row, token].double() / Q_n[row, token].double().clamp_min(1e-38)
-        a[:, child] = torch.where(live, (a_n * ratio).clamp_max(1.0), 0.0)
-        R = (P_n * a_n[:, None].to(P_n.dtype)).sub_(Q_n).clamp_min_(0)
-        S = R.sum(-1, dtype=torch.float64)
-        after = torch.where(parent == 0, 1.0, S / (S + 1 - a_n).clamp_min(1e-300))
-        a[row, parent] = torch.where(live, after, a_n)
-        P[row, parent] = torch.where((live & (S > 0))[:, None], R.div_(S.clamp_min(1e-38)[:, None].to(R.dtype)), P_n)
-        if left is not None and tree.law_of is not None:
-            left[row, tree.law_of[:, child], token] = 0.0
-    return a, P
+    c, kept = torch.zeros_like(a), torch.zeros_like(a, dtype=torch.float32)
+    for family in tree.families:
+        left = Residual(scored.law(family.parents), tree.law_rows[:, family.laws], tree.draws, len(family.children))
+        weight = a[:, family.parents]  # [B, W]
+        for rank, child in enumerate(family.children):  # of the first n parents
+            token, live = tree.tokens[:, child], tree.live[:, child]  # [B, n]
+            w = weight[:, : token.shape[1]]
+            ratio, S = left.fall(token, live, w)
+            a[:, child] = torch.where(live, (w * ratio).clamp_max(1.0), 0.0)
+            weight = torch.cat([torch.where(live, S / (S + 1 - w).clamp_min(1e-300), w), weight[:, token.shape[1] :]], 1)
+            kept[:, child] = left.kept[:, : token.shape[1], rank]
+        a[:, family.parents], c[:, family.parents] = weight, left.c
+    a[:, 0] = 1.0
+    return Swept(a, c, kept)
 
 
-def _drawn_from(tree: Tree, child: int, left: Tensor | None, vocab: int) -> Tensor:
-    """[B, V] the law that this node was drawn from, elder siblings taken out where nothing is put back."""
-    if tree.draws == "point":  # q = 1: chosen with certainty
-        return F.one_hot(tree.tokens[:, child], vocab).float()
-    assert tree.law_rows is not None and tree.law_of is not None, f"a {tree.draws} tree recorded no laws"
-    row = torch.arange(len(tree.tokens), device=tree.tokens.device)
-    if left is None:
-        return tree.law_rows[row, tree.law_of[:, child]]
-    return normalise(left[row, tree.law_of[:, child]])
+def left_at(tree: Tree, scored: Scored, swept: Swept, node: Tensor) -> Tensor:
+    """[B, 1, V]: the law of the token after `node` [B], all of whose children failed."""
+    assert tree.law_rows is not None, f"a {tree.draws} tree recorded no laws"
+    row = torch.arange(len(node), device=node.device)
+    children = tree.children[row, node]  # [B, C]
+    real, child = children >= 0, children.clamp_min(0)
+    left = Residual(scored.law(node[:, None]), tree.law(child[:, 0])[:, None], tree.draws, children.shape[1])
+    left.c = swept.c[row, node][:, None]
+    left.tokens = tree.tokens.gather(1, child)[:, None]
+    left.kept = torch.where(real, swept.kept.gather(1, child), 0.0)[:, None]
+    return left.law()
 
 
 def standing(tree: Tree, a: Tensor) -> Tensor:

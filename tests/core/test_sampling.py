@@ -1,38 +1,35 @@
-"""The nucleus: the fast way and the whole sort keep the same tokens."""
+"""The nucleus, found without sorting, keeps what a whole sort would."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from drafttrain.core import sampling
-from drafttrain.core.sampling import PREFIX, Sampling, nucleus
-
-VOCAB = 4 * PREFIX
+from drafttrain.core.sampling import Sampling, nucleus
 
 
-def law(spread: float, ties: bool) -> torch.Tensor:
-    torch.manual_seed(0)
-    logits = spread * torch.randn(3, 2, VOCAB)
-    return (logits.round() if ties else logits).softmax(-1)
+def by_sorting(law: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens as long as those before them hold less than `top_p`; of equals the lower id first."""
+    ranked, order = law.double().sort(dim=-1, descending=True, stable=True)
+    kept = (ranked.cumsum(-1) - ranked) < top_p
+    return torch.zeros_like(law, dtype=torch.bool).scatter(-1, order, kept)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
-def test_the_prefix_keeps_what_a_whole_sort_keeps(monkeypatch: pytest.MonkeyPatch, top_p: float, ties: bool) -> None:
-    whole = sampling._sorted_nucleus(law(4.0, ties), top_p)
-    monkeypatch.setattr(sampling, "_sorted_nucleus", None)  # not asked
-    torch.testing.assert_close(nucleus(law(4.0, ties), top_p), whole)
-    assert ((nucleus(law(4.0, ties), top_p) > 0) == (whole > 0)).all()
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.99999])
+def test_it_keeps_what_a_whole_sort_would_keep(spread: float, ties: bool, top_p: float) -> None:
+    logits = torch.randn(3, 2, 4096, generator=torch.Generator().manual_seed(0)) * spread
+    law = (logits.round() if ties else logits).softmax(-1)
+    found = nucleus(law, top_p)
+    assert ((found > 0) == by_sorting(law, top_p)).all()
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, 2))
+    kept = found > 0
+    torch.testing.assert_close(found / found.amax(-1, keepdim=True), torch.where(kept, law, 0.0) / law.amax(-1, keepdim=True))
 
 
-def test_a_flat_law_is_sorted_whole() -> None:
-    flat = law(0.01, False)
-    found = nucleus(flat, 0.9)
-    assert (found > 0).sum(-1).min() > PREFIX
-    torch.testing.assert_close(found, sampling._sorted_nucleus(flat, 0.9))
-
-
-def test_top_p_of_one_keeps_every_token() -> None:
-    logits = torch.randn(2, VOCAB)
-    assert (Sampling(1.0).law(logits) > 0).all()
+def test_a_law_cut_already_stays_cut() -> None:
+    """Tokens of probability 0 are no part of a nucleus, even where rounding leaves the rest short of `top_p`."""
+    law = Sampling(1.0, top_k=7).law(torch.randn(5, 100, generator=torch.Generator().manual_seed(1)))
+    assert ((nucleus(law, 1 - 1e-12) > 0) == (law > 0)).all()

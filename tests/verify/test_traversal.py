@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,14 +14,14 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored
 from drafttrain.verify import traversal
-from drafttrain.verify.traversal import postorder, residuals, standing
+from drafttrain.verify.residual import Residual
+from drafttrain.verify.traversal import Swept, left_at, postorder, standing, sweep
 from tests.verify.trees import TOPOLOGIES, all_trees, recursive_reach
 
 
 def expected(tree: Tree, scored: Scored, weight: Tensor) -> tuple[float, float]:
     """Accepted length over all trees and all chances: traversal's and recursive's."""
-    a, _ = residuals(tree, scored.p)
-    ours = (standing(tree, a) * tree.depth).sum(1)
+    ours = (standing(tree, sweep(tree, scored).a) * tree.depth).sum(1)
     theirs = recursive_reach(tree, scored.p)[:, 1:].sum(1)  # a node that is reached adds one
     return float(weight @ ours), float(weight @ theirs)
 
@@ -71,33 +72,33 @@ def test_every_node_is_tried_after_its_children_and_elder_branches_before_younge
     assert postorder(tree)[0].argsort().tolist() == [3, 4, 1, 5, 6, 2, 0]
 
 
-right = residuals
+right = sweep
 
 
 def first_tokens(tree: Tree, scored: Scored, weight: Tensor) -> Tensor:
     """[V] the law of the first token that comes out."""
-    a, P = traversal.residuals(tree, scored.p)
-    stands = standing(tree, a)  # [B, N]
-    out = torch.zeros(P.shape[-1], dtype=torch.float64)
+    swept = traversal.sweep(tree, scored)
+    stands = standing(tree, swept.a)  # [B, N]
+    out = torch.zeros(scored.logits.shape[-1], dtype=torch.float64)
     for node in range(tree.tokens.shape[1]):
         path, length = tree.path_to(torch.full((len(weight),), node))
         share = weight * stands[:, node]
         if int(length[0]):
             out.index_add_(0, tree.tokens.gather(1, path[:, :1])[:, 0], share)
         else:
-            out += (share[:, None] * P[:, node].double()).sum(0)
+            out += (share[:, None] * left_at(tree, scored, swept, torch.full((len(weight),), node))[:, 0].double()).sum(0)
     return out
 
 
-def wrong_q(tree: Tree, child: int, left: Tensor | None, vocab: int) -> Tensor:
+def wrong_q(P: Tensor, Q: Tensor, draws: str, falls: int) -> Residual:
     """Elder siblings stay in."""
-    return tree.law(torch.full((len(tree.tokens),), child))
+    return Residual(P, Q, "iid", falls)
 
 
-def no_cascade(tree: Tree, p: Tensor) -> tuple[Tensor, Tensor]:
+def no_cascade(tree: Tree, scored: Scored) -> Swept:
     """Descendants of younger siblings keep the chances that they had before an elder one failed."""
-    a, P = right(tree, p)
-    row = torch.arange(len(a))
+    swept, p = right(tree, scored), scored.p
+    a, row = swept.a.clone(), torch.arange(len(p))
     for child in range(1, a.shape[1]):
         if tree.depth[0, child] < tree.max_depth:
             continue
@@ -105,12 +106,12 @@ def no_cascade(tree: Tree, p: Tensor) -> tuple[Tensor, Tensor]:
         above, over = tree.parents[row, parent], tree.tokens[row, parent]
         first = (p[row, above, over].double() / tree.law(parent)[row, over].double()).clamp_max(1)
         a[:, child] = (first * p[row, parent, token].double() / tree.law(torch.full_like(token, child))[row, token].double()).clamp_max(1)
-    return a, P
+    return replace(swept, a=a)
 
 
 @pytest.mark.parametrize(
     ("draws", "name", "broken"),
-    [("without_replacement", "_drawn_from", wrong_q), ("iid", "residuals", no_cascade)],
+    [("without_replacement", "Residual", wrong_q), ("iid", "sweep", no_cascade)],
     ids=["P without Q", "no cascade"],
 )
 def test_known_ways_of_losing_exactness_are_seen(

@@ -1,0 +1,100 @@
+"""What is left of the target's law at a node while drafts fall there, one after the other; for the rules that try drafts one by one.
+
+P the target's law, Q the law its drafts came from, both as they were. With what is left normalised, a draft that falls takes Q away and
+whatever goes below zero:
+
+    left <- max(w left - Q, 0) / S,  S its sum,  w <= 1 a weight that some rules put on the node.
+
+Since max(max(P - s Q, 0) - t Q, 0) = max(P - (s + t) Q, 0), all that any number of falls did is one number: left = max(P - c Q, 0) / total.
+Without replacement a token that fell leaves Q, and keeps what it then had of P; chosen with certainty (`point`), it took all it had. So
+nothing of a vocabulary's size is kept, and a fall costs one pass over it. B rows, W nodes side by side, V vocabulary, F falls; scalars
+in fp64.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.sampling import normalise
+from drafttrain.core.tree import Draws
+
+MOST = 1e30
+"""Where c ends: the node can't stand any more."""
+
+
+class Residual:
+    """See the module. P and Q are read, never written."""
+
+    def __init__(self, P: Tensor, Q: Tensor | None, draws: Draws, falls: int) -> None:
+        """P [B, W, V]; Q [B, W, V], None where drafts were chosen with certainty; falls: how many there can be at a node."""
+        B, W, _ = P.shape
+        self.P, self.Q, self.draws, self.count = P, Q, draws, 0
+        self.c = torch.zeros(B, W, dtype=torch.float64, device=P.device)
+        self.total = torch.ones_like(self.c)  # sum of max(P - c Q, 0)
+        self.rest = torch.ones_like(self.c) if Q is None or draws == "iid" else _sums(Q)  # what Q has left
+        self.tokens = torch.zeros(B, W, falls, dtype=torch.long, device=P.device)  # those that fell
+        self.kept = P.new_full((B, W, falls), float("inf") if Q is None else 0.0)  # and what each kept; no bound where none fell
+
+    def fall(self, token: Tensor, fell: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """The next draft of the first n nodes, [B, n] tokens, falls where `fell` says so. weight: [B, n] w.
+
+        Returns what was left of P there over what was left of Q, both normalised, and S; both [B, n] fp64.
+        """
+        n = token.shape[1]
+        at = token[..., None]
+        before, rest = self.total[:, :n], self.rest[:, :n]
+        P = self.P[:, :n].gather(-1, at)[..., 0]
+        if self.Q is None:
+            twins = torch.where(self.tokens[:, :n] == at, self.kept[:, :n], float("inf"))  # an elder one took it
+            share = P.minimum(twins.amin(-1)).double()
+            ratio, after = share / before.clamp_min(1e-300), (before - share).clamp_min(0)
+            self._leave(token, fell, torch.zeros_like(P))
+        else:
+            Q, c = self.Q[:, :n].gather(-1, at)[..., 0], self.c[:, :n]
+            ratio = (P - c * Q).clamp_min(0) * rest / (before * Q).clamp_min(1e-300)
+            c = torch.where(fell, (c + before / (weight * rest).clamp_min(1e-300)).clamp_max(MOST), c)
+            c = c.to(self.P.dtype).double()  # as `_left` reads it
+            self.c = _renewed(self.c, c)
+            if self.draws == "without_replacement":
+                self._leave(token, fell, (P - c * Q).clamp_min(0).float())
+                self.rest = _renewed(self.rest, torch.where(fell, rest - Q, rest))
+            after = self._left(n).sum(-1).double()
+        self.total = _renewed(self.total, torch.where(fell, after, before))
+        self.count += 1
+        return ratio, weight * after / before.clamp_min(1e-300)
+
+    def law(self) -> Tensor:
+        """[B, W, V] what is left, normalised."""
+        return normalise(self._left(self.P.shape[1]))
+
+    def _leave(self, token: Tensor, fell: Tensor, kept: Tensor) -> None:
+        n = token.shape[1]
+        self.tokens[:, :n, self.count] = token
+        self.kept[:, :n, self.count] = torch.where(fell, kept, self.kept[:, :n, self.count])
+
+    def _left(self, n: int) -> Tensor:
+        """[B, n, V] not normalised; good until the next call."""
+        if self.Q is None:
+            return self.P[:, :n].scatter_reduce(-1, self.tokens[:, :n], self.kept[:, :n], "amin")
+        left = torch.addcmul(self.P[:, :n], self.Q[:, :n], self.c[:, :n, None].to(self.P.dtype), value=-1, out=self._space[:, :n]).relu_()
+        if self.draws == "without_replacement":
+            left.scatter_reduce_(-1, self.tokens[:, :n], self.kept[:, :n], "amax")
+        return left
+
+    @cached_property
+    def _space(self) -> Tensor:
+        return torch.empty_like(self.P)
+
+
+def _sums(Q: Tensor) -> Tensor:
+    """[B, W, V] -> [B, W] fp64; node by node, since a sum in fp64 makes a copy first."""
+    return torch.stack([law.sum(-1, dtype=torch.float64) for law in Q.unbind(1)], 1)
+
+
+def _renewed(whole: Tensor, first: Tensor) -> Tensor:
+    """[B, W] with its first n replaced by [B, n]."""
+    n = first.shape[1]
+    return first if n == whole.shape[1] else torch.cat([first, whole[:, n:]], 1)
