@@ -6,11 +6,23 @@ B rows, T time, H heads, d head size, D hidden, J unrolled steps before this one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def again(function: Callable[..., Tensor], *given: Any) -> Tensor:
+    """`function(*given)`, of which the backward pass finds the inputs only and computes the rest again.
+
+    For what is large to keep and cheap to compute: norms, gates.
+    """
+    if not torch.is_grad_enabled():
+        return function(*given)
+    return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +33,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return again(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -34,7 +49,10 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return again(self._down, self.gate_proj(x), self.up_proj(x))
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Rotary(nn.Module):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from pydantic import Field
@@ -130,20 +131,67 @@ def text_config(config: AutoConfig) -> AutoConfig:
     return config.get_text_config(decoder=True)
 
 
+BOOKKEEPING = frozenset(
+    {
+        "_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "initializer_range",
+        "pretraining_tp", "attention_dropout", "output_attentions", "output_hidden_states", "return_dict", "task_specific_params",
+        "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    }
+)  # fmt: skip
+"""Keys of config.json that change no logit: who wrote it and when, training, and what else stands with the weights or the tokenizer."""
+SAMPLED = 4096
+"""Bytes of each tensor's beginning and of its end that a fingerprint reads."""
+PUBLISHED = {"f507c7da0883fc47": "81c107fd8403a3dd"}
+"""Fingerprints under which results and drafters are out, made when the whole text of config.json still went in."""
+
+
 def target_fingerprint(folder: Path) -> str:
-    """Identifies a target's weights: its config, and size with first and last MiB of every safetensors file."""
-    parts: list[str] = []
+    """Identifies a target by what its logits are made of: the tensors (names, types, shapes, the ends of their bytes), however they are
+    spread over files, and the keys of config.json that are not in `BOOKKEEPING`. Which version of a library wrote the files is no part.
+
+    Raises `UserError` where there is no safetensors file, or one is cut off.
+    """
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise UserError(f"target '{folder}': no .safetensors file; save the model with `save_pretrained` first")
+    tensors: dict[str, list[Any]] = {}
     for shard in shards:
-        size, digest = shard.stat().st_size, hashlib.sha256()
-        with shard.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20))
-        parts.append(f"{size}:{digest.hexdigest()}")
-    return fingerprint((folder / "config.json").read_text(), parts)
+        tensors |= _tensor_marks(shard)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"target '{folder}': config.json cannot be read ({error}); fetch or save the model again") from error
+    made = fingerprint(_that_counts(config), tensors)
+    return PUBLISHED.get(made, made)
+
+
+def _that_counts(config: Any) -> Any:
+    """A configuration without bookkeeping and unset keys, at every depth."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _that_counts(value) for key, value in config.items() if key not in BOOKKEEPING and value is not None}
+
+
+def _tensor_marks(shard: Path) -> dict[str, list[Any]]:
+    """name -> type, shape, hash of the ends, for every tensor of a safetensors file (8 bytes of length, a JSON header, the data)."""
+    with shard.open("rb") as file:
+        try:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, shard.stat().st_size)))
+            header.pop("__metadata__", None)
+            known = {name: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"target '{shard.parent}': {shard.name} is truncated or no safetensors file; fetch the model again") from error
+        return {name: [dtype, shape, _ends(file, 8 + size + start, 8 + size + stop)] for name, (dtype, shape, start, stop) in known.items()}
+
+
+def _ends(file: BinaryIO, start: int, stop: int) -> str:
+    """SHA-256 of a tensor's first and last bytes."""
+    digest = hashlib.sha256()
+    for place in (start, max(start, stop - SAMPLED)):
+        file.seek(place)
+        digest.update(file.read(min(SAMPLED, stop - place)))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ processes changes nothing. What it reports on the held-out part is the accepted 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -38,6 +40,10 @@ from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
 from drafttrain.train.checkpoint import Progress, resume, save
+
+
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP (configs/fsdp2.yaml)", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (configs/zero2.yaml, zero3.yaml)"}
+"""What `accelerate launch` says in the environment: on CPUs accelerate would drop it and train unsharded."""
 
 
 class TrainConfig(Config):
@@ -151,9 +157,21 @@ def train(
 
 
 def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
-    """What `accelerate launch` set up, or a single process."""
+    """What `accelerate launch` set up, or a single process.
+
+    Raises `UserError` where the tracker is not installed, or the launch asked for a way of sharding that needs accelerators.
+    """
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise UserError(
+            f"train.tracker '{config.tracker}': the package is not installed; pip install {config.tracker} (all of them: "
+            f"'drafttrain[trackers]'), or set train.tracker=none: the curves are in train.jsonl anyway"
+        )
+    cpu = not torch.accelerator.is_available()
+    for switch, name in SHARDED.items():
+        if cpu and os.environ.get(switch, "false").lower() == "true":
+            raise UserError(f"{name} shards over accelerators and this machine has none; launch with configs/cpu.yaml instead")
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else accelerate would not join the processes of a launch on CPUs
+        cpu=cpu,  # else accelerate would not join the processes of a launch on CPUs
         mixed_precision="bf16" if config.precision == "bfloat16" else "no",
         gradient_accumulation_steps=config.accumulate,
         log_with=None if config.tracker == "none" else config.tracker,
@@ -193,7 +211,8 @@ class Run:
         output.mkdir(parents=True, exist_ok=True)
         self._forget_after(self.progress.step)
         if self.config.tracker != "none":
-            self.accelerator.init_trackers("drafttrain", config=self.config.model_dump(mode="json"))
+            said = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in self.config}
+            self.accelerator.init_trackers("drafttrain", config=said)  # trackers take no lists
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
         try:
             with self._bar() as bar:

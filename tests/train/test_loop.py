@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from drafttrain.core.errors import UserError
@@ -198,3 +199,92 @@ def test_learning_rate_rises_and_falls_as_the_schedule_says() -> None:
 def test_exactly_one_measure_of_length_is_wanted() -> None:
     with pytest.raises(ValueError, match="exactly one of steps, epochs, minutes"):
         TrainConfig(steps=3, minutes=1)
+
+
+def test_a_tracker_gets_the_curve_of_train_jsonl(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    target = tiny_target(18)
+    run("medusa", tiny_store(target, tmp_path / "data"), target, tmp_path / "run", tracker="tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "drafttrain"))
+    events.Reload()
+    curve = losses(tmp_path / "run")
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, len(curve) + 1))
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(curve)  # events are float32
+    assert len(events.Scalars("tau")) == 2  # as often as it evaluated
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused_by_name(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"train\.tracker '{tracker}': the package is not installed; pip install {tracker}"):
+        new_accelerator(TrainConfig(**{**OPTIONS, "tracker": tracker}), tmp_path)
+
+
+@pytest.mark.parametrize(("switch", "name"), loop.SHARDED.items())
+def test_sharding_without_accelerators_is_refused_instead_of_dropped(
+    switch: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(switch, "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"this machine has none; launch with configs/cpu\.yaml") as refused:
+        accelerator(tmp_path)
+    assert name in str(refused.value)
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from tests.train.test_loop import *
+
+loop.SHARDED = {}
+PartialState(cpu=True)  # joins the gloo group; accelerate shards for devices only, so it is told that these are some
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+family, steps = sys.argv[3], int(sys.argv[4])
+torch.manual_seed(0)
+target = tiny_target(16)
+drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
+made = new_accelerator(TrainConfig(**OPTIONS), Path(sys.argv[2]))
+assert made.is_fsdp2, made.distributed_type
+config = TrainConfig(**{**OPTIONS, "batch_rows": 1})
+trainer = Run(drafter, Store.open(sys.argv[1]), config, target.head, Path(sys.argv[2]), target, made)
+assert any(type(weight).__name__ == "DTensor" for weight in trainer.learner.parameters())
+step = Run._step
+def stopping(self, batches):
+    line = step(self, batches)
+    if self.progress.step == steps: os.kill(os.getpid(), signal.SIGTERM)
+    return line
+Run._step = stopping
+try:
+    trainer.run()
+except Stopped:
+    pass
+made.end_training()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_two_sharded_processes_stop_go_on_and_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
+    """FSDP2 with the settings of configs/fsdp2.yaml, on CPUs."""
+    target = tiny_target(16)
+    store = tiny_store(target, tmp_path / "data")
+    run(family, store, target, tmp_path / "one")
+    (tmp_path / "ranks.py").write_text(RANKS)
+    settings = yaml.safe_load(Path("configs/fsdp2.yaml").read_text())["fsdp_config"]
+    sharded = {name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
+    for steps in (5, 99):  # stopped after five, then to the end
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+                   str(tmp_path / "ranks.py"), str(store.folder), str(tmp_path / "two"), family, str(steps)]  # fmt: skip
+        asked = {**environment(), **sharded, "ACCELERATE_USE_FSDP": "true"}
+        done = subprocess.run(command, check=False, cwd=Path.cwd(), env=asked, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=1e-5, atol=1e-6)
+    one, two = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)  # Adam's first steps magnify rounding
