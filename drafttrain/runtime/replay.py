@@ -30,6 +30,8 @@ from drafttrain.target.head import TargetHead
 
 Walk = Callable[[Batch, int], Tensor]
 """(batch, K) -> [B, T, K] guesses, as `Drafter.walk` gives them."""
+Stands = Callable[[Batch, int], tuple[Tensor, Tensor]]
+"""(batch, K) -> g and w, [B, T, K] each, as `stands` gives them."""
 
 
 @torch.no_grad()
@@ -128,10 +130,15 @@ def replay_sampled(
     Only texts that the target sampled as `sampling` says give the figure that such decoding measures. temperature: the drafter's own;
     chunk: positions whose [V] laws stand in memory at once. Raises `UserError` where the family has no states to replay.
     """
+    return expect(lambda batch, steps: stands(drafter, batch, head, sampling, steps, temperature, chunk), batches, length)
+
+
+@torch.no_grad()
+def expect(standing: Stands, batches: Iterable[Batch], length: int) -> Expected:
+    """`replay_sampled` with its laws computed by `standing`, which may hold a drafter that is spread over processes."""
     counted: list[tuple[int, float, np.ndarray, np.ndarray, float]] = []
-    own = sampling if temperature is None else sampling._replace(temperature=temperature)
     for batch in batches:
-        overlaps, weights = (values.cpu().double().numpy() for values in _stands(drafter, batch, head, sampling, own, length, chunk))
+        overlaps, weights = (values.cpu().double().numpy() for values in standing(batch, length))
         for row, start, stop in answers(batch):
             counted.append(_expect_answer(overlaps[row], weights[row], start, stop))
     if not counted:
@@ -140,10 +147,14 @@ def replay_sampled(
     return Expected(np.array(tokens), np.array(rounds), np.stack(attempts), np.stack(accepts), np.array(gained))
 
 
-def _stands(
-    drafter: Drafter, batch: Batch, head: TargetHead, sampling: Sampling, own: Sampling, length: int, chunk: int
+def stands(
+    drafter: Drafter, batch: Batch, head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """g and w, [B, T, K] each: of the token at depth k + 1 in a round whose root is token t + 1, with the text's own before it."""
+    """g and w, [B, T, K] each: of the token at depth k + 1 in a round whose root is token t + 1, with the text's own before it.
+
+    The arguments are those of `replay_sampled`.
+    """
+    own = sampling if temperature is None else sampling._replace(temperature=temperature)
     g = torch.zeros(*batch.tokens.shape, length, device=batch.tokens.device)
     w = torch.zeros_like(g)
     for step, states in enumerate(drafter.unrolled(batch, head, length)):  # deeper than the family reaches: nothing stands
