@@ -319,10 +319,12 @@ def tune(
     from drafttrain import tune as tuning
     from drafttrain.recipe import write_recipe
 
-    tuned = tuning.tune([_load(recipe, overrides), *(_load(other, None) for other in also or [])])
+    further = [_load(other, None) for other in also or []]
+    tuned = tuning.tune([_load(recipe, overrides), *further])
     _print_cells(*tuning.table(tuned))
     path = tuning.destination(tuned.recipe, write)
-    write_recipe(tuned.recipe, path)
+    kept = further[tuned.number - 1] if tuned.number else _load(recipe, None)
+    write_recipe(tuned.recipe.model_copy(update={"evaluation": kept.evaluation}), path)  # overrides said what to tune on, no more
     slower = "; slower than plain decoding by forecast, so policy is adaptive" if tuned.forecasts[tuned.chosen].speedup < 1 else ""
     print(f"{tuned.labels[tuned.chosen]}{slower}: written to {path}")
 

@@ -224,28 +224,25 @@ def side_by_side(comparison: Comparison) -> Group:
 
 
 AGAIN_NOTE = (
-    "measured twice in the same way: whether each speed-up lies inside the other's 95% interval. Over prompts: other prompts of the same "
-    "tasks. Over repeats: the same prompts again, on this machine."
+    "measured twice in the same way: does each speed-up lie inside the other's 95% interval? Over prompts: what other prompts of the same "
+    "tasks would give; over repeats: what the same prompts give when they are run again on this machine."
 )
 
 
 def _again_table(comparison: Comparison) -> Table:
-    kinds = ("over prompts", "over repeats")
-    shown = _table(("measured twice", "tau", "tokens / rounds", *(f"{kind}, {name}" for kind in kinds for name in comparison.names), ""))
+    """Two lines for each: over prompts and over repeats."""
+    shown = _table(("measured twice", "tau", "tokens / rounds", "speed-up, 95%", *comparison.names, ""))
     for one in comparison.again:
         counts = f"{one.left.tokens} / {one.left.rounds}"
-        if not one.identical:
-            counts += f" | {one.right.tokens} / {one.right.rounds}"
-        cells = [_with_half_width(known) for repeated in (False, True) for known in one.intervals(repeated)]
-        shown.add_row(one.label, "identical" if one.identical else "differs", counts, *cells, _verdict(one))
+        counts += "" if one.identical else f" | {one.right.tokens} / {one.right.rounds}"
+        told = one.label, f"{one.left.tau:.4f}, identical" if one.identical else f"{one.left.tau:.4f} | {one.right.tau:.4f}", counts
+        for kind, repeated, said in (("over prompts", False, told), ("over repeats", True, ("", "", ""))):
+            shown.add_row(*said, kind, *(_with_half_width(known) for known in one.intervals(repeated)), _inside(one.inside(repeated)))
     return shown
 
 
-def _verdict(one: Again) -> Text:
-    said = {True: "inside", False: "OUTSIDE"}
-    known = [(kind, one.inside(repeated)) for kind, repeated in (("prompts", False), ("repeats", True))]
-    text = ", ".join(f"{said[inside]} ({kind})" for kind, inside in known if inside is not None)
-    return Text(text, "bold yellow" if any(inside is False for _, inside in known) else "dim")
+def _inside(inside: bool | None) -> Text:
+    return {True: Text("inside", "dim"), False: Text("outside", "bold yellow"), None: Text("")}[inside]
 
 
 def half_width(known: Interval) -> float | None:

@@ -24,7 +24,6 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.grow import widen
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.head import TargetHead
 
@@ -155,19 +154,34 @@ def stands(
     The arguments are those of `replay_sampled`.
     """
     own = sampling if temperature is None else sampling._replace(temperature=temperature)
+    ids = drafter.draft_ids
+    steps = list(drafter.unrolled(batch, head, length))  # [B, T, D] each; deeper than the family reaches: nothing stands
+    roots = [batch.ahead(step + 2)[1] for step in range(len(steps))]  # [B, T] each: where a root's token at depth step + 1 is a label
     g = torch.zeros(*batch.tokens.shape, length, device=batch.tokens.device)
     w = torch.zeros_like(g)
-    for step, states in enumerate(drafter.unrolled(batch, head, length)):  # deeper than the family reaches: nothing stands
-        labels, supervised = batch.ahead(step + 2)
-        for part in supervised.nonzero().split(chunk):
-            row, at = part.unbind(1)
-            p = sampling.law(head.logits(batch.features["last"][row, at + step + 1]))
-            q = own.law(drafter.logits_of(states[row, at], step, head))
-            q = q if drafter.draft_ids is None else widen(q, drafter.draft_ids, p.shape[-1])
-            text = labels[row, at][:, None]
-            g[row, at, step] = torch.minimum(p, q).sum(-1)
-            w[row, at, step] = (q.gather(1, text) / p.gather(1, text).clamp_min(1e-38)).clamp_max(1.0)[:, 0]
+    following, supervised = batch.ahead(1)
+    for part in supervised.nonzero().split(chunk):
+        row, place = part.unbind(1)  # the target's state here gives p, for every depth alike
+        text = following[row, place]
+        p = sampling.law(head.logits(batch.features["last"][row, place]))
+        stood = p.gather(1, text[:, None])[:, 0].clamp_min(1e-38)
+        p = p if ids is None else p[:, ids]
+        column, drafted = (text, torch.ones_like(text, dtype=torch.bool)) if ids is None else _columns(ids, text)
+        for step, states in enumerate(steps):
+            at = place - step - 1
+            here = ((at >= 0) & roots[step][row, at]).nonzero()[:, 0]
+            q = own.law(drafter.logits_of(states[row[here], at[here]], step, head))
+            said = q.gather(1, column[here, None])[:, 0] * drafted[here]
+            g[row[here], at[here], step] = torch.minimum(p[here], q).sum(-1)
+            w[row[here], at[here], step] = (said / stood[here]).clamp_max(1.0)
     return g, w
+
+
+def _columns(ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `tokens` [n] stand in the draft vocabulary `ids` [Vd] ([n], 0 where they don't), and whether they do."""
+    place = torch.searchsorted(ids, tokens).clamp_max(len(ids) - 1)
+    found = ids[place] == tokens
+    return torch.where(found, place, 0), found
 
 
 def _expect_answer(g: np.ndarray, w: np.ndarray, start: int, stop: int) -> tuple[int, float, np.ndarray, np.ndarray, float]:

@@ -164,5 +164,7 @@ def test_half_widths_are_shares_of_the_value() -> None:
 def test_the_terminal_says_whether_the_second_measurement_repeats_the_first() -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(side_by_side(compare(repeated("first", 1.50, 1.51), repeated("second", 1.70, 1.71))))
-    (line,) = [line for line in console.export_text().splitlines() if "identical" in line]
-    assert "640 / 320" in line and "inside (prompts), OUTSIDE (repeats)" in line
+    lines = console.export_text().splitlines()
+    prompts, repeats = [line for line in lines if "over prompts " in line or "over repeats " in line]
+    assert "2.0000, identical" in prompts and "640 / 320" in prompts and prompts.rstrip().endswith("inside")
+    assert "±6." in repeats and repeats.rstrip().endswith("outside")
