@@ -143,7 +143,7 @@ def test_nodes_and_calls_of_real_rounds_are_counted() -> None:
     assert (set(plain.nodes), set(three.nodes), set(tree.nodes)) == ({0}, {3}, {6})
     runtime = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=6), hybrid=HybridConfig(head_cost=50.0))  # never worth it
     (lone,) = round_costs([SpeculativeDecoder(target(), drafter, runtime)], PROMPTS[:2], 12, rounds=4)
-    assert max(lone.nodes) < 6
+    assert lone.nodes.count(0) > len(lone.nodes) / 2  # nothing was looked up, and the trained drafter is too dear
 
 
 def test_rounds_are_timed_from_the_middle_of_the_answers() -> None:

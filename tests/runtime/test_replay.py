@@ -56,6 +56,7 @@ def test_sampled_replay_gives_the_accepted_length_of_sampled_decoding(name: str,
         assert abs(expected.alpha[level] - share) < 4 * np.sqrt(share * (1 - share) / attempts[level]) + 0.01
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_how_likely_draws_stand_is_what_the_two_laws_say_at_every_root_and_depth(name: str) -> None:
     starts = [len(PROMPTS[index // SAMPLES]) for index in (0, SAMPLES, 2 * SAMPLES)]
