@@ -231,7 +231,7 @@ def compare(
     left: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or a results file.", show_default=False)],
     right: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.", show_default=False)],
 ) -> None:
-    """Two results side by side; what differs beyond its interval is marked.
+    """Two results side by side; what differs beyond its interval is marked. The same run twice: its last two evaluations.
 
     [dim]drafttrain compare runs/quickstart runs/slower[/dim]
     """
