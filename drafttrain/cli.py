@@ -231,7 +231,7 @@ def compare(
     left: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or a results file.", show_default=False)],
     right: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.", show_default=False)],
 ) -> None:
-    """Two results side by side; what differs beyond its interval is marked.
+    """Two results side by side; what differs beyond its interval is marked. The same run twice: its last two evaluations.
 
     [dim]drafttrain compare runs/quickstart runs/slower[/dim]
     """
@@ -319,10 +319,12 @@ def tune(
     from drafttrain import tune as tuning
     from drafttrain.recipe import write_recipe
 
-    tuned = tuning.tune([_load(recipe, overrides), *(_load(other, None) for other in also or [])])
+    further = [_load(other, None) for other in also or []]
+    tuned = tuning.tune([_load(recipe, overrides), *further])
     _print_cells(*tuning.table(tuned))
     path = tuning.destination(tuned.recipe, write)
-    write_recipe(tuned.recipe, path)
+    kept = further[tuned.number - 1] if tuned.number else _load(recipe, None)
+    write_recipe(tuned.recipe.model_copy(update={"evaluation": kept.evaluation}), path)  # overrides said what to tune on, no more
     slower = "; slower than plain decoding by forecast, so policy is adaptive" if tuned.forecasts[tuned.chosen].speedup < 1 else ""
     print(f"{tuned.labels[tuned.chosen]}{slower}: written to {path}")
 

@@ -29,6 +29,7 @@ from drafttrain.evaluation.forecast import (
     RoundCost,
     answer,
     forecast,
+    midway,
     replayed,
     round_costs,
     score_curve,
@@ -49,6 +50,10 @@ from drafttrain.target.adapter import Target, read_shape
 
 VARIED = ("drafter", "train", "runtime")
 """Sections whose keys a grid may hold: all cells share the target, its data and the suite."""
+
+
+TIMED = "rounds from the middle of answers"
+"""How rounds are timed: times taken in another way are taken again."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class Study:
         reader = SpeculativeDecoder(target)
         self.prompts = [reader.tokenize(item.opening()) for item in self.suite.items]
         self.asked = fingerprint(target.fingerprint, str(target.dtype), self.suite.hash, recipe.evaluation.max_new_tokens)
-        self.where = fingerprint(self.asked, device_name(target.device), torch.get_num_threads(), versions(), recipe.study.timed)
+        self.where = fingerprint(TIMED, self.asked, device_name(target.device), torch.get_num_threads(), versions(), recipe.study.timed)
         weights = {path: folder_fingerprint(path) for path in drafters}
         self.keys = [fingerprint(self.asked, weights[cell.drafter], cell.recipe.runtime) for cell in made]
         self.journal = Journal(folder / "journal.jsonl")
@@ -223,7 +228,7 @@ class Study:
         decoders = [self.decoders[place] for place in waiting]
         needs = frozenset().union(*(decoder.drafter.needs for decoder in decoders if decoder.drafter is not None))
         curve = score_curve(self.target, typical_context(self.prompts, answers), needs)
-        some, limit = spread(self.prompts, self.config.timed), self.evaluation.max_new_tokens
+        some, limit = spread(midway(self.prompts, answers), self.config.timed), self.evaluation.max_new_tokens
         plain, *costs = round_costs([SpeculativeDecoder(self.target), *decoders], some, limit)
         known = {self.keys[place]: asdict(cost) for place, cost in zip(waiting, costs, strict=True)}
         self._keep({"kind": "times", "where": self.where, "curve": asdict(curve), "plain": asdict(plain), "cells": known})
@@ -243,16 +248,16 @@ class Study:
             self._keep({"kind": "measured", "key": self.keys[place], "where": self.where, **asdict(measured)})
 
     def _findings(self) -> list[Finding]:
-        return [self._finding(*parts) for parts in zip(self.cells, self.keys, self.decoders, strict=True)]
+        return [self._finding(*parts) for parts in zip(self.cells, self.keys, strict=True)]
 
-    def _finding(self, cell: Cell, key: str, decoder: SpeculativeDecoder) -> Finding:
+    def _finding(self, cell: Cell, key: str) -> Finding:
         replay = self._held("replay", key=key)[-1]
         times = next(entry for entry in self._held("times", where=self.where) if key in entry["cells"])
         curve = ScoreCurve(*(tuple(values) for values in times["curve"].values()))
-        cost, plain = RoundCost(**times["cells"][key]), RoundCost(**times["plain"])
+        cost, plain = (RoundCost(**{**found, "nodes": tuple(found["nodes"])}) for found in (times["cells"][key], times["plain"]))
         measured = [Measurement(one["tau"], one["tokens_per_second"], one["speedup"])
                     for one in self._held("measured", key=key, where=self.where)]  # fmt: skip
-        foretold = forecast(replay["tau"], decoder, cost, plain, curve)
+        foretold = forecast(replay["tau"], cost, plain, curve)
         budget = _budget(cell.recipe)
         return Finding(
             cell.label, cell.values, str(cell.drafter), budget, foretold, tuple(replay["alpha"]), measured[-1] if measured else None

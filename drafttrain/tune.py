@@ -9,11 +9,12 @@ from pathlib import Path
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Shape
+from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter
-from drafttrain.evaluation.forecast import answer, forecasts
+from drafttrain.evaluation.forecast import RoundCost, answer, forecasts, midway, round_costs, score_curve, spread, typical_context
 from drafttrain.evaluation.runners import shape_name
 from drafttrain.evaluation.suites import load_suite
-from drafttrain.evaluation.throughput import Forecast, best
+from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best
 from drafttrain.recipe import RESOLVED, Recipe
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
@@ -22,6 +23,8 @@ CHAINS = (1, 2, 3, 4, 5, 6, 8)
 TREES = ((4, 3), (8, 4), (16, 4), (32, 8), (60, 10))
 """Drafted nodes, and how many nodes a level expands into how many children."""
 DEPTHS = (2, 4, 6)
+PRICED = 2
+"""Prompts on which a hybrid's prices are measured."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Candidate:
     """A trained drafter under one shape."""
 
     recipe: Recipe  # of the run that trained it, with the runtime that is tried
-    decoder: SpeculativeDecoder
+    drafter: Drafter
+    decoder: SpeculativeDecoder  # of the same, which drafts always
     label: str
 
 
@@ -41,6 +45,7 @@ class Tuned:
     forecasts: list[Forecast]
     chosen: int
     recipe: Recipe  # the best drafter's, with the best runtime
+    number: int  # which of the recipes that is
 
 
 def tune(recipes: Sequence[Recipe]) -> Tuned:
@@ -55,12 +60,15 @@ def tune(recipes: Sequence[Recipe]) -> Tuned:
     suite, reader = first.evaluation.chosen(load_suite(first.evaluation.suite)), SpeculativeDecoder(target)
     prompts = [reader.tokenize(item.opening()) for item in suite.items]
     answers = answer(target, prompts, first.evaluation.max_new_tokens)
+    tried = priced(target, tried, prompts, answers, first.evaluation.max_new_tokens)
     found = forecasts(target, [one.decoder for one in tried], prompts, answers, first.evaluation.max_new_tokens)
     chosen = best(found)
     runtime = tried[chosen].recipe.runtime
     if found[chosen].speedup < 1:
         runtime = runtime.model_copy(update={"policy": "adaptive"})
-    return Tuned([one.label for one in tried], found, chosen, tried[chosen].recipe.model_copy(update={"runtime": runtime}))
+    best_of = tried[chosen].recipe
+    number = next(place for place, recipe in enumerate(recipes) if recipe.folder == best_of.folder)
+    return Tuned([one.label for one in tried], found, chosen, best_of.model_copy(update={"runtime": runtime}), number)
 
 
 def candidates(target: Target, recipe: Recipe) -> list[Candidate]:
@@ -71,10 +79,46 @@ def candidates(target: Target, recipe: Recipe) -> list[Candidate]:
     for shape in shapes(drafter.max_depth, recipe.runtime.shape):
         runtime = recipe.runtime.model_copy(update={"shape": shape})
         if fits(runtime, recipe):
-            steady = runtime.model_copy(update={"policy": "fixed"})  # what is measured is drafting
-            label = f"{recipe.folder.name}: {drafter.config.name} {named(shape)}"
-            out.append(Candidate(recipe.model_copy(update={"runtime": runtime}), SpeculativeDecoder(target, drafter, steady), label))
+            out.append(candidate(target, recipe.model_copy(update={"runtime": runtime}), drafter))
     return out
+
+
+def candidate(target: Target, recipe: Recipe, drafter: Drafter) -> Candidate:
+    """The drafter under the recipe's runtime."""
+    steady = recipe.runtime.model_copy(update={"policy": "fixed"})  # what is measured is drafting
+    decoder = SpeculativeDecoder(target, drafter, steady)
+    assert decoder.drafter is not None
+    return Candidate(recipe, drafter, decoder, f"{recipe.folder.name}: {decoder.drafter.config.name} {named(recipe.runtime.shape)}")
+
+
+def priced(
+    target: Target, tried: Sequence[Candidate], prompts: Sequence[list[int]], answers: Sequence[list[int]], max_new_tokens: int
+) -> list[Candidate]:
+    """Hybrids with this device's prices for their shapes; the others as they are.
+
+    head_cost: what the trained drafter takes to draft this shape alone; node_cost: what its nodes add to the target's forward, shared
+    among them; both in forwards of one token.
+    """
+    hybrids = [place for place, one in enumerate(tried) if one.recipe.runtime.hybrid is not None]
+    if not hybrids:
+        return [*tried]
+    alone = [one.decoder.runtime.model_copy(update={"hybrid": None}) for one in tried]
+    bare = [SpeculativeDecoder(target, tried[place].drafter, alone[place]) for place in hybrids]
+    curve = score_curve(target, typical_context(prompts, answers), frozenset().union(*(tried[place].drafter.needs for place in hybrids)))
+    costs = round_costs(bare, spread(midway(prompts, answers), PRICED), max_new_tokens, rounds=6)
+    out = [*tried]
+    for place, cost in zip(hybrids, costs, strict=True):
+        runtime = out[place].recipe.runtime
+        assert runtime.hybrid is not None
+        hybrid = runtime.hybrid.model_copy(update=prices(cost, curve, runtime.shape.nodes))
+        recipe = out[place].recipe.model_copy(update={"runtime": runtime.model_copy(update={"hybrid": hybrid})})
+        out[place] = candidate(target, recipe, out[place].drafter)
+    return out
+
+
+def prices(cost: RoundCost, curve: ScoreCurve, nodes: int) -> dict[str, float]:
+    """A hybrid's, from what the trained drafter takes alone and what `nodes` of the target's forward do."""
+    return {"head_cost": round(cost.draft / curve.at(1), 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
 
 
 def shapes(deepest: int | None, own: Shape) -> list[Shape]:

@@ -13,10 +13,12 @@ import yaml
 
 from drafttrain import tune as tuning
 from drafttrain.core.plan import Chain, Dynamic
+from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.bench import read_rows
+from drafttrain.evaluation.forecast import RoundCost
 from drafttrain.evaluation.frontier import Finding, Measurement, markdown
-from drafttrain.evaluation.throughput import Forecast
+from drafttrain.evaluation.throughput import Forecast, ScoreCurve
 from drafttrain.recipe import RESOLVED, load_recipe
 from drafttrain.train import loop
 from tests.test_cli import complaint, drafttrain, snapshot, write_inputs
@@ -173,11 +175,13 @@ def test_tune_measures_every_candidate_and_writes_the_fastest_into_the_run(workp
     monkeypatch.setattr(tuning, "TREES", ((8, 3),))
     monkeypatch.setattr(tuning, "CHAINS", (1, 3))
     run = tunable(workplace)
-    result = drafttrain("tune", run, "evaluation.limit=1", "evaluation.max_new_tokens=12")
+    before = load_recipe(run).evaluation
+    result = drafttrain("tune", run, "evaluation.limit=2", "evaluation.max_new_tokens=10")
     assert result.exit_code == 0, result.output
     for label in ("chain-1", "chain-2", "chain-3", "tree-8, 2 deep", "tree-8, 4 deep", "tree-8, 6 deep"):
         assert label in result.stdout
     best = next(line for line in result.stdout.splitlines() if f"{run.name}: eagle3" in line)
+    assert load_recipe(run).evaluation == before  # what it was tuned on is nobody else's affair
     shape = load_recipe(run).runtime.shape
     assert f"eagle3 {tuning.named(shape)} " in best
     assert drafttrain("generate", run, "w3 w4", "--max-new-tokens", 6).exit_code == 0
@@ -218,3 +222,30 @@ def test_candidates_that_the_rule_would_not_verify_are_left_out(workplace: Path)
     recipe = load_recipe(tunable(workplace), ["runtime.rule=rejection", "evaluation.temperature=1"])
     kept = [shape for shape in tuning.shapes(None, Chain()) if tuning.fits(recipe.runtime.model_copy(update={"shape": shape}), recipe)]
     assert {shape.shape for shape in kept} == {"chain"}
+
+
+def test_tune_measures_a_hybrids_prices_for_every_shape_and_writes_them(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What drafting a shape takes alone, and what its nodes add to the target's forward, in forwards of one token."""
+    pretend(monkeypatch, lambda decoder: (2.0, 10.0 - decoder.runtime.shape.nodes))
+    monkeypatch.setattr(tuning, "score_curve", lambda *_: ScoreCurve((1, 2, 64), (2.0, 2.1, 8.3)))  # 0.1 s a node: 0.05 forwards
+    asked = []
+
+    def round_costs(decoders: Any, *_: Any, **__: Any) -> list[RoundCost]:
+        asked.extend(decoder.drafter.config.name for decoder in decoders)
+        return [RoundCost(0.5 * decoder.runtime.shape.depth, 0.0, (1,)) for decoder in decoders]
+
+    monkeypatch.setattr(tuning, "round_costs", round_costs)
+    run = tunable(workplace)
+    assert drafttrain("tune", run, "runtime.hybrid={head_gain: 1.5}", "runtime.shape.length=2").exit_code == 0
+    tuned = load_recipe(run).runtime
+    assert tuned.shape == Chain(length=8)
+    assert tuned.hybrid == HybridConfig(head_gain=1.5, head_cost=0.5 * 8 / 2.0, node_cost=0.05)
+    assert set(asked) == {"eagle3"}  # alone, without the lookup
+
+
+def test_tune_leaves_a_run_without_a_lookup_unpriced(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, lambda decoder: (2.0, 1.0))
+    monkeypatch.setattr(tuning, "round_costs", lambda *_, **__: pytest.fail("nothing has a price"))
+    run = tunable(workplace)
+    assert drafttrain("tune", run).exit_code == 0
+    assert load_recipe(run).runtime.hybrid is None

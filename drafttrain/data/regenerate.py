@@ -222,7 +222,8 @@ class Regeneration:
     def _meta(self, one: Finished) -> dict[str, Any]:
         job = self.config.job(self.prompts, one.id)
         domain = self.prompts[one.id % len(self.prompts)].domain
-        return {"domain": domain, "temperature": job.sampling.temperature, "ended": one.ended}
+        nucleus = {"top_p": job.sampling.top_p} if job.sampling.top_p < 1 else {}
+        return {"domain": domain, "temperature": job.sampling.temperature, **nucleus, "ended": one.ended}
 
 
 def _conversation(one: Finished, meta: dict[str, Any]) -> Conversation:

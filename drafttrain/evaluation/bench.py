@@ -77,7 +77,8 @@ class EvaluationConfig(Config):
     seed: int = 0
     """Of all sampling."""
     repeats: int = Field(default=1, ge=1)
-    """Times the whole suite is run; sampled texts differ between them."""
+    """Times the whole suite is run; sampled texts differ between them. From 2 on, rows say where the same run's speed-ups would fall again:
+    3 or more passes give an interval of use."""
     warmup: int = Field(default=2, ge=0)
     """Prompts decoded untimed by every contender before the first one counts."""
     contenders: tuple[ContenderConfig, ...] = ()

@@ -1,7 +1,7 @@
 """Two results side by side: accepted length, speed-up, conditional acceptance and time split, contender by contender.
 
 What has a bootstrap interval is called different where the two intervals do not overlap; a difference inside them is noise until more
-prompts say otherwise.
+prompts say otherwise. What both measured in the same way is also looked at as one measurement done twice (`Again`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ASKED: dict[str, str] = {
 """Where these differ, the two decoded other texts and nothing can be compared; by the field that says their name, if there is one."""
 MEASURED_ON = ("device", "threads", "dtype", "versions", "repeats")
 """Where these differ, times differ for another reason than the contenders."""
+WAY = ("drafter", "drafter_fingerprint", "rule", "draws", "shape", "options", "policy")
+"""Where these agree, two contenders drafted and verified alike."""
 STEADY = 0.05  # plain decoding's speed may differ by this share before it is pointed out
 
 
@@ -63,16 +65,45 @@ class Comparison:
     alone: list[str]
     """Contenders that only one of the two has."""
     warnings: list[str]
+    again: list[Again]
+    """Contenders that both measured in the same way."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """One contender, measured twice in the same way."""
+
+    label: str
+    left: Measured
+    right: Measured
+
+    @property
+    def identical(self) -> bool:
+        """Whether tau is the same to the last digit: as many tokens in as many rounds."""
+        return (self.left.tokens, self.left.rounds) == (self.right.tokens, self.right.rounds)
+
+    def inside(self, repeated: bool) -> bool | None:
+        """Whether each speed-up lies within the other's interval, over prompts or over repeats; None where one is unknown."""
+        left, right = self.intervals(repeated)
+        return _within(left, right) if left is not None and right is not None else None
+
+    def intervals(self, repeated: bool) -> tuple[Interval | None, Interval | None]:
+        left, right = ((one.repeat_intervals if repeated else one.speedups).get(PLAIN) for one in (self.left, self.right))
+        return left, right
 
 
 def compare(left: Run, right: Run) -> Comparison:
-    """The last evaluation in each. Raises `UserError` where target, suite or sampling differ, or no contender has a counterpart."""
+    """The last evaluation in each, or the last two of one file. Raises `UserError` where target, suite or sampling differ, or no contender
+    has a counterpart."""
     ours, theirs = last_evaluation(left.rows), last_evaluation(right.rows)
+    names = left.name, right.name
+    if left.file.resolve() == right.file.resolve():
+        ours, names = _evaluation_before(left), (f"{left.name}, before", f"{left.name}, last")
     for field, named in ASKED.items():
         a, b = vars(ours[0])[field], vars(theirs[0])[field]
         if a != b:
-            names = [f"'{vars(rows[0])[named]}' {value}" if named else str(value) for rows, value in ((ours, a), (theirs, b))]
-            said = f"their {named or field} differs ({names[0]} and {names[1]})"
+            told = [f"'{vars(rows[0])[named]}' {value}" if named else str(value) for rows, value in ((ours, a), (theirs, b))]
+            said = f"their {named or field} differs ({told[0]} and {told[1]})"
             raise UserError(f"'{left.name}' and '{right.name}' cannot be compared: {said}; evaluate both alike")
     found = [
         {(row.measured.label, row.measured.task): row.measured for row in rows if row.measured.outputs == "all"} for rows in (ours, theirs)
@@ -87,7 +118,33 @@ def compare(left: Run, right: Run) -> Comparison:
         raise UserError(f"'{left.name}' and '{right.name}' have no contender in common; give their contenders the same labels")
     paired = {label for mate in mates for label in mate}
     alone = [f"{run.name}: {label}" for run, known in zip((left, right), labels, strict=True) for label in known if label not in paired]
-    return Comparison((left.name, right.name), pairs, alone, [*warnings(ours[0], theirs[0]), *unsteady(pairs)])
+    again = measured_again(pairs)
+    told = [*warnings(ours[0], theirs[0]), *unsteady(pairs)]
+    told += unequal(again) if ours[0].temperature == 0 and ours[0].dtype == theirs[0].dtype == "float32" else []
+    return Comparison(names, pairs, alone, told, again)
+
+
+def measured_again(pairs: Iterable[Pair]) -> list[Again]:
+    """The contenders, plain decoding aside, that drafted with the same weights in the same way."""
+    whole = [pair for pair in pairs if pair.task == ALL and pair.label != PLAIN]
+    return [Again(pair.label, pair.left, pair.right) for pair in whole if all(vars(pair.left)[key] == vars(pair.right)[key] for key in WAY)]
+
+
+def unequal(again: Iterable[Again]) -> list[str]:
+    """Greedy decoding in fp32 leaves nothing to chance or rounding: where tau differs all the same, something is wrong."""
+    return [
+        f"{one.label}: greedy in float32, and yet {one.left.tokens} tokens in {one.left.rounds} rounds | "
+        f"{one.right.tokens} in {one.right.rounds}"
+        for one in again if not one.identical and one.left.lossless and one.left.policy != "adaptive"
+    ]  # fmt: skip
+
+
+def _evaluation_before(run: Run) -> list[Row]:
+    """The rows of the last run but one."""
+    earlier = [row for row in run.rows if row.run != run.rows[-1].run]
+    if not earlier:
+        raise UserError(f"'{run.name}' holds one evaluation, which cannot be compared with itself; evaluate once more, or give another run")
+    return last_evaluation(earlier)
 
 
 def last_evaluation(rows: list[Row]) -> list[Row]:
@@ -159,9 +216,52 @@ def side_by_side(comparison: Comparison) -> Group:
             both = Figure("", "", "", differs=_either(tau.differs, speedup.differs))
             tasks.add_row(pair.label, pair.task, tau.left, tau.right, speedup.left, speedup.right, _mark(both))
     parts.append(tasks)
+    if comparison.again:
+        parts += [_again_table(comparison), Text(AGAIN_NOTE, "dim")]
     if comparison.alone:
         parts.append(Text(f"in one of them only: {', '.join(comparison.alone)}", "dim"))
     return Group(*parts)
+
+
+AGAIN_NOTE = (
+    "measured twice in the same way: does each speed-up lie inside the other's 95% interval? Over prompts: what other prompts of the same "
+    "tasks would give; over repeats: what the same prompts give when they are run again on this machine."
+)
+
+
+def _again_table(comparison: Comparison) -> Table:
+    """Two lines for each: over prompts and over repeats."""
+    shown = _table(("measured twice", "tau", "tokens / rounds", "speed-up, 95%", *comparison.names, ""))
+    for one in comparison.again:
+        counts = f"{one.left.tokens} / {one.left.rounds}"
+        counts += "" if one.identical else f" | {one.right.tokens} / {one.right.rounds}"
+        told = one.label, f"{one.left.tau:.4f}, identical" if one.identical else f"{one.left.tau:.4f} | {one.right.tau:.4f}", counts
+        for kind, repeated, said in (("over prompts", False, told), ("over repeats", True, ("", "", ""))):
+            shown.add_row(*said, kind, *(_with_half_width(known) for known in one.intervals(repeated)), _inside(one.inside(repeated)))
+    return shown
+
+
+def _inside(inside: bool | None) -> Text:
+    return {True: Text("inside", "dim"), False: Text("outside", "bold yellow"), None: Text("")}[inside]
+
+
+def half_width(known: Interval) -> float | None:
+    """Of an interval, as a share of its value; None where it is unknown."""
+    if known.low is None or known.high is None or not known.value:
+        return None
+    return (known.high - known.low) / 2 / known.value
+
+
+def _with_half_width(known: Interval | None) -> str:
+    width = None if known is None else half_width(known)
+    return NONE if known is None or width is None else f"{interval(known)} ±{width:.1%}"
+
+
+def _within(left: Interval, right: Interval) -> bool | None:
+    """Whether each value lies in the other's interval; None where one is unknown."""
+    if left.low is None or left.high is None or right.low is None or right.high is None:
+        return None
+    return left.low <= right.value <= left.high and right.low <= left.value <= right.high
 
 
 def apart(left: Interval, right: Interval) -> bool | None:

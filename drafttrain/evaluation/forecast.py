@@ -14,7 +14,8 @@ from statistics import mean, median
 import torch
 
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Layout
+from drafttrain.core.tree import Layout, Tree
+from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve
 from drafttrain.runtime.decoder import SpeculativeDecoder
@@ -31,10 +32,20 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class RoundCost:
-    """Median seconds of a round's parts around the target's forward."""
+    """What a round takes around the target's forward, and how many nodes it brings there."""
 
-    draft: float
-    other: float  # verify, commit, and the loop's own
+    draft: float  # seconds: medians of the rounds with as many drafter calls, by how often such rounds come
+    other: float  # median seconds: verify, commit, and the loop's own
+    nodes: tuple[int, ...]  # drafted nodes of each round that was timed
+
+
+@dataclass(frozen=True)
+class Played:
+    """One real round."""
+
+    seconds: dict[str, float]  # by phase
+    calls: int  # of the drafter
+    nodes: int  # drafted
 
 
 def score_curve(target: Target, context: int, needs: Iterable[str], passes: int = 9, nodes: Sequence[int] = NODES) -> ScoreCurve:
@@ -59,28 +70,44 @@ def round_costs(
     decoders: Sequence[SpeculativeDecoder], prompts: Sequence[list[int]], max_new_tokens: int, rounds: int = 12
 ) -> list[RoundCost]:
     """Of each decoder, over the first `rounds` rounds on each prompt (token ids)."""
-    drafts: list[list[float]] = [[] for _ in decoders]
-    others: list[list[float]] = [[] for _ in decoders]
+    played: list[list[Played]] = [[] for _ in decoders]
     for decoder in decoders:
         _play(decoder, prompts[0], max_new_tokens, WARM_UP)
     for turn, prompt in enumerate(prompts):
         for place in _turned(len(decoders), turn):
-            for seconds in _play(decoders[place], prompt, max_new_tokens, rounds):
-                drafts[place].append(seconds["draft"])
-                others[place].append(seconds["verify"] + seconds["commit"] + seconds["other"])
-    return [RoundCost(median(draft), median(other)) for draft, other in zip(drafts, others, strict=True)]
+            played[place] += _play(decoders[place], prompt, max_new_tokens, rounds)
+    return [cost_of(seen) for seen in played]
 
 
-def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, rounds: int) -> list[dict[str, float]]:
-    """Seconds by phase of the first `rounds` rounds."""
-    batch = decoder.batch(Sampling())
-    batch.start([Request(prompt, 0, max_new_tokens)])
+def cost_of(played: Sequence[Played]) -> RoundCost:
+    """Of some real rounds: a hybrid's don't all run the trained drafter, so that a median of all would be that of one kind."""
+    kinds = {calls: [one.seconds["draft"] for one in played if one.calls == calls] for calls in {one.calls for one in played}}
+    draft = sum(median(seconds) * len(seconds) for seconds in kinds.values()) / len(played)
+    other = median(one.seconds["verify"] + one.seconds["commit"] + one.seconds["other"] for one in played)
+    return RoundCost(draft, other, tuple(one.nodes for one in played))
+
+
+def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, rounds: int) -> list[Played]:
+    """The first `rounds` rounds."""
+    drafter, nodes = decoder.drafter, [0]
+
+    def look(tree: Tree, scored: Scored, verdict: Verdict) -> None:
+        nodes[0] = int(tree.live.sum()) - 1
+
+    batch = decoder.batch(Sampling(), on_round=look)
+    batch.start([Request(prompt, 0, min(max_new_tokens, decoder.target.max_context - len(prompt)))])
     batch.clock.seconds()  # waits for the device and forgets the prefill
-    out: list[dict[str, float]] = []
+    out: list[Played] = []
     while not batch.done and len(out) < rounds:
+        before = drafter.calls if drafter else 0
         batch.step()
-        out.append(batch.clock.seconds())
+        out.append(Played(batch.clock.seconds(), (drafter.calls if drafter else 0) - before, nodes[0]))
     return out
+
+
+def midway(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[list[int]]:
+    """Prompts with half of their answers: rounds from there on are typical, as lookups find more the longer a text is."""
+    return [prompt + answer[: len(answer) // 2] for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def answer(target: Target, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -119,15 +146,13 @@ def forecasts(
     texts = texts_of(target, prompts, answers, drafters) if texts is None else texts
     needs = frozenset().union(*(drafter.needs for drafter in drafters))
     curve = score_curve(target, typical_context(prompts, answers), needs)
-    plain, *costs = round_costs([SpeculativeDecoder(target), *decoders], spread(prompts, timed), max_new_tokens)
-    return [
-        forecast(replayed(decoder, texts).tau, decoder, cost, plain, curve) for decoder, cost in zip(decoders, costs, strict=True)
-    ]  # fmt: skip
+    plain, *costs = round_costs([SpeculativeDecoder(target), *decoders], spread(midway(prompts, answers), timed), max_new_tokens)
+    return [forecast(replayed(decoder, texts).tau, cost, plain, curve) for decoder, cost in zip(decoders, costs, strict=True)]
 
 
-def forecast(tau: float, decoder: SpeculativeDecoder, cost: RoundCost, plain: RoundCost, curve: ScoreCurve) -> Forecast:
+def forecast(tau: float, cost: RoundCost, plain: RoundCost, curve: ScoreCurve) -> Forecast:
     """The parts put together."""
-    return Forecast(tau, cost.draft, curve.at(decoder.runtime.shape.nodes + 1), cost.other, plain.draft + curve.at(1) + plain.other)
+    return Forecast(tau, cost.draft, mean(curve.at(nodes + 1) for nodes in cost.nodes), cost.other, plain.draft + curve.at(1) + plain.other)
 
 
 def spread(prompts: Sequence[list[int]], count: int) -> list[list[int]]:

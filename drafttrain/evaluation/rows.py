@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
 from operator import add
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from drafttrain.runtime.stats import PHASES, Statistics
 FORMAT = 1
 ALL = "all"
 RESAMPLES = 10_000
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t, 97.5%, of 1, 2, ... degrees of freedom; the last one stands for more, too."""
 PREFETCH = ("bets", "hits", "prefetch_calls", "calls_saved")
 BASELINES = (PLAIN, GENERATE)
 """Whom speed-ups are measured against, as far as they are in a run."""
@@ -71,7 +73,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Interval:
-    """A ratio and its 95% bootstrap interval; None where one prompt alone gives none."""
+    """A ratio and its 95% interval; None where one prompt, or one pass over the suite, gives none."""
 
     value: float
     low: float | None
@@ -150,6 +152,7 @@ class Measured:
     """(rounds, tokens they kept) of the rounds that begin in each `STRETCH` tokens of an answer."""
     prefetch: dict[str, int] | None = None  # bets, hits, prefetch_calls, calls_saved; see `Statistics`
     quality: Quality | None = None  # see `quality.pooled`; None where it was not measured
+    repeat_intervals: dict[str, Interval] = field(default_factory=dict)  # as `speedups`; where `repeats` is 1 without an interval
 
     @property
     def seconds_per_token(self) -> dict[str, float]:
@@ -181,7 +184,8 @@ class Row(Setting):
         try:
             shared = {field.name: data.pop(field.name) for field in fields(Setting)}
             data["alpha"] = tuple(data["alpha"])
-            data["speedups"] = {name: Interval(**ratio) for name, ratio in data["speedups"].items()}
+            for kind in ("speedups", "repeat_intervals"):
+                data[kind] = {name: Interval(**ratio) for name, ratio in data.get(kind, {}).items()}
             if data["exactness"] is not None:
                 data["exactness"] = Exactness(**{key: _tuple(value) for key, value in data["exactness"].items()})
             if data.get("tau_interval") is not None:
@@ -224,7 +228,8 @@ def summarise(
 ) -> Measured:
     """One runner's decodings against plain decoding's of the same prompts, pair by pair, and against other baselines'."""
     total = _pooled(own)
-    speedup = ratio_interval(own, plain)
+    baselines = {PLAIN: plain, **(others or {})}
+    speedups = {name: ratio_interval(own, theirs) for name, theirs in baselines.items()}
     written, wall = sum(len(sample.outcome.tokens) for sample in own), sum(sample.outcome.wall for sample in own)
     return Measured(
         **asdict(facts), label=label, task=task, outputs=outputs,
@@ -235,8 +240,8 @@ def summarise(
         tokens_per_second_with_prefill=_ratio(written, wall),
         plain_tokens_per_second=_ratio(_pooled(plain).tokens, _decoding(plain)),
         seconds={phase: total.seconds[phase] for phase in PHASES},
-        speedups={PLAIN: speedup, **{name: ratio_interval(own, theirs) for name, theirs in (others or {}).items()}},
-        yield_of_tau=_ratio(speedup.value, total.tau),
+        speedups=speedups, repeat_intervals={name: repeat_interval(own, theirs) for name, theirs in baselines.items()},
+        yield_of_tau=_ratio(speedups[PLAIN].value, total.tau),
         looping=_ratio(sum(sample.looping for sample in own), len(own)),
         exactness=_exactness(own) if exact else None,
         peak_memory=max(sample.outcome.peak_memory for sample in own),
@@ -264,36 +269,68 @@ def ratio_interval(
     own: Sequence[Sample], plain: Sequence[Sample], resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Speed-up: seconds per token of plain decoding over seconds per token of ours, sums over all prompts; the interval
-    is the middle 95% of the same ratio over resampled prompts (percentile bootstrap; an item's turns and repeats stay
-    together, pairs too)."""
-    sums = []  # plain seconds, plain tokens, our seconds, our tokens
-    for ours, theirs in zip(own, plain, strict=True):
-        assert ours.key == theirs.key, f"{ours.key} is paired with {theirs.key}"
-        sums.append(
-            (theirs.decode_seconds, theirs.outcome.statistics.tokens, ours.decode_seconds, ours.outcome.statistics.tokens)
-        )
-    return _bootstrap([sample.item for sample in own], np.array(sums, dtype=float), _speedup, resamples, seed)
+    is the middle 95% of the same ratio over prompts resampled within their tasks (percentile bootstrap; an item's turns and
+    repeats stay together, pairs too)."""
+    return _bootstrap(own, _paired_sums(own, plain), _speedup, resamples, seed)
 
 
 def tau_interval(own: Sequence[Sample], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The accepted length with its interval, over the same resampled prompts as `ratio_interval`'s."""
     sums = [(sample.outcome.statistics.tokens, sample.outcome.statistics.rounds) for sample in own]
-    return _bootstrap([sample.item for sample in own], np.array(sums, dtype=float), _tau, resamples, seed)
+    return _bootstrap(own, np.array(sums, dtype=float), _tau, resamples, seed)
+
+
+def repeat_interval(own: Sequence[Sample], plain: Sequence[Sample]) -> Interval:
+    """The speed-up with the interval in which it falls, 95 times of 100, when the same prompts are run again as often on this machine.
+
+    Each pass over the suite (`evaluation.repeats`) gives a speed-up; their spread is what time does to it, whatever lasts shorter than a
+    pass or as long. Student's t over R passes, and twice the variance of their mean: the other run has one of its own.
+    """
+    sums, repeats = _paired_sums(own, plain), np.array([sample.repeat for sample in own])
+    value = float(_speedup(sums.sum(0)))
+    passes = np.array([_speedup(sums[repeats == repeat].sum(0)) for repeat in np.unique(repeats)])
+    R = len(passes)
+    if R < 2 or not np.isfinite(passes).all():
+        return Interval(value, None, None)
+    reach = STUDENT[min(R - 1, len(STUDENT)) - 1] * np.log(passes).std(ddof=1) * np.sqrt(2 / R)
+    return Interval(value, value * float(np.exp(-reach)), value * float(np.exp(reach)))
+
+
+def _paired_sums(own: Sequence[Sample], plain: Sequence[Sample]) -> np.ndarray:
+    """[B, 4] of every pair: plain seconds, plain tokens, our seconds, our tokens."""
+    sums = []
+    for ours, theirs in zip(own, plain, strict=True):
+        assert ours.key == theirs.key, f"{ours.key} is paired with {theirs.key}"
+        sums.append(
+            (theirs.decode_seconds, theirs.outcome.statistics.tokens, ours.decode_seconds, ours.outcome.statistics.tokens)
+        )
+    return np.array(sums, dtype=float)
 
 
 def _bootstrap(
-    items: Sequence[str], sums: np.ndarray, ratio: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+    own: Sequence[Sample], sums: np.ndarray, ratio: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
 ) -> Interval:
-    """`ratio` of the sums over all decodings (`sums` [B, n] of `items` [B]), and over resampled items."""
-    place = {item: index for index, item in enumerate(dict.fromkeys(items))}
+    """`ratio` of the sums over all decodings (`sums` [B, n]), and over items resampled within their tasks.
+
+    Of a task's m items m - 1 are drawn, each counting m / (m - 1) times (Rao & Wu, 1988): m of so few would
+    show too little spread. Where a task has one item alone, whose spread nobody knows, all tasks are resampled as one.
+    """
+    place = {item: index for index, item in enumerate(dict.fromkeys(sample.item for sample in own))}
     pooled = np.zeros((len(place), sums.shape[1]))
-    np.add.at(pooled, [place[item] for item in items], sums)
+    np.add.at(pooled, [place[sample.item] for sample in own], sums)
     value = float(ratio(pooled.sum(0)))
     if len(place) < 2:
         return Interval(value, None, None)
-    even = np.full(len(place), 1 / len(place))
-    draws = np.random.default_rng(seed).multinomial(len(place), even, size=resamples)  # [R, n] how often each was drawn
-    low, high = np.nanpercentile(ratio(draws @ pooled), [2.5, 97.5])
+    tasks = {place[sample.item]: sample.task for sample in own}
+    strata = [[item for item in tasks if tasks[item] == task] for task in dict.fromkeys(tasks.values())]
+    if min(len(stratum) for stratum in strata) < 2:
+        strata = [[*tasks]]
+    generator, drawn = np.random.default_rng(seed), np.zeros((resamples, sums.shape[1]))
+    for stratum in strata:
+        m = len(stratum)
+        times = generator.multinomial(m - 1, np.full(m, 1 / m), size=resamples)  # [R, m] how often each was drawn
+        drawn += times @ pooled[stratum] * (m / (m - 1))
+    low, high = np.nanpercentile(ratio(drawn), [2.5, 97.5])
     return Interval(value, float(low), float(high))
 
 

@@ -106,7 +106,7 @@ PLAIN_PROBE = 2
 RENEW = 128
 """Drafted rounds after which plain ones are timed again: texts grow, and machines get busy."""
 PAUSE, LONGEST_PAUSE = 16, 512
-"""Plain rounds before drafting is tried again; they double with every try in vain."""
+"""Plain rounds before drafting is tried again; they double with every try in vain, until drafting has won over a whole window."""
 
 
 @dataclass
@@ -173,7 +173,8 @@ class Adaptive:
             known.drafted_since, known.plain_left = 0, PLAIN_PROBE
             return False
         if known.gain >= 1:
-            known.pause = PAUSE
+            if len(known.drafted) == WINDOW:  # not by a lucky try
+                known.pause = PAUSE
             return True
         known.plain_left, known.pause = known.pause, min(2 * known.pause, LONGEST_PAUSE)
         known.drafted.clear()  # the next try is judged by itself

@@ -24,12 +24,13 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.grow import widen
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.head import TargetHead
 
 Walk = Callable[[Batch, int], Tensor]
 """(batch, K) -> [B, T, K] guesses, as `Drafter.walk` gives them."""
+Stands = Callable[[Batch, int], tuple[Tensor, Tensor]]
+"""(batch, K) -> g and w, [B, T, K] each, as `stands` gives them."""
 
 
 @torch.no_grad()
@@ -128,10 +129,15 @@ def replay_sampled(
     Only texts that the target sampled as `sampling` says give the figure that such decoding measures. temperature: the drafter's own;
     chunk: positions whose [V] laws stand in memory at once. Raises `UserError` where the family has no states to replay.
     """
+    return expect(lambda batch, steps: stands(drafter, batch, head, sampling, steps, temperature, chunk), batches, length)
+
+
+@torch.no_grad()
+def expect(standing: Stands, batches: Iterable[Batch], length: int) -> Expected:
+    """`replay_sampled` with its laws computed by `standing`, which may hold a drafter that is spread over processes."""
     counted: list[tuple[int, float, np.ndarray, np.ndarray, float]] = []
-    own = sampling if temperature is None else sampling._replace(temperature=temperature)
     for batch in batches:
-        overlaps, weights = (values.cpu().double().numpy() for values in _stands(drafter, batch, head, sampling, own, length, chunk))
+        overlaps, weights = (values.cpu().double().numpy() for values in standing(batch, length))
         for row, start, stop in answers(batch):
             counted.append(_expect_answer(overlaps[row], weights[row], start, stop))
     if not counted:
@@ -140,23 +146,42 @@ def replay_sampled(
     return Expected(np.array(tokens), np.array(rounds), np.stack(attempts), np.stack(accepts), np.array(gained))
 
 
-def _stands(
-    drafter: Drafter, batch: Batch, head: TargetHead, sampling: Sampling, own: Sampling, length: int, chunk: int
+def stands(
+    drafter: Drafter, batch: Batch, head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """g and w, [B, T, K] each: of the token at depth k + 1 in a round whose root is token t + 1, with the text's own before it."""
+    """g and w, [B, T, K] each: of the token at depth k + 1 in a round whose root is token t + 1, with the text's own before it.
+
+    The arguments are those of `replay_sampled`.
+    """
+    own = sampling if temperature is None else sampling._replace(temperature=temperature)
+    ids = drafter.draft_ids
+    steps = list(drafter.unrolled(batch, head, length))  # [B, T, D] each; deeper than the family reaches: nothing stands
+    roots = [batch.ahead(step + 2)[1] for step in range(len(steps))]  # [B, T] each: where a root's token at depth step + 1 is a label
     g = torch.zeros(*batch.tokens.shape, length, device=batch.tokens.device)
     w = torch.zeros_like(g)
-    for step, states in enumerate(drafter.unrolled(batch, head, length)):  # deeper than the family reaches: nothing stands
-        labels, supervised = batch.ahead(step + 2)
-        for part in supervised.nonzero().split(chunk):
-            row, at = part.unbind(1)
-            p = sampling.law(head.logits(batch.features["last"][row, at + step + 1]))
-            q = own.law(drafter.logits_of(states[row, at], step, head))
-            q = q if drafter.draft_ids is None else widen(q, drafter.draft_ids, p.shape[-1])
-            text = labels[row, at][:, None]
-            g[row, at, step] = torch.minimum(p, q).sum(-1)
-            w[row, at, step] = (q.gather(1, text) / p.gather(1, text).clamp_min(1e-38)).clamp_max(1.0)[:, 0]
+    following, supervised = batch.ahead(1)
+    for part in supervised.nonzero().split(chunk):
+        row, place = part.unbind(1)  # the target's state here gives p, for every depth alike
+        text = following[row, place]
+        p = sampling.law(head.logits(batch.features["last"][row, place]))
+        stood = p.gather(1, text[:, None])[:, 0].clamp_min(1e-38)
+        p = p if ids is None else p[:, ids]
+        column, drafted = (text, torch.ones_like(text, dtype=torch.bool)) if ids is None else _columns(ids, text)
+        for step, states in enumerate(steps):
+            at = place - step - 1
+            here = ((at >= 0) & roots[step][row, at]).nonzero()[:, 0]
+            q = own.law(drafter.logits_of(states[row[here], at[here]], step, head))
+            said = q.gather(1, column[here, None])[:, 0] * drafted[here]
+            g[row[here], at[here], step] = torch.minimum(p[here], q).sum(-1)
+            w[row[here], at[here], step] = (said / stood[here]).clamp_max(1.0)
     return g, w
+
+
+def _columns(ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `tokens` [n] stand in the draft vocabulary `ids` [Vd] ([n], 0 where they don't), and whether they do."""
+    place = torch.searchsorted(ids, tokens).clamp_max(len(ids) - 1)
+    found = ids[place] == tokens
+    return torch.where(found, place, 0), found
 
 
 def _expect_answer(g: np.ndarray, w: np.ndarray, start: int, stop: int) -> tuple[int, float, np.ndarray, np.ndarray, float]:

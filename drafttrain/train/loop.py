@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from drafttrain.core.config import Config, fingerprint
 from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch
 from drafttrain.data.collate import Packed
 from drafttrain.data.shards import write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.files import save_drafter
-from drafttrain.runtime.replay import replay
+from drafttrain.runtime.replay import Expected, expect, replay, stands
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
@@ -87,6 +88,9 @@ class TrainConfig(Config):
     """Held-out tokens an evaluation reads; greedy answers where there are any."""
     eval_length: int = Field(default=5, ge=1)
     """Chain length (K) of the accepted length that decides which drafter is best."""
+    eval_temperature: float = Field(default=0.0, ge=0)
+    """Temperature of the decoding whose accepted length decides. 0: greedy. Above: of held-out answers that the target sampled at just
+    this temperature, by sum min(p, q) with unbiased weights (`runtime/replay.py`)."""
     save_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)
@@ -139,8 +143,12 @@ class Learner(nn.Module):
         super().__init__()
         self.drafter = drafter
 
-    def forward(self, batch: Batch, head: TargetHead, walk: int = 0) -> Loss | Tensor:
-        """The loss; or with `walk` the greedy guesses of that many steps."""
+    def forward(
+        self, batch: Batch, head: TargetHead, walk: int = 0, sampling: Sampling | None = None
+    ) -> Loss | Tensor | tuple[Tensor, Tensor]:
+        """The loss; or with `walk` the greedy guesses of that many steps, with `sampling` too how likely their draws stand (`stands`)."""
+        if sampling is not None:
+            return stands(self.drafter, batch, head, sampling, walk)
         return self.drafter.walk(batch, head, walk) if walk else self.drafter.loss(batch, head)
 
 
@@ -187,7 +195,8 @@ class Run:
         accelerator: Accelerator,
     ) -> None:
         self.store, self.config, self.output, self.target, self.accelerator = store, config, output, target, accelerator
-        self.wanted = tuple(sorted(drafter.needs | drafter.teacher_needs))
+        self.judged_at = Sampling(config.eval_temperature)
+        self.wanted = tuple(sorted(drafter.needs | drafter.teacher_needs | (frozenset() if self.judged_at.greedy else {"last"})))
         self.stored = tuple(name for name in self.wanted if name in store.feature_names)
         if set(self.stored) != set(self.wanted) and target is None:
             store.require(self.wanted)
@@ -280,17 +289,20 @@ class Run:
             return {}
         self.learner.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            found = replay(self._walk, self._ready(self.held_out), self.config.eval_length)
+            found = self._replayed(self._ready(self.held_out))
         self.learner.train()
         self.alpha = found.alpha
         if found.tau > self.progress.best:
             self._keep_best(found.tau, found)
         return {"tau": found.tau} | {f"held_out_alpha_{depth}": value for depth, value in enumerate(found.alpha)}
 
-    def _walk(self, batch: Batch, length: int) -> Tensor:
-        return self.learner(batch, self.head, length)
+    def _replayed(self, batches: Iterator[Batch]) -> Statistics | Expected:
+        """What decoding at `eval_temperature` would count."""
+        if self.judged_at.greedy:
+            return replay(lambda batch, steps: self.learner(batch, self.head, steps), batches, self.config.eval_length)
+        return expect(lambda batch, steps: self.learner(batch, self.head, steps, self.judged_at), batches, self.config.eval_length)
 
-    def _keep_best(self, tau: float, found: Statistics | None = None) -> None:
+    def _keep_best(self, tau: float, found: Statistics | Expected | None = None) -> None:
         self.progress.best = tau
         weights = self.accelerator.get_state_dict(self.learner)
         if self.lead:
@@ -311,14 +323,30 @@ class Run:
     def _held_out_batches(self) -> list[Batch]:
         """The same on every rank, so that sharded drafters evaluate together."""
         held = self.store.split("held_out", self.config.held_out, self.config.seed)
-        greedy = [index for index in held if self.store[index].meta.get("temperature") == 0]
         chosen, tokens = [], 0
-        for index in greedy or held:
+        for index in self._judged(held):
             if tokens >= self.config.eval_tokens:
                 break
             chosen.append(index)
             tokens += int(self.store.lengths[index])
         return list(self._packed(chosen, 0, 1).batches(0)) if chosen else []
+
+    def _judged(self, held: list[int]) -> list[int]:
+        """Those whose answers were drawn as `eval_temperature` says, and alike; sets their law."""
+        temperature = self.config.eval_temperature
+        drawn = {index: self.store[index].meta for index in held}
+        alike = [index for index in held if drawn[index].get("temperature") == temperature]
+        if temperature == 0 or not held:
+            return alike or held
+        if not alike:
+            known = sorted({str(meta.get("temperature")) for meta in drawn.values()})
+            raise UserError(
+                f"train.eval_temperature {temperature}: no held-out answer was drawn at it (theirs: {', '.join(known)}); take one of "
+                f"these, add it to data.temperatures, or raise train.held_out"
+            )
+        top_p = drawn[alike[0]].get("top_p", 1.0)
+        self.judged_at = Sampling(temperature, 0, top_p)
+        return [index for index in alike if drawn[index].get("top_p", 1.0) == top_p]
 
     def _micro_batches(self, skip: int) -> Iterator[Batch]:
         """This rank's batches from number `skip` on, epoch after epoch."""

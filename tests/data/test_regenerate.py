@@ -55,6 +55,11 @@ def test_each_prompt_is_answered_once_by_the_target_itself(tmp_path: Path, targe
     assert any(store[i].meta["ended"] for i in range(20))
 
 
+def test_answers_drawn_from_a_nucleus_say_which(tmp_path: Path, target: Target) -> None:
+    store = regenerate(target, config(tmp_path, top_p=0.8, conversations=4), tmp_path / "s")
+    assert [store[i].meta.get("top_p") for i in range(4)] == [None, 0.8, None, 0.8]
+
+
 def test_more_conversations_than_prompts_take_the_other_temperatures(tmp_path: Path, target: Target) -> None:
     store = regenerate(target, config(tmp_path, conversations=33), tmp_path / "s")
     pairs = [(store[i].prompt_hash, store[i].meta["temperature"]) for i in range(len(store))]

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.compare import apart, compare, counterparts, figures, side_by_side
+from drafttrain.evaluation.compare import apart, compare, counterparts, figures, half_width, side_by_side
 from drafttrain.evaluation.page import Run
 from drafttrain.evaluation.rows import Interval, Row
 from drafttrain.evaluation.runners import PLAIN
-from tests.evaluation.test_rows import rows_of
+from tests.evaluation.test_rows import passes, rows_of
 from tests.evaluation.toys import sample
 
 
@@ -23,7 +23,7 @@ def run(name: str, seconds: float = 1.0, rounds: int = 10, plain: float = 4.0, *
     items = [(str(n), 1 + n / 100) for n in range(8)]
     plainly = [sample(item, PLAIN, plain * spread, 40, 40) for item, spread in items]
     mine = [sample(item, "mine", seconds * (2 - spread), 40, rounds) for item, spread in items]
-    return Run(name, Path(), [replace(row, **changes) for row in rows_of(*plainly, *mine).values()])
+    return Run(name, Path(name), [replace(row, **changes) for row in rows_of(*plainly, *mine).values()])
 
 
 def renamed(one: Run, label: str) -> Run:
@@ -107,3 +107,64 @@ def test_the_terminal_shows_both_and_marks_what_differs() -> None:
     assert "4.1" in line and "2.0" in line and "-50.0%" in line and "differs" in line
     assert "warning: device differs: cpu | cuda" in text
     assert "first" in text and "second" in text
+
+
+def repeated(name: str, *speedups: float, **changes: Any) -> Run:
+    """Eight prompts, run once for each of `speedups`."""
+    own, plain = passes(*speedups)
+    return Run(name, Path(name), [replace(row, **changes) for row in rows_of(*plain, *own).values()])
+
+
+def test_a_second_measurement_is_held_against_both_intervals_of_the_first() -> None:
+    (near,) = compare(repeated("a", 1.50, 1.51), repeated("b", 1.52, 1.51)).again
+    assert (near.identical, near.inside(False), near.inside(True)) == (True, True, True)
+    (far,) = compare(repeated("a", 1.50, 1.51), repeated("b", 1.70, 1.71)).again
+    assert (far.inside(False), far.inside(True)) == (True, False)  # these prompts differ more from each other than the two runs do
+    (once,) = compare(repeated("a", 1.50), repeated("b", 1.51)).again
+    assert (once.inside(False), once.inside(True)) == (True, None)
+
+
+def test_each_has_to_lie_in_the_others_interval_not_one_in_one() -> None:
+    (again,) = compare(repeated("a", 1.0, 2.0), repeated("b", 1.90, 1.91)).again
+    left, right = again.intervals(True)
+    assert left is not None and right is not None and left.low is not None and left.high is not None
+    assert left.low < right.value < left.high
+    assert again.inside(True) is False
+
+
+def test_contenders_that_drafted_in_another_way_are_no_second_measurement() -> None:
+    other = repeated("b", 1.50, 1.51)
+    rows = [replace(row, measured=replace(row.measured, drafter_fingerprint="other")) for row in other.rows]
+    assert compare(repeated("a", 1.50, 1.51), replace(other, rows=rows)).again == []
+
+
+def test_another_tau_is_a_warning_where_greedy_decoding_in_fp32_leaves_none() -> None:
+    (warning,) = compare(run("a"), run("b", rounds=11)).warnings
+    assert warning == "mine: greedy in float32, and yet 320 tokens in 80 rounds | 320 in 88"
+    assert compare(run("a", dtype="bfloat16"), run("b", dtype="bfloat16", rounds=11)).warnings == []
+    assert compare(run("a", temperature=1.0), run("b", temperature=1.0, rounds=11)).warnings == []
+    assert compare(run("a"), run("b")).warnings == []
+
+
+def test_one_file_given_twice_is_its_last_two_evaluations() -> None:
+    one, other, last = (run("a", seconds=seconds).rows for seconds in (9.0, 2.0, 1.0))
+    named = [replace(row, run=f"run-{number}") for number, rows in enumerate((one, other, last)) for row in rows]
+    both = Run("a", Path("a"), named)
+    assert compare(both, both).names == ("a, before", "a, last")
+    assert figure(both, both, "speed-up over plain").change == "+100.0%"
+    with pytest.raises(UserError, match="'a' holds one evaluation, which cannot be compared with itself"):
+        compare(run("a"), run("a"))
+
+
+def test_half_widths_are_shares_of_the_value() -> None:
+    assert half_width(Interval(2.0, 1.9, 2.1)) == pytest.approx(0.05)
+    assert half_width(Interval(2.0, None, None)) is None
+
+
+def test_the_terminal_says_whether_the_second_measurement_repeats_the_first() -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(side_by_side(compare(repeated("first", 1.50, 1.51), repeated("second", 1.70, 1.71))))
+    lines = console.export_text().splitlines()
+    prompts, repeats = [line for line in lines if "over prompts " in line or "over repeats " in line]
+    assert "2.0000, identical" in prompts and "640 / 320" in prompts and prompts.rstrip().endswith("inside")
+    assert "±6." in repeats and repeats.rstrip().endswith("outside")

@@ -9,19 +9,22 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, t
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.types import Verdict
 from drafttrain.evaluation.efficiency import Efficiency
 from drafttrain.evaluation.rows import (
+    STUDENT,
     Difference,
+    Interval,
     Row,
     Sample,
     Setting,
     by_position,
     make_rows,
     ratio_interval,
+    repeat_interval,
     summarise,
     tau_interval,
 )
@@ -82,12 +85,89 @@ def test_the_interval_is_the_percentile_bootstrap_over_prompts() -> None:
     assert got.high == pytest.approx(expected.high, abs=0.03 * width)
 
 
+def width(got: Interval) -> float:
+    assert got.low is not None and got.high is not None
+    return got.high - got.low
+
+
+def decoded(seconds: np.ndarray, label: str, tasks: int) -> list[Sample]:
+    """A prompt for each of `seconds`, by turns of so many tasks."""
+    return [sample(str(n), label, float(one), 40, 20, task=f"task-{n % tasks}") for n, one in enumerate(seconds)]
+
+
+def test_prompts_are_resampled_within_their_tasks() -> None:
+    """What tasks differ by is not left to chance: the suite has a fixed number of prompts of each."""
+    seconds = np.tile([1.0, 2.0, 4.0], 10)  # every task alike in itself
+    own, plain = decoded(seconds, "mine", 3), decoded(np.full(30, 4.0), PLAIN, 3)
+    assert width(ratio_interval(own, plain)) == pytest.approx(0.0)
+    assert width(tau_interval(own)) == pytest.approx(0.0)
+    together = [replace(one, task="math") for one in own]
+    assert width(ratio_interval(together, [replace(one, task="math") for one in plain])) > 0.3
+
+
+def test_the_interval_within_tasks_is_as_wide_as_theory_says_however_few_prompts_a_task_has() -> None:
+    rng = np.random.default_rng(3)
+    for prompts, tasks in ((40, 20), (60, 6)):
+        seconds = rng.uniform(3.9, 4.1, prompts)  # little spread: the ratio is all but linear in it
+        own, plain = decoded(seconds, "mine", tasks), decoded(np.full(prompts, 8.0), PLAIN, tasks)
+        within = np.mean([seconds[task::tasks].var(ddof=1) for task in range(tasks)])
+        expected = 2 * 1.96 * np.sqrt(within / prompts) / seconds.mean() * (8.0 / seconds.mean())
+        assert width(ratio_interval(own, plain)) == pytest.approx(expected, rel=0.05)  # 10,000 resamples: about 1%
+
+
+def test_where_a_task_has_one_prompt_alone_all_are_resampled_as_one() -> None:
+    own, plain = decoded(np.linspace(1, 4, 9), "mine", 4), decoded(np.full(9, 4.0), PLAIN, 4)
+    lonely = [*own, sample("lonely", "mine", 2.0, 40, 20, task="lonely")], [*plain, sample("lonely", PLAIN, 4.0, 40, 20, task="lonely")]
+    as_one = [[replace(one, task="math") for one in side] for side in lonely]
+    assert ratio_interval(*lonely) == ratio_interval(*as_one)
+    assert ratio_interval(own, plain) != ratio_interval(*([replace(one, task="math") for one in side] for side in (own, plain)))
+
+
+def passes(*speedups: float) -> tuple[list[Sample], list[Sample]]:
+    """Eight prompts that differ a lot, run once for each of `speedups`."""
+    own, plain = [], []
+    for repeat, speedup in enumerate(speedups):
+        plain += [replace(sample(str(n), PLAIN, 4.0, 40, 40), repeat=repeat) for n in range(8)]
+        own += [replace(sample(str(n), "mine", (1 + n) / 4.5 * 4.0 / speedup, 40, 20), repeat=repeat) for n in range(8)]
+    return own, plain
+
+
+def test_the_interval_over_repeats_is_where_another_run_of_the_same_prompts_falls() -> None:
+    """95 of 100 pairs of runs lie so that the second is in the first's interval; prompts that differ do not widen it."""
+    rng = np.random.default_rng(7)
+    for R in (2, 3, 5):
+        spread, inside, tries = 0.01, 0, 400
+        for _ in range(tries):
+            one, other = (repeat_interval(*passes(*1.5 * np.exp(rng.normal(0, spread, R)))) for _ in range(2))
+            assert one.low is not None and one.high is not None
+            inside += one.low <= other.value <= one.high
+        assert abs(inside / tries - 0.95) < 3.5 * np.sqrt(0.95 * 0.05 / tries)
+    assert width(repeat_interval(*passes(1.5, 1.5))) == pytest.approx(0.0)
+    assert width(ratio_interval(*passes(1.5, 1.5))) > 0.5
+    assert repeat_interval(*passes(1.5)) == Interval(pytest.approx(1.5), None, None)
+
+
+def test_students_t_is_the_tables() -> None:
+    for degrees, known in enumerate(STUDENT, 1):
+        assert known == pytest.approx(t.ppf(0.975, degrees), abs=6e-4)
+
+
+def test_repeats_are_pooled_and_a_row_says_where_they_would_fall_again() -> None:
+    own, plain = passes(1.4, 1.6)
+    row = rows_of(*plain, *own)["mine", "all", "all"].measured
+    assert (row.prompts, row.rounds, row.tokens) == (8, 2 * 8 * 20, 2 * 8 * 40)
+    assert row.speedups[PLAIN].value == pytest.approx(2 / (1 / 1.4 + 1 / 1.6))
+    assert row.repeat_intervals[PLAIN] == repeat_interval(own, plain)
+    assert rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"].measured.repeat_intervals[PLAIN].low is None
+
+
 def test_the_accepted_length_has_an_interval_over_prompts_around_the_pooled_value() -> None:
     own = [sample(str(n), "mine", 1.0, 40, rounds) for n, rounds in enumerate((10, 20, 40, 20))]
     got = tau_interval(own)
     assert got.value == summarise(own, own, Facts(), "mine", "all", "all").tau == 160 / 90
     assert got.low is not None and got.high is not None and 1.0 < got.low < got.value < got.high < 4.0
-    assert tau_interval(own * 3) == got
+    again = tau_interval(own * 3)
+    assert (again.value, again.low, again.high) == pytest.approx((got.value, got.low, got.high))
     assert tau_interval(own[:1]).low is None
 
 
@@ -114,9 +194,9 @@ def test_speed_ups_are_given_against_every_baseline_of_the_run() -> None:
 
 def test_rows_written_before_a_field_was_added_are_read_with_its_default() -> None:
     row = rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"]
-    added = {"policy", "tau_interval", "positions", "quality"}
+    added = {"policy", "tau_interval", "positions", "quality", "repeat_intervals"}
     before = {key: value for key, value in row.to_json().items() if key not in added}
-    assert Row.from_json(before, "here") == replace(row, measured=replace(row.measured, tau_interval=None))
+    assert Row.from_json(before, "here") == replace(row, measured=replace(row.measured, tau_interval=None, repeat_intervals={}))
 
 
 def test_repeats_of_a_prompt_do_not_narrow_the_interval() -> None:

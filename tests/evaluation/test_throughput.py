@@ -5,9 +5,24 @@ from __future__ import annotations
 import pytest
 
 from drafttrain.core.plan import Chain, Dynamic, Static
-from drafttrain.evaluation.forecast import answer, forecasts, replayed, score_curve, spread, texts_of
+from drafttrain.drafters.hybrid import HybridConfig
+from drafttrain.evaluation.forecast import (
+    Played,
+    RoundCost,
+    answer,
+    cost_of,
+    forecast,
+    forecasts,
+    midway,
+    replayed,
+    round_costs,
+    score_curve,
+    spread,
+    texts_of,
+)
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best, break_even, frontier
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.stats import PHASES
 from tests.evaluation.toys import contender, target
 from tests.runtime.test_adaptive import random_drafter
 
@@ -101,3 +116,35 @@ def test_a_forecast_holds_each_parts_of_its_own_decoder() -> None:
 def test_timed_prompts_are_spread_from_the_longest_to_the_shortest() -> None:
     assert [len(prompt) for prompt in spread(PROMPTS, 3)] == [7, 4, 3]
     assert len(spread(PROMPTS, 9)) == 4
+
+
+def played(draft: float, calls: int, nodes: int, verify: float = 0.1) -> Played:
+    return Played({**dict.fromkeys(PHASES, 0.0), "draft": draft, "verify": verify}, calls, nodes)
+
+
+def test_rounds_with_and_without_the_trained_drafter_count_as_often_as_they_come() -> None:
+    """And a round that something else slowed down counts for what its kind takes."""
+    rounds = [played(1.0, 4, 24), played(1.1, 4, 20), played(9.0, 4, 24), played(0.01, 0, 3, verify=5.0), played(0.03, 0, 5)]
+    assert cost_of(rounds) == RoundCost(pytest.approx((3 * 1.1 + 2 * 0.02) / 5), pytest.approx(0.1), (24, 20, 24, 3, 5))
+
+
+def test_a_forecast_scores_the_nodes_that_rounds_bring_not_those_they_might() -> None:
+    plain, cost = RoundCost(0.0, 0.1, (0, 0)), RoundCost(0.5, 0.1, (1, 7, 0))
+    known = forecast(2.0, cost, plain, CURVE)
+    assert known.score == pytest.approx((1.2 + 1.8 + 1.0) / 3)
+    assert (known.tau, known.draft, known.other, known.plain) == pytest.approx((2.0, 0.5, 0.1, 1.1))
+
+
+def test_nodes_and_calls_of_real_rounds_are_counted() -> None:
+    drafter = contender().decoder.drafter
+    few = Dynamic(depth=2, beam=2, top_k=2, nodes=30)  # 2 and 4 nodes are all it ever sees
+    decoders = [SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape)) for shape in (Chain(length=3), few)]
+    plain, three, tree = round_costs([SpeculativeDecoder(target()), *decoders], PROMPTS[:2], 12, rounds=4)
+    assert (set(plain.nodes), set(three.nodes), set(tree.nodes)) == ({0}, {3}, {6})
+    runtime = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=6), hybrid=HybridConfig(head_cost=50.0))  # never worth it
+    (lone,) = round_costs([SpeculativeDecoder(target(), drafter, runtime)], PROMPTS[:2], 12, rounds=4)
+    assert lone.nodes.count(0) > len(lone.nodes) / 2  # nothing was looked up, and the trained drafter is too dear
+
+
+def test_rounds_are_timed_from_the_middle_of_the_answers() -> None:
+    assert midway([[1, 2], [3]], [[4, 5, 6, 7], [8]]) == [[1, 2, 4, 5], [3]]

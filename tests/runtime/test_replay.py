@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from drafttrain.core.plan import Chain
 from drafttrain.core.sampling import Sampling
+from drafttrain.drafters.grow import widen
 from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.replay import Expected, _expect_answer, replay_sampled
+from drafttrain.runtime.replay import Expected, _expect_answer, replay_sampled, stands
 from tests.runtime.test_rounds import FAMILIES, PROMPTS, drafter, target
 from tests.tiny import packed
 
@@ -52,6 +54,26 @@ def test_sampled_replay_gives_the_accepted_length_of_sampled_decoding(name: str,
     for level in range(2):
         share = accepts[level] / attempts[level]
         assert abs(expected.alpha[level] - share) < 4 * np.sqrt(share * (1 - share) / attempts[level]) + 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_how_likely_draws_stand_is_what_the_two_laws_say_at_every_root_and_depth(name: str) -> None:
+    starts = [len(PROMPTS[index // SAMPLES]) for index in (0, SAMPLES, 2 * SAMPLES)]
+    batch = packed(target(), [texts()[index] for index in (0, SAMPLES, 2 * SAMPLES)], starts)
+    used, head = drafter(name), target().head
+    g, w = (values[0] for values in stands(used, batch, head, WARM, 5, temperature=1.3, chunk=7))
+    expected_g, expected_w = torch.zeros_like(g), torch.zeros_like(w)
+    for step, states in enumerate(used.unrolled(batch, head, 5)):
+        token, supervised = (values[0] for values in batch.ahead(step + 2))
+        for at in supervised.nonzero()[:, 0].tolist():
+            p = WARM.law(head.logits(batch.features["last"][0, at + step + 1]))
+            q = WARM._replace(temperature=1.3).law(used.logits_of(states[0, at], step, head))
+            q = q if used.draft_ids is None else widen(q, used.draft_ids, len(p))
+            expected_g[at, step], expected_w[at, step] = torch.minimum(p, q).sum(), min(1.0, float(q[token[at]] / p[token[at]]))
+    torch.testing.assert_close(g, expected_g)
+    torch.testing.assert_close(w, expected_w)
+    assert (g > 0).sum() > 100
 
 
 def test_expected_rounds_are_those_of_every_way_the_coins_can_fall() -> None:

@@ -16,12 +16,17 @@ import yaml
 from safetensors.torch import load_file
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import Sampling, likeliest
+from drafttrain.core.types import Batch
+from drafttrain.data.collate import Packed
 from drafttrain.data.origin import Origin
 from drafttrain.data.store import Conversation, Store, StoreWriter
 from drafttrain.drafters import DRAFTERS
+from drafttrain.drafters.base import Drafter, DrafterConfig, Loss
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.replay import replay
+from drafttrain.runtime.replay import replay, replay_sampled
 from drafttrain.target.adapter import Target
+from drafttrain.target.head import TargetHead
 from drafttrain.train import loop
 from drafttrain.train.checkpoint import checkpoints
 from drafttrain.train.loop import Run, Stopped, TrainConfig, new_accelerator, train
@@ -186,6 +191,130 @@ def test_replayed_accepted_length_is_what_decoding_measures(family: str, tmp_pat
 
 def accelerator(folder: Path) -> Any:
     return new_accelerator(TrainConfig(**OPTIONS), folder)
+
+
+# -- which drafter is best -----------------------------------------------------------------------------------------------------------------
+
+
+class Changing(Drafter):
+    """Becomes another drafter with every step, from the target's own states. `sharp`: always the target's argmax, but so sure of it that
+    few draws stand; `swapped`: the target's law with its two likeliest tokens exchanged, never its argmax; then `uniform`."""
+
+    Config = DrafterConfig
+    needs = frozenset({"last"})
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(DrafterConfig(name="changing"), target.shape)
+        self.left = torch.nn.Parameter(torch.full((1,), 1.5))  # each step of AdamW takes 1 off
+
+    @property
+    def what(self) -> str:
+        return "sharp" if self.left > 0 else "swapped" if self.left > -1 else "uniform"
+
+    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+        count = batch.ahead(2)[1].sum()
+        return Loss(self.left.sum() * count, count)
+
+    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Any:
+        yield from (batch.features["last"].roll(-1 - step, 1) for step in range(steps))
+
+    def logits_of(self, states: torch.Tensor, level: int, head: TargetHead) -> torch.Tensor:
+        logits = head.logits(states)
+        if self.what == "sharp":
+            return 100 * logits
+        best, second = logits.topk(2).indices.split(1, -1)
+        swapped = logits.scatter(-1, best, logits.gather(-1, second)).scatter(-1, second, logits.gather(-1, best))
+        return swapped if self.what == "swapped" else torch.zeros_like(logits)
+
+    def walk(self, batch: Batch, head: TargetHead, length: int) -> torch.Tensor:
+        return torch.stack([likeliest(self.logits_of(states, 0, head)) for states in self.unrolled(batch, head, length)], -1)
+
+    def start_from(self, head: TargetHead, counts: torch.Tensor) -> None:
+        """Starts as it is."""
+
+    def begin(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    propose = observe = begin
+
+
+WARM = 3.0  # flat enough that no token is likelier than all others together
+
+
+def drawn_store(target: Target, folder: Path, top_p: float = 1.0) -> Store:
+    """Answers to random prompts, by turns greedy and drawn at `WARM`."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, VOCAB, (5,), generator=generator).tolist() for _ in range(40)]
+    writer = StoreWriter(folder, Origin.of_target(target))
+    for index, prompt in enumerate(prompts):
+        how = {"temperature": WARM, "top_p": top_p} if index % 2 else {"temperature": 0.0}
+        (answer,) = SpeculativeDecoder(target).generate(prompt, max_new_tokens=24, seed=index, **how)
+        writer.append(Conversation.answered([*prompt, *answer.tokens], len(prompt), how, index))
+    return writer.finish()
+
+
+def choose(store: Store, target: Target, output: Path, temperature: float) -> tuple[str, list[dict[str, float]]]:
+    """Which of `Changing`'s drafters a training of three steps keeps, and its log."""
+    options = {**OPTIONS, "steps": 3, "lr": 1.0, "schedule": "constant", "warmup": 0, "eval_every": 1, "eval_temperature": temperature}
+    train(Changing(target), store, TrainConfig(**options), target.head, output, target)
+    kept = Changing(target)
+    kept.load_state_dict(load_file(output / "drafter" / "model.safetensors"))
+    return kept.what, [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()]
+
+
+def test_the_best_drafter_is_that_of_the_decoding_that_eval_temperature_names(tmp_path: Path) -> None:
+    target = tiny_target(18)
+    store = drawn_store(target, tmp_path / "data")
+    greedily, greedy_log = choose(store, target, tmp_path / "greedy", 0.0)
+    sampled, sampled_log = choose(store, target, tmp_path / "sampled", WARM)
+    assert (greedily, sampled) == ("sharp", "swapped")
+    assert sampled_log[1]["tau"] > 1.2 * sampled_log[0]["tau"]
+    assert [line["tau"] for line in greedy_log[:2]] == [23 / 8, 1.0]  # both guesses of a round stand, or none
+    notes = json.loads((tmp_path / "sampled" / "drafter" / "config.json").read_text())["notes"]
+    assert notes["held_out_tau"] == max(line["tau"] for line in sampled_log) == sampled_log[1]["tau"]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_the_sampled_accepted_length_is_replayed_on_the_held_out_answers_of_that_temperature(tmp_path: Path, top_p: float) -> None:
+    target = tiny_target(18)
+    store = drawn_store(target, tmp_path / "data", top_p)
+    _, log = choose(store, target, tmp_path / "run", WARM)
+    held = [index for index in store.split("held_out", OPTIONS["held_out"], 0) if index % 2]
+    batches = list(Packed(store, held, 2, 64).batches(0))
+    for batch in batches:
+        batch.features = target.encode(batch.tokens, batch.position, batch.document, {"last"})
+    expected = replay_sampled(Changing(target), batches, target.head, Sampling(WARM, 0, top_p), 2)
+    assert log[0]["tau"] == pytest.approx(expected.tau, rel=1e-6)
+    assert [log[0][f"held_out_alpha_{depth}"] for depth in range(2)] == pytest.approx(expected.alpha, rel=1e-6)
+
+
+def test_a_resumed_run_keeps_the_choice_by_sampled_accepted_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_target(18)
+    store = drawn_store(target, tmp_path / "data")
+    step = Run._step
+
+    def stopping(self: Run, batches: Any) -> dict[str, float]:
+        line = step(self, batches)
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return line
+
+    monkeypatch.setattr(Run, "_step", stopping)
+    with pytest.raises(Stopped):
+        choose(store, target, tmp_path / "run", WARM)
+    monkeypatch.setattr(Run, "_step", step)
+    kept, log = choose(store, target, tmp_path / "run", WARM)
+    assert kept == "swapped"
+    assert [line["step"] for line in log] == [1, 2, 3]
+    with pytest.raises(UserError, match="other options"):
+        choose(store, target, tmp_path / "run", 0.0)
+
+
+def test_a_temperature_that_no_held_out_answer_was_drawn_at_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    target = tiny_target(18)
+    store = drawn_store(target, tmp_path / "data")
+    with pytest.raises(UserError, match=r"train.eval_temperature 0.5: no held-out answer was drawn at it \(theirs: 0.0, 3.0\)"):
+        choose(store, target, tmp_path / "run", 0.5)
 
 
 def test_learning_rate_rises_and_falls_as_the_schedule_says() -> None:
