@@ -6,7 +6,8 @@ A page marks where figures belong, at the beginning of a line, and everything be
     <!-- results:NAME -->            one line a contender, from NAME.jsonl (`results:NAME tasks`: one a contender and task)
     <!-- /results:NAME -->
 
-`results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them.
+`results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them. Of a file that `drafttrain eval
+--replay-rules` wrote, `results:NAME rules` gives a table a log and `results:NAME figures` one of all logs.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from drafttrain.data.shards import write_whole
 from drafttrain.evaluation import plots
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
+from drafttrain.evaluation.rules import RuleRow, figures_table, read_rule_rows, rules_table
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 
 View = Literal["summary", "tasks"]
 VIEWS: dict[str, View] = {"summary": "summary", "tasks": "tasks"}
+RULE_VIEWS: dict[str, Callable[[Sequence[RuleRow]], str]] = {"rules": rules_table, "figures": figures_table}
 ALL_PLOTS = "plots"
 QUALITIES = {"right": "right", "same_answer": "same answer", "argmax_agreement": "argmax", "excess_kl": "excess KL"}
 """What of a row's quality stands in tables, and its name there; one of them at least is asked of a lossy rule."""
@@ -184,11 +187,14 @@ def render_text(text: str, results: Path, where: str, link: str = "") -> str:
     Raises `UserError` for a mark without its end, with an unknown view, or of a file that is not there.
     """
     def filled(mark: re.Match[str]) -> str:
-        rows, view = read_rows(results / f"{mark['name']}.jsonl"), mark["view"] or "summary"
+        file, view = results / f"{mark['name']}.jsonl", mark["view"] or "summary"
+        if view in RULE_VIEWS:
+            return mark["head"] + RULE_VIEWS[view](read_rule_rows(file)) + mark["tail"]
+        rows = read_rows(file)
         if view in VIEWS:
             return mark["head"] + results_table(rows, VIEWS[view]) + mark["tail"]
         if view != ALL_PLOTS and view not in plots.PLOTS:
-            known = ", ".join((*VIEWS, ALL_PLOTS, *plots.PLOTS))
+            known = ", ".join((*VIEWS, ALL_PLOTS, *plots.PLOTS, *RULE_VIEWS))
             raise UserError(f"{where}: mark 'results:{mark['name']} {view}': the view is one of {known}")
         images = [
             f"![{plots.PLOTS[plot].title}]({link}{file}.svg)\n\n{plots.PLOTS[plot].caption}\n"
@@ -235,7 +241,8 @@ def drawn(name: str, results: Path) -> bool:
 
 def plotted(text: str) -> list[str]:
     """Names of the results files whose plots a page shows."""
-    return list(dict.fromkeys(mark["name"] for mark in MARK.finditer(text) if (mark["view"] or "summary") not in VIEWS))
+    tables = (*VIEWS, *RULE_VIEWS)
+    return list(dict.fromkeys(mark["name"] for mark in MARK.finditer(text) if (mark["view"] or "summary") not in tables))
 
 
 def _source(name: str, results: Path) -> str:

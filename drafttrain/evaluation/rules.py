@@ -2,12 +2,16 @@
 
 The expected accepted length of a rule on a tree (its tokens and the laws p and q fixed) is a mean over `chances` independent runs of the
 rule itself, with the same random streams for every rule. Differences are paired round by round; intervals are bootstraps over prompts.
-n rounds, N nodes, R laws, V vocabulary, S chances.
+
+Where siblings were drawn iid, the probability that one of them stands has a limit for every rule, P* (Khisti et al., 2024, arXiv:2410.18234).
+At the nodes whose children the first rule tried it stands beside the probability that each top-down rule has there, both over the siblings
+that could have been drawn: no chance is left in them but which nodes were reached.
+n rounds, N nodes, K levels, R laws, V vocabulary, S chances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,10 +28,11 @@ from torch import Tensor
 from drafttrain.core.chance import Seeded
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
+from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored
+from drafttrain.core.types import Scored, Verdict
 from drafttrain.evaluation.bench import EvaluationConfig
-from drafttrain.evaluation.journal import append_whole
+from drafttrain.evaluation.journal import append_whole, parse_lines
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.rows import Interval
 from drafttrain.evaluation.runners import Contender
@@ -36,12 +41,17 @@ from drafttrain.runtime.rounds import Laws, RoundLog, RoundsInfo, log_rounds
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
+from drafttrain.verify.multidraft import MultidraftConfig, acceptance, limit
+from drafttrain.verify.recursive import RecursiveConfig
 
-FORMAT = 1
+FORMAT = 2
 RESAMPLES = 10_000
+TOGETHER = 16
+"""Nodes whose laws are sorted at once."""
 ELEMENTS = 1 << 26
 """Probabilities that one call of a rule may look at, about."""
 
+CHAIN: Literal["first chain"] = "first chain"
 Form = Literal["whole", "first chain"]
 """The tree as it was logged, or the chain of first-born children in it: a chain drawn as a chain would have been, on the same contexts."""
 
@@ -61,12 +71,22 @@ class Judge:
 
 
 @dataclass
+class Levels:
+    """By level, at the nodes whose children the first judge tried: [n, K] sums over its visits, as shares of the chances."""
+
+    visits: np.ndarray
+    limit: np.ndarray  # of P*
+    accepted: np.ndarray  # of the probability that this judge's rule accepts one of the children
+
+
+@dataclass
 class Judged:
     """What one judge made of all rounds."""
 
     judge: Judge
     lengths: np.ndarray  # [n] expected accepted length of each round, the bonus token not counted
     reached: np.ndarray  # [K] share of rounds in which a node at depth 1, 2, ... stood
+    levels: Levels | None = None  # of iid draws, and rules that go from the root down
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,12 @@ class RuleRow:
     against: str
     difference: Interval
     relative: Interval
+    limit: tuple[float, ...]
+    """P* by level: the mean over the nodes whose children `against` tried; none where siblings were not drawn iid."""
+    accepted: tuple[float, ...]
+    """At the same nodes, the probability that this rule accepts one of the children."""
+    of_limit: tuple[Interval, ...]
+    """The second over the first."""
     law_gap: float
     """Largest difference between recomputed and logged probabilities of drafted tokens, over the first rounds."""
     device: str
@@ -109,6 +135,30 @@ class RuleRow:
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str) -> RuleRow:
+        """Raises `UserError` for a row of another format, or a broken one."""
+        if data.get("format") != FORMAT:
+            raise UserError(f"{where}: not a row of rules in format {FORMAT}; replay again with this drafttrain")
+        given = {name: value for name, value in data.items() if name != "format"}
+        try:
+            for name in ("tau", "difference", "relative"):
+                given[name] = Interval(**given[name])
+            for name in ("reached", "limit", "accepted"):
+                given[name] = tuple(given[name])
+            given["of_limit"] = tuple(Interval(**share) for share in given["of_limit"])
+            return cls(**given)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where}: a broken row of rules ({error}); replay again, or remove the line") from error
+
+
+def read_rule_rows(path: Path) -> list[RuleRow]:
+    """All rows of a rules.jsonl, in the order in which they were made."""
+    if not path.is_file():
+        raise UserError(f"results '{path}': no such file; `drafttrain eval --replay-rules` writes it")
+    lines = parse_lines(path.read_text(encoding="utf-8"), path)
+    return [RuleRow.from_json(entry, f"'{path}', line {number}") for number, entry in enumerate(lines, 1)]
 
 
 def judges(info: RoundsInfo, further: Sequence[RuleConfig] = ()) -> tuple[list[Judge], list[str]]:
@@ -156,6 +206,7 @@ def judge_rounds(log: RoundLog, laws: Laws, every: Sequence[Judge], chances: int
     info = log.info
     lengths: list[list[np.ndarray]] = [[] for _ in every]
     stood = [np.zeros(info.max_depth) for _ in every]
+    tried: list[Tried] = []
     first = 0
     for shard in log.parts():
         size = shard.tokens.shape[1] + (0 if shard.states is None else shard.states.shape[1])
@@ -165,19 +216,24 @@ def judge_rounds(log: RoundLog, laws: Laws, every: Sequence[Judge], chances: int
             tree, logits = laws.tree(rounds), laws.logits(rounds)
             scored = Scored(logits, info.sampling, {"last": rounds.last.to(logits.device)})
             for place, judge in enumerate(every):
-                found = _lengths(judge, tree, scored, first, chances, together, seed).cpu().numpy()  # [C, S]
+                verdict = _verdicts(judge, tree, scored, first, chances, together, seed)
+                found = verdict.length.view(-1, chances).cpu().numpy()  # [C, S]
                 lengths[place].append(found.mean(1))
                 stood[place] += (found[..., None] > np.arange(info.max_depth)).mean(1).sum(0)
+                if place == 0 and info.draws == "iid":
+                    tried.append(tries(tree, scored.p, _visits(tree, verdict, chances), every))
             first += len(rounds)
-    return [Judged(judge, np.concatenate(parts), reach / first) for judge, parts, reach in zip(every, lengths, stood, strict=True)]
+    levels = [_levels(tried, judge) for judge in every]
+    rest = zip(every, lengths, stood, levels, strict=True)
+    return [Judged(judge, np.concatenate(parts), reach / first, level) for judge, parts, reach, level in rest]
 
 
-def _lengths(judge: Judge, tree: Tree, scored: Scored, first: int, chances: int, together: int, seed: int) -> Tensor:
-    """[C, S]: accepted lengths of C trees, the first of which has number `first`, each judged S times."""
+def _verdicts(judge: Judge, tree: Tree, scored: Scored, first: int, chances: int, together: int, seed: int) -> Verdict:
+    """Of C trees, the first of which has number `first`, each judged S times: path [C * S, D], length [C * S]."""
     if judge.form == "first chain":
         tree, scored = first_chain(tree, scored)
     C, device = len(tree.tokens), tree.tokens.device
-    out = []
+    paths, lengths = [], []
     for begin in range(0, chances, together):
         runs = torch.arange(begin, min(begin + together, chances), device=device)
         streams = ((first + torch.arange(C, device=device))[:, None] * chances + runs).flatten()
@@ -185,8 +241,84 @@ def _lengths(judge: Judge, tree: Tree, scored: Scored, first: int, chances: int,
         shown = Scored(_repeat(scored.logits, times), scored.sampling, {name: _repeat(x, times) for name, x in scored.features.items()})
         shown.p = _repeat(scored.p, times)
         verdict = judge.rule(_repeated(tree, times), shown, Seeded(seed, streams))
-        out.append(verdict.length.view(C, times))
-    return torch.cat(out, 1)
+        paths.append(verdict.path.unflatten(0, (C, times)))
+        lengths.append(verdict.length.view(C, times))
+    return Verdict(torch.cat(paths, 1).flatten(0, 1), torch.cat(lengths, 1).flatten(), None)
+
+
+def _visits(tree: Tree, verdict: Verdict, chances: int) -> Tensor:
+    """[C, N] share of the chances in which a node stood, the root among them."""
+    padded = torch.arange(verdict.path.shape[1], device=verdict.path.device) >= verdict.length[:, None]
+    nodes = torch.cat([torch.zeros_like(verdict.length)[:, None], verdict.path.masked_fill(padded, 0)], 1)
+    stood = torch.zeros(len(nodes), tree.tokens.shape[1], device=nodes.device).scatter(1, nodes, 1.0)
+    return stood.view(-1, chances, stood.shape[1]).mean(1)
+
+
+@dataclass
+class Tried:
+    """What a group of rounds gives to `Levels`: [C, K] each, the last by the judge's label."""
+
+    visits: Tensor
+    limit: Tensor
+    accepted: dict[str, Tensor]
+
+
+def tries(tree: Tree, p: Tensor, visits: Tensor, every: Sequence[Judge]) -> Tried:
+    """P* and each top-down rule's acceptance at the visited nodes that have children, summed up by level, weighted by `visits` [C, N].
+
+    tree: of iid draws; p: [C, N, V] the target's laws.
+    """
+    assert tree.draws == "iid" and tree.law_rows is not None and tree.law_of is not None
+    children = (tree.children >= 0).sum(-1)  # [C, N]
+    asked = [judge for judge in every if judge.form == "whole" and judge.rule.config.name in ACCEPTANCE]
+    shape = (len(visits), tree.max_depth)
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in (VISITS, LIMIT, *(judge.label for judge in asked))}
+    for K in range(1, tree.max_children + 1):
+        rows, nodes = ((children == K) & (visits > 0)).nonzero(as_tuple=True)
+        for row, node in zip(rows.split(TOGETHER), nodes.split(TOGETHER), strict=True):
+            child = tree.children[row, node, 0]
+            target, drafted = p[row, node], tree.law_rows[row, tree.law_of[row, child]]  # [M, V]
+            weight, level = visits[row, node].double().cpu(), tree.depth[row, node].cpu()
+            values = {VISITS: torch.ones_like(weight), LIMIT: limit(target, drafted, K).cpu()}
+            for judge in asked:
+                config = judge.rule.config
+                values[judge.label] = ACCEPTANCE[config.name](config, target, drafted, K).cpu()
+            for name, value in values.items():
+                sums[name].index_put_((row.cpu(), level), weight * value, accumulate=True)
+    return Tried(sums.pop(VISITS), sums.pop(LIMIT), sums)
+
+
+VISITS, LIMIT = "visits", "limit"
+
+
+def one_by_one(config: RuleConfig, p: Tensor, q: Tensor, K: int) -> Tensor:
+    """The probability that `recursive` accepts one of K iid drafts, or `rejection` its only one: [M, V] laws -> [M], fp64."""
+    if isinstance(config, RecursiveConfig) and config.naive:  # the token drawn from p is among the drafts
+        return (p.double() * (1 - (1 - q.double()) ** K)).sum(-1)
+    P, q, falls = p.double(), q.double(), torch.ones(len(p), dtype=torch.float64, device=p.device)
+    for _ in range(K):
+        falls = falls * (1 - torch.minimum(P, q).sum(-1))
+        P = normalise((P - q).clamp_min(0))
+    return 1 - falls
+
+
+def chosen_one(config: RuleConfig, p: Tensor, q: Tensor, K: int) -> Tensor:
+    """The probability that `multidraft` accepts the draft it chooses: [M, V] laws -> [M], fp64."""
+    assert isinstance(config, MultidraftConfig)
+    return acceptance(p, q, K, config)
+
+
+ACCEPTANCE: dict[str, Callable[[RuleConfig, Tensor, Tensor, int], Tensor]] = {
+    "recursive": one_by_one, "rejection": one_by_one, "multidraft": chosen_one,
+}  # fmt: skip
+"""Rules that go from the root down, so that which nodes they reach says nothing about the tokens below; `traversal` does not."""
+
+
+def _levels(tried: Sequence[Tried], judge: Judge) -> Levels | None:
+    if not tried or judge.form != "whole" or judge.label not in tried[0].accepted:
+        return None
+    parts = [(one.visits, one.limit, one.accepted[judge.label]) for one in tried]
+    return Levels(*(torch.cat(level).numpy() for level in zip(*parts, strict=True)))
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -224,6 +356,9 @@ class Comparison:
     tau: Interval  # tokens a round, the bonus token counted
     difference: Interval
     relative: Interval
+    limit: tuple[float, ...] = ()
+    accepted: tuple[float, ...] = ()
+    of_limit: tuple[Interval, ...] = ()
 
 
 def compare(judged: Sequence[Judged], prompt: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
@@ -242,11 +377,26 @@ def compare(judged: Sequence[Judged], prompt: np.ndarray, resamples: int = RESAM
         low, high = np.percentile(spread, [2.5, 97.5])
         return Interval(point, float(low), float(high))
 
+    def shares(levels: Levels | None) -> dict[str, Any]:
+        if levels is None:
+            return {}
+        visits, most, accepted = (np.stack([np.bincount(place, level, prompts) for level in part.T], 1) for part in vars(levels).values())
+        tried = visits.sum(0) > 0  # [K] levels that were reached
+        most, accepted, over = most[:, tried], accepted[:, tried], visits.sum(0)[tried]  # [P, K], [K]
+        with np.errstate(invalid="ignore"):  # resampled prompts that never came so deep
+            spread = (drawn @ accepted) / (drawn @ most)  # [resamples, K]
+        share = accepted.sum(0) / most.sum(0)
+        return {
+            "limit": tuple((most.sum(0) / over).tolist()), "accepted": tuple((accepted.sum(0) / over).tolist()),
+            "of_limit": tuple(interval(float(one), deep[~np.isnan(deep)]) for one, deep in zip(share, spread.T, strict=True)),
+        }  # fmt: skip
+
     return [
         Comparison(
             interval(float(value[e]), means[:, e]),
             interval(float(value[e] - value[0]), means[:, e] - means[:, 0]),
             interval(float(value[e] / value[0] - 1), means[:, e] / means[:, 0] - 1),
+            **shares(judged[e].levels),
         )
         for e in range(len(judged))
     ]
@@ -305,14 +455,16 @@ def replay_rules(
 
 
 HEAD = ("rule", "accepted length [95%]", "difference [95%]", "relative [95%]", "reached 1 ..")
+HEAD_IID = (*HEAD, "P* 1 ..", "accepts 1 ..", "of P* 1 ..")
 
 
 def rules_table(rows: Sequence[RuleRow]) -> str:
     """Markdown: a table for each log, with what it was measured on below it."""
     parts = []
     for some in _by_log(rows):
-        lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *(_cells(row) for row in some)]
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{footer(some[0])}")
+        head = _head(some)
+        lines = [head, ("---", *["---:"] * (len(head) - 1)), *(_cells(row, len(head)) for row in some)]
+        parts.append(f"**{_title(some[0])}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{footer(some[0])}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -320,13 +472,68 @@ def rules_terminal(rows: Sequence[RuleRow]) -> Group:
     """The same for `rich.print`."""
     parts: list[Table | Text] = []
     for some in _by_log(rows):
-        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=some[0].contender, title_justify="left")
-        for name in HEAD:
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=_title(some[0]), title_justify="left")
+        head = _head(some)
+        for name in head:
             table.add_column(name, justify="left" if name == HEAD[0] else "right", no_wrap=name == HEAD[0])
         for row in some:
-            table.add_row(*_cells(row))
+            table.add_row(*_cells(row, len(head)))
         parts += [table, Text(footer(some[0]), style="dim")]
     return Group(*parts)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A comparison that every log of its draws allows: how far a rule is above another one, or of its limit."""
+
+    name: str
+    draws: str
+    value: Callable[[dict[str, RuleRow]], Interval | None]
+
+
+def _above(rule: str) -> Callable[[dict[str, RuleRow]], Interval | None]:
+    return lambda rows: rows[rule].relative if rule in rows and rows[rule].against != rule else None
+
+
+def _above_chain(rows: dict[str, RuleRow]) -> Interval | None:
+    chain = rows.get(f"rejection, {CHAIN}")
+    if chain is None:
+        return None
+    one = chain.relative  # of the chain to the tree: turned round
+    low, high = ((None if end is None else 1 / (1 + end) - 1) for end in (one.high, one.low))
+    return Interval(1 / (1 + one.value) - 1, low, high)
+
+
+def _least_of_limit(rows: dict[str, RuleRow]) -> Interval | None:
+    row = rows.get("multidraft")
+    if row is None or not row.of_limit:
+        return None
+    least = min(row.of_limit, key=lambda share: share.value)
+    return Interval(*(None if end is None else end - 1 for end in (least.value, least.low, least.high)))  # type: ignore[arg-type]
+
+
+FIGURES = (
+    Figure("`traversal` above `recursive`", "any", _above("traversal")),
+    Figure("`recursive` above the chain of first-born children", "without_replacement", _above_chain),
+    Figure("`multidraft` above `recursive`", "iid", _above("multidraft")),
+    Figure("`multidraft` and P*, at the level where it is farthest from it", "iid", _least_of_limit),
+)
+
+
+def figures_table(rows: Sequence[RuleRow]) -> str:
+    """Markdown: what the logs say about each of `FIGURES`, a line a log."""
+    lines = [("figure", "draws", "drafter", "temperature", "value [95%]"), ("---", "---", "---", "---:", "---:")]
+    logs = _by_log(rows)
+    for figure in FIGURES:
+        for some in logs:
+            one, found = some[0], figure.value({row.rule: row for row in some})
+            if figure.draws in ("any", one.draws) and found is not None:
+                lines.append((figure.name, one.draws, one.contender, str(one.temperature), _shown(found, "{:+.1%}")))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _title(row: RuleRow) -> str:
+    return f"{row.contender}, {row.draws} draws, temperature {row.temperature}"
 
 
 def footer(row: RuleRow) -> str:
@@ -349,10 +556,20 @@ def _by_log(rows: Sequence[RuleRow]) -> list[list[RuleRow]]:
     return [list(some.values()) for some in logs.values()]
 
 
-def _cells(row: RuleRow) -> tuple[str, ...]:
+def _head(rows: Sequence[RuleRow]) -> tuple[str, ...]:
+    return HEAD_IID if any(row.limit for row in rows) else HEAD
+
+
+def _cells(row: RuleRow, columns: int) -> tuple[str, ...]:
     own = row.rule == row.against
     against = ("", "") if own else (_shown(row.difference, "{:+.3f}"), _shown(row.relative, "{:+.1%}"))
-    return row.rule, _shown(row.tau, "{:.3f}"), *against, " ".join(f"{share:.2f}" for share in row.reached)
+    by_level = (row.limit, row.accepted, [share.value for share in row.of_limit])
+    cells = (row.rule, _shown(row.tau, "{:.3f}"), *against, _joined(row.reached, 2), *(_joined(part, 3) for part in by_level))
+    return cells[:columns]
+
+
+def _joined(values: Sequence[float], digits: int) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values)
 
 
 def _shown(interval: Interval, form: str) -> str:

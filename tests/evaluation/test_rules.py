@@ -10,24 +10,31 @@ import numpy as np
 import pytest
 import torch
 
+from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored
 from drafttrain.evaluation import rules
 from drafttrain.evaluation.bench import EvaluationConfig
-from drafttrain.evaluation.rules import Judge, Judged, compare, judge_rounds, judges, replay_rules, rules_table
+from drafttrain.evaluation.report import render, stale
+from drafttrain.evaluation.rules import (
+    ACCEPTANCE, Judge, Judged, Levels, RuleRow, compare, figures_table, judge_rounds, judges, read_rule_rows, replay_rules, rules_table,
+)
 from drafttrain.evaluation.runners import Contender
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, RoundLog, joined, log_rounds
 from drafttrain.verify import RULES, build
+from drafttrain.verify.multidraft import limit
 from tests.evaluation.toys import SUITE, contender, target
 
 WARM = Sampling(temperature=0.9)
 PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43], [7, 7]]
 
 
-def rule(name: str, form: Any = "whole") -> Judge:
-    return Judge(build(RULES[name].Config(name=name)), form)
+def rule(name: str, form: Any = "whole", **options: Any) -> Judge:
+    return Judge(build(RULES[name].Config(name=name, **options)), form)
 
 
 def logged(folder: Path, shape: Any, new: int = 40, sampling: Sampling = WARM, **runtime: Any) -> tuple[RoundLog, Laws]:
@@ -137,6 +144,116 @@ def test_rows_name_what_was_measured_and_rounds_are_logged_once(tmp_path: Path) 
     table = rules_table(rows + again)
     assert table.count("| rejection |") == 1  # the chain's, once, though it was measured twice
     assert table.count("| rejection, first chain |") == 1
+
+
+ROWS = 100_000
+TOP_DOWN = [("recursive", {}), ("recursive", {"naive": True}), ("multidraft", {}), ("multidraft", {"scheme": "tournament"})]
+
+
+@pytest.mark.parametrize(("name", "options"), TOP_DOWN)
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_the_acceptance_that_is_set_beside_the_limit_is_the_rules_own(name: str, options: dict[str, Any], K: int) -> None:
+    """On 100,000 draws of K iid siblings: to 5 standard errors."""
+    p, q = torch.tensor([[0.4, 0.05, 0.3, 0.1, 0.1, 0.05], [0.1, 0.4, 0.2, 0.05, 0.05, 0.2]])
+    chance = Seeded(K, torch.arange(ROWS))
+    drawn = chance.draw(q.expand(ROWS, 1, -1), K, replace=True)[:, 0]
+    tokens = torch.cat([torch.zeros(ROWS, 1).long(), drawn], 1)
+    zeros = torch.zeros_like(tokens)
+    tree = Tree(tokens, zeros, zeros == 0, "iid", 1, K, law_rows=q.expand(ROWS, 1, -1), law_of=zeros)
+    judge = rule(name, **options)
+    verdict = judge.rule(tree, Scored(p.log().expand(ROWS, K + 1, -1), Sampling(1.0)), chance)
+    expected = float(ACCEPTANCE[name](judge.rule.config, p[None], q[None], K)[0])
+    assert abs(verdict.length.double().mean().item() - expected) < 5 * np.sqrt(0.25 / ROWS)
+    assert expected <= float(limit(p, q, K)) + 1e-6  # fp32 laws
+
+
+def test_the_limit_stands_beside_acceptance_at_the_nodes_whose_children_were_tried(tmp_path: Path) -> None:
+    log, laws = logged(tmp_path, Static(children=(3, 2)), draws="iid")
+    recursive, multidraft, traversal, chain = judge_rounds(
+        log, laws, [rule("recursive"), rule("multidraft"), rule("traversal"), rule("rejection", "first chain")], chances=32
+    )
+    assert traversal.levels is None and chain.levels is None  # not top-down; another tree
+    own, other = recursive.levels, multidraft.levels
+    assert own is not None and other is not None
+    np.testing.assert_array_equal(own.visits[:, 0], 1.0)  # the root is tried in every round
+    np.testing.assert_allclose(own.visits[:, 1].mean(), recursive.reached[0], atol=1e-9)  # and a child of it where one stood
+    np.testing.assert_array_equal(own.visits, other.visits)
+    np.testing.assert_array_equal(own.limit, other.limit)
+    assert (own.accepted <= own.limit + 1e-6).all() and (other.accepted <= other.limit + 1e-6).all()
+    achieved = recursive.reached[1] / recursive.reached[0]
+    for level, stood in enumerate((recursive.reached[0], achieved)):  # what the rule did, and what it does in expectation
+        assert own.accepted[:, level].sum() / own.visits[:, level].sum() == pytest.approx(stood, abs=0.08)
+
+
+def test_the_limit_of_a_round_is_that_of_the_laws_at_its_nodes(tmp_path: Path) -> None:
+    log, laws = logged(tmp_path, Static(children=(2,)), draws="iid", new=8)
+    (judged,) = judge_rounds(log, laws, [rule("recursive")], chances=2)
+    rounds = joined(list(log.parts()))
+    tree, p = laws.tree(rounds), log.info.sampling.law(laws.logits(rounds))
+    assert judged.levels is not None and tree.law_rows is not None
+    np.testing.assert_allclose(judged.levels.limit[:, 0], limit(p[:, 0], tree.law_rows[:, 0], 2).numpy(), atol=1e-9)
+
+
+def test_shares_of_the_limit_are_pooled_over_visits_and_their_intervals_over_prompts() -> None:
+    visits = np.array([[1.0, 0.5], [1.0, 0.0], [1.0, 1.0]])
+    most, accepted = visits * [[0.8, 0.5]], visits * [[0.4, 0.5]]
+    both = [Judged(rule("recursive"), np.ones(3), np.zeros(2), Levels(visits, most, accepted))]
+    (one,) = compare(both, np.array([0, 0, 1]))
+    np.testing.assert_allclose(one.limit, (0.8, 0.5))
+    np.testing.assert_allclose(one.accepted, (0.4, 0.5))
+    assert [share.value for share in one.of_limit] == pytest.approx([0.5, 1.0])
+    assert all(share.low == pytest.approx(share.value) == pytest.approx(share.high) for share in one.of_limit)
+
+
+def written(tmp_path: Path) -> tuple[Path, list[RuleRow]]:
+    config = EvaluationConfig(max_new_tokens=16, temperature=1.0)
+    shape = Static(children=(2, 2))
+    drawn = [RuntimeConfig(shape=shape), RuntimeConfig(shape=shape, draws="iid")]
+    every = [Contender(how.draws, SpeculativeDecoder(target(), contender().decoder.drafter, how)) for how in drawn]
+    rows, _ = replay_rules(target(), every, SUITE, config, tmp_path, chances=2)
+    return tmp_path / "rules.jsonl", rows
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path, rows = written(tmp_path)
+    assert read_rule_rows(path) == rows
+    assert {bool(row.limit) for row in rows if row.draws == "iid" and row.rule != "traversal" and "chain" not in row.rule} == {True}
+    assert not any(row.limit for row in rows if row.draws != "iid")
+    entry = json.loads(path.read_text().splitlines()[0])
+    for wrong, reason in (({**entry, "format": 1}, "not a row of rules in format"), ({**entry, "speed": 1}, "a broken row of rules")):
+        path.write_text(json.dumps(wrong) + "\n")
+        with pytest.raises(UserError, match=reason):
+            read_rule_rows(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_rule_rows(tmp_path / "gone.jsonl")
+
+
+def test_a_page_of_rules_that_differs_from_its_rows_is_stale(tmp_path: Path) -> None:
+    _, rows = written(tmp_path)
+    page = tmp_path / "rules.md"
+    page.write_text("<!-- results:rules figures -->\n<!-- /results:rules -->\n\n<!-- results:rules rules -->\n<!-- /results:rules -->\n")
+    assert stale(page, tmp_path) == ["rules", "rules"]
+    assert render(page, tmp_path)
+    assert stale(page, tmp_path) == []
+    text = page.read_text()
+    assert figures_table(rows) in text and rules_table(rows) in text
+    assert text.count("| P* 1 .. |") == 1  # the iid log's table alone
+    shown = f"{next(row for row in rows if row.rule == 'traversal').tau.value:.3f}"
+    page.write_text(text.replace(shown, "9.999", 1))
+    assert stale(page, tmp_path) == ["rules"]
+
+
+def test_the_figures_are_those_of_the_rows(tmp_path: Path) -> None:
+    _, rows = written(tmp_path)
+    lines = [line.strip("| ").split(" | ") for line in figures_table(rows).splitlines()[2:]]
+    assert [(name.split("`")[1], draws) for name, draws, *_ in lines] == [
+        ("traversal", "without_replacement"), ("traversal", "iid"), ("recursive", "without_replacement"), ("multidraft", "iid"),
+        ("multidraft", "iid"),
+    ]  # fmt: skip
+    tau = {row.rule: row.tau.value for row in rows if row.draws == "without_replacement"}
+    assert lines[2][-1].startswith(f"{tau['recursive'] / tau['rejection, first chain'] - 1:+.1%}")
+    least = min(share.value for row in rows if row.rule == "multidraft" for share in row.of_limit)
+    assert lines[4][-1].startswith(f"{least - 1:+.1%}")
 
 
 def test_temperature_zero_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""No lossless rule waits for the host between its call and its verdict: what it is written with, and what it does when it runs.
+
+Exempt by name: the linear programs of `multidraft`, the prefix of a nucleus, which is looked for on a CPU only, and the chance that walks
+branches in tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drafttrain.core import chance, sampling, tree, types
+from drafttrain.core.chance import Seeded
+from drafttrain.core.plan import Plan
+from drafttrain.core.sampling import PREFIX, Sampling
+from drafttrain.core.tree import Draws, Tree
+from drafttrain.core.types import Scored
+from drafttrain.drafters.grow import grow
+from drafttrain.verify import RULES, base
+from drafttrain.verify.base import Rule
+from tests.contract.test_rules import TREES, VARIANTS, made
+
+PROGRAMS = ("multidraft truncated", "multidraft optimal")
+EXEMPT = {
+    "multidraft.py": {"Truncated", "Optimal", "best_choice", "_decide_pairs", "_drawn_exactly", "_solve"},  # linear programs
+    "sampling.py": {"nucleus"},
+    "chance.py": {"Scripted", "_sequence_weight", "branches"},
+}
+"""Functions and classes by file that wait."""
+READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "is_nonzero", "unique", "unique_consecutive", "argwhere"}
+REDUCTIONS = {"any", "all", "sum", "max", "min", "amax", "amin", "equal", "allclose", "count_nonzero"}
+
+
+def sources() -> list[Path]:
+    """The files of the lossless rules, and of what they call of `core`."""
+    kinds = [kind for kind in RULES.values() if kind.lossless]
+    return sorted({Path(inspect.getfile(thing)) for thing in (*kinds, base, chance, sampling, tree, types)})
+
+
+def waits(source: str, exempt: set[str]) -> list[str]:
+    """`line: what` for everything written there that reads a tensor on the host."""
+    parts = [part for part in ast.parse(source).body if getattr(part, "name", "") not in exempt]
+    return [f"{node.lineno}: {what}" for part in parts for node in ast.walk(part) for what in _reads(node)]  # type: ignore[attr-defined]
+
+
+def _reads(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+        if isinstance(node.func, ast.Attribute) and name in READS:
+            yield f".{name}()"
+        if isinstance(node.func, ast.Name) and name in ("bool", "int", "float") and node.args and not isinstance(node.args[0], ast.Constant):
+            yield f"{name}()"
+        if name == "to" and any(isinstance(part, ast.Constant) and part.value == "cpu" for part in node.args):
+            yield ".to('cpu')"
+        if name == "where" and len(node.args) == 1:
+            yield "where() of one argument"
+    if isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
+        called = [part.func.attr for part in ast.walk(node.test) if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute)]
+        yield from (f"a branch on .{name}()" for name in called if name in REDUCTIONS)
+
+
+def test_nothing_that_lossless_rules_are_written_with_reads_a_tensor_on_the_host() -> None:
+    found = {path.name: waits(path.read_text(encoding="utf-8"), EXEMPT.get(path.name, set())) for path in sources()}
+    assert found == {name: [] for name in found}
+    assert {"recursive.py", "traversal.py", "multidraft.py", "rejection.py", "greedy.py", "tree.py", "chance.py"} <= set(found)
+
+
+def test_each_exemption_is_there_and_in_use() -> None:
+    by_name = {path.name: path.read_text(encoding="utf-8") for path in sources()}
+    for file, names in EXEMPT.items():
+        assert names <= {getattr(part, "name", "") for part in ast.parse(by_name[file]).body}, file
+        assert waits(by_name[file], set()), file
+
+
+@pytest.mark.parametrize(
+    "line", ["p.item()", "p.tolist()", "p.cpu()", "bool(p)", "float(p[0])", "p if (p > 0).any() else q", "p[p.nonzero()]", "p.to('cpu')",
+             "torch.where(p)"],
+)  # fmt: skip
+def test_a_read_is_seen_in_the_source(line: str) -> None:
+    assert len(waits(f"def rule(p, q):\n    return {line}\n", set())) == 1
+    assert waits(f"def rule(p, q):\n    return {line}\n", {"rule"}) == []
+
+
+METHODS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "__array__"}
+OPERATIONS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "equal"}
+
+
+class Waits(Exception):
+    """Something asked the device for a value."""
+
+
+class Methods(TorchFunctionMode):
+    """Refuses the methods that hand a tensor's values to Python."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in METHODS:
+            raise Waits(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Operations(TorchDispatchMode):
+    """Refuses operations whose result, or its size, the host must know; indexing by a mask is one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in OPERATIONS:
+            raise Waits(name)
+        if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise Waits(f"{name} by a mask")
+        if name == "repeat_interleave" and kwargs is not None and kwargs.get("output_size") is None and len(args) < 3:
+            raise Waits(name)
+        return func(*args, **(kwargs or {}))
+
+
+def unchecked_one_hot(tokens: Tensor, num_classes: int) -> Tensor:
+    """`one_hot` as it is on a device: on a CPU torch looks whether the ids are in range."""
+    assert num_classes > 0
+    return torch.zeros(*tokens.shape, num_classes, dtype=torch.long, device=tokens.device).scatter_(-1, tokens[..., None], 1)
+
+
+def proposal(draws: Draws, name: str, sampling: Sampling, vocab: int = 30, device: str = "cpu") -> tuple[Tree, Scored, Seeded]:
+    """Three rows of a tree of this shape, the target's answer to it, not read yet, and their chance."""
+    generator = torch.Generator().manual_seed(1)
+    p, q = (2 * torch.randn(vocab, vocab, generator=generator) for _ in range(2))
+    rows = Seeded(0, torch.arange(3))
+    drawn = grow(lambda frontier: q[frontier.tokens], torch.tensor([0, 1, 2]), Plan(TREES[name], draws), sampling, rows).tree
+    for part, value in vars(drawn).items():
+        if isinstance(value, Tensor):
+            setattr(drawn, part, value.to(device))
+    return drawn, Scored(p[drawn.tokens.cpu()].to(device), sampling), Seeded(1, torch.arange(3, device=device))
+
+
+def watched(rule: Rule, given: tuple[Tree, Scored, Seeded]) -> None:
+    with Operations(), Methods():
+        verdict = rule(*given)
+    assert verdict.length.shape == (3,)
+
+
+CASES = [
+    (variant, draws, name)
+    for variant, (rule, _) in VARIANTS.items()
+    for draws in ("point", "iid", "without_replacement")
+    for name, shape in TREES.items()
+    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts and (shape.shape != "dynamic" or draws == "point")
+]
+
+
+def law_of(variant: str, **further: Any) -> Sampling:
+    return Sampling() if RULES[VARIANTS[variant][0]].temperatures == "zero" else Sampling(0.8, **further)
+
+
+@pytest.mark.parametrize(("variant", "draws", "name"), [case for case in CASES if case[0] not in PROGRAMS])
+def test_a_lossless_rule_runs_without_waiting(monkeypatch: pytest.MonkeyPatch, variant: str, draws: Draws, name: str) -> None:
+    monkeypatch.setattr(F, "one_hot", unchecked_one_hot)
+    watched(made(variant), proposal(draws, name, law_of(variant, top_k=20)))
+
+
+@pytest.mark.parametrize("variant", PROGRAMS)
+def test_a_program_is_seen_waiting(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    monkeypatch.setattr(F, "one_hot", unchecked_one_hot)
+    with pytest.raises(Waits):
+        watched(made(variant), proposal("iid", "2", Sampling(1.0), vocab=5))
+
+
+@pytest.mark.parametrize("rule", [name for name, kind in RULES.items() if kind.lossless and kind.temperatures != "zero"])
+def test_top_p_waits_in_the_prefix_of_a_nucleus_alone(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """Which is looked for on a CPU only, and not at all in small vocabularies."""
+    monkeypatch.setattr(F, "one_hot", unchecked_one_hot)
+    watched(made(rule), proposal("iid", "1-1", Sampling(0.8, 0, 0.9)))
+    large = proposal("iid", "1-1", Sampling(0.8, 0, 0.9), vocab=PREFIX + 1)
+    with pytest.raises(Waits) as caught:
+        watched(made(rule), large)
+    assert any(entry.name == "nucleus" for entry in caught.traceback)
+    large[1].p  # noqa: B018 - computed outside of the rule
+    watched(made(rule), large)
+
+
+SYNCS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(), "bool": lambda x: bool((x > 0).any()), "int": lambda x: int(x.argmax()), "list": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(), "mask": lambda x: x[x > 0], "mask put": lambda x: x.clone().index_put_((x > 0,), torch.tensor(0.0)),
+    "nonzero": lambda x: torch.nonzero(x), "where": lambda x: torch.where(x > 0), "index": lambda x: [1, 2, 3][x.argmax()],
+    "branch": lambda x: 1 if x[0] > 0 else 2, "select": lambda x: x.masked_select(x > 0), "repeat": lambda x: x.repeat_interleave(x.long().abs()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SYNCS)
+def test_a_wait_is_seen_at_run_time(how: str) -> None:
+    with pytest.raises(Waits), Operations(), Methods():
+        SYNCS[how](torch.tensor([0.5, -1.0, 2.0]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("variant", "draws", "name"), [case for case in CASES if case[0] not in PROGRAMS])
+def test_a_lossless_rule_runs_without_a_synchronisation_on_a_gpu(variant: str, draws: Draws, name: str) -> None:
+    given = proposal(draws, name, law_of(variant, top_k=20, top_p=0.9), device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made(variant)(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
