@@ -1,7 +1,7 @@
 """No lossless rule waits for the host between its call and its verdict: what it is written with, and what it does when it runs.
 
-Exempt by name: the linear programs of `multidraft`, the prefix of a nucleus, which is looked for on a CPU only, and the chance that walks
-branches in tests.
+Exempt by name: the linear programs of `multidraft`, the chance that walks branches in tests, and the skeleton of a tree that did not come
+from `grow`, which knows it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drafttrain.core import chance, sampling, tree, types
 from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Plan
-from drafttrain.core.sampling import PREFIX, Sampling
+from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Tree
 from drafttrain.core.types import Scored
 from drafttrain.drafters.grow import grow
@@ -33,7 +34,7 @@ from tests.contract.test_rules import TREES, VARIANTS, made
 PROGRAMS = ("multidraft truncated", "multidraft optimal")
 EXEMPT = {
     "multidraft.py": {"Truncated", "Optimal", "best_choice", "_decide_pairs", "_drawn_exactly", "_solve"},  # linear programs
-    "sampling.py": {"nucleus"},
+    "tree.py": {"_read_skeleton"},
     "chance.py": {"Scripted", "_sequence_weight", "branches"},
 }
 """Functions and classes by file that wait."""
@@ -173,16 +174,18 @@ def test_a_program_is_seen_waiting(monkeypatch: pytest.MonkeyPatch, variant: str
 
 
 @pytest.mark.parametrize("rule", [name for name, kind in RULES.items() if kind.lossless and kind.temperatures != "zero"])
-def test_top_p_waits_in_the_prefix_of_a_nucleus_alone(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
-    """Which is looked for on a CPU only, and not at all in small vocabularies."""
+def test_a_nucleus_does_not_wait_either(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     monkeypatch.setattr(F, "one_hot", unchecked_one_hot)
-    watched(made(rule), proposal("iid", "1-1", Sampling(0.8, 0, 0.9)))
-    large = proposal("iid", "1-1", Sampling(0.8, 0, 0.9), vocab=PREFIX + 1)
+    watched(made(rule), proposal("iid", "1-1", Sampling(0.8, 0, 0.9), vocab=2000))
+
+
+def test_only_a_tree_that_did_not_come_from_grow_is_read_for_its_skeleton() -> None:
+    tree, scored, chance = proposal("iid", "2-1", Sampling(0.8))
+    foreign = replace(tree, skeleton=None)
     with pytest.raises(Waits) as caught:
-        watched(made(rule), large)
-    assert any(entry.name == "nucleus" for entry in caught.traceback)
-    large[1].p  # noqa: B018 - computed outside of the rule
-    watched(made(rule), large)
+        watched(made("traversal"), (foreign, scored, chance))
+    assert any(entry.name == "_read_skeleton" for entry in caught.traceback)
+    assert foreign.families == tree.families
 
 
 SYNCS: dict[str, Callable[[Tensor], Any]] = {
