@@ -102,7 +102,8 @@ def test_a_card_names_target_and_options_and_says_where_nothing_was_measured(tmp
     text = card("native", tmp_path / "drafter", Story("mine", hub, "3 conversations", tmp_path / "results.jsonl", "0.1"))
     for said in (
         "# mine", "base_model: someone/model", target.fingerprint, "1,200 steps over 34,000 tokens",
-        "a chain of 2 has accepted length 1.23", "alpha 0.20 0.10", "3 conversations", "- `unroll`: 3", "Not measured yet", 'from_pretrained("someone/model"',
+        "a chain of 2 has accepted length 1.23", "alpha 0.20 0.10", "3 conversations", "- `unroll`: 3", "Not measured yet",
+        'from_pretrained("someone/model"',
     ):  # fmt: skip
         assert said in text
     assert re.findall(r"\{[a-z_]+\}", text) == []  # every mark was filled in

@@ -245,8 +245,8 @@ loop.SHARDED = {}
 PartialState(cpu=True)  # joins the gloo group; accelerate shards for devices only, so it is told that these are some
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 family, steps = sys.argv[3], int(sys.argv[4])
-torch.manual_seed(0)
 target = tiny_target(16)
+torch.manual_seed(0)
 drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
 made = new_accelerator(TrainConfig(**OPTIONS), Path(sys.argv[2]))
 assert made.is_fsdp2, made.distributed_type
