@@ -24,7 +24,7 @@ from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.recipe import Recipe
 from drafttrain.stages import conversations_folder
-from drafttrain.target.adapter import load_tokenizer, read_shape
+from drafttrain.target.adapter import check_tokenizer, load_tokenizer, read_shape
 from drafttrain.target.files import DTYPES, TargetShape, resolve
 
 QUESTION = "What is the capital of France?"
@@ -103,10 +103,9 @@ def target(patient: Patient) -> str:
 
 
 def tokenizer(patient: Patient) -> str:
-    size, rows = len(patient.tokenizer), patient.shape.vocab_size
-    if size > rows:
-        raise UserError(f"the tokenizer knows {size:,} tokens, the model {rows:,}; this tokenizer belongs to another model")
-    return f"{size:,} tokens for {rows:,} rows of the output head"
+    rows = patient.shape.vocab_size
+    check_tokenizer(patient.tokenizer, rows)
+    return f"{len(patient.tokenizer):,} tokens for {rows:,} rows of the output head"
 
 
 def end(patient: Patient) -> str:

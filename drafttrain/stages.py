@@ -35,7 +35,8 @@ from drafttrain.evaluation.rules import RuleRow, replay_rules
 from drafttrain.evaluation.runners import Runner, folder_fingerprint
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.export import export as export_drafter
-from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, write_resolved
+from drafttrain.export.card import Story, write_card
+from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, log_rounds
 from drafttrain.target.adapter import Target, read_shape
@@ -229,12 +230,28 @@ def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tu
 
 
 def export(recipe: Recipe) -> dict[str, Any]:
-    """The drafter as others read it."""
-    folders = export_drafter(recipe.folder / "drafter", recipe.target, recipe.export, recipe.folder / "export")
-    for folder in folders:
+    """The drafter as others read it, each format with its card."""
+    source = recipe.folder / "drafter"
+    folders = export_drafter(source, recipe.target, recipe.export, recipe.folder / "export")
+    story = Story(recipe.name, recipe.target, _told(recipe), results(recipe), versions()["drafttrain"])
+    for format, folder in zip(recipe.export.formats, folders, strict=True):
         write_resolved(recipe, folder)
+        write_card(folder, format, source, story)
         console.print(f"exported to {folder}")
     return {"folders": [str(folder) for folder in folders]}
+
+
+def _told(recipe: Recipe) -> str:
+    """The training conversations in words."""
+    if not DRAFTERS[recipe.drafter.name].trainable:
+        return "none"
+    kinds = {"self": "prompts that the target wrote itself", "jsonl": "given prompts", "dataset": "the prompts of a data set"}
+    sources = ", ".join(dict.fromkeys(kinds[source.kind] for source in recipe.data.sources))
+    origin = "given conversations" if recipe.data.existing is not None else f"the target's own answers to {sources}"
+    if not (conversations_folder(recipe) / INDEX).exists():
+        return origin
+    store = Store.open(conversations_folder(recipe))
+    return f"{len(store):,} conversations of {store.tokens:,} tokens, {origin}"
 
 
 STAGES: dict[str, Callable[[Recipe], dict[str, Any]]] = {

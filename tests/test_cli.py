@@ -29,6 +29,8 @@ from drafttrain.evaluation.bench import read_rows
 from drafttrain.recipe import RESOLVED, VERSIONS
 from drafttrain.runtime.decoder import Piece
 from drafttrain.stages import STAGES
+from drafttrain.target.adapter import Target
+from drafttrain.target.files import TargetConfig
 from drafttrain.train import loop
 from tests.data.stores import make_store, make_target
 
@@ -232,6 +234,22 @@ def test_eval_measures_again_and_export_writes_what_loads(workplace: Path) -> No
     assert load_drafter(Path("out/native")).config.name == "eagle3"
 
 
+def test_export_leaves_a_card_with_the_measured_table(finished: tuple[Path, Result], workplace: Path) -> None:
+    card = Path("runs/tiny/export/native/README.md").read_text()
+    rows = [row.measured for row in read_rows(Path("runs/tiny/results.jsonl"))]
+    (own,) = [one for one in rows if one.label == "eagle3 chain-2" and one.task == "all" and one.outputs == "all"]
+    (line,) = [line for line in card.splitlines() if line.startswith("| eagle3 chain-2 |")]
+    assert f"| {own.tau:.2f} |" in line
+    assert "40 conversations of" in card
+    assert "8 steps over" in card
+    config = Path("runs/tiny/drafter/config.json")  # other files: what was measured is another drafter's
+    config.write_text(config.read_text().replace('"step": 8', '"step": 9'))
+    assert drafttrain("export", "runs/tiny").exit_code == 0
+    card = Path("runs/tiny/export/native/README.md").read_text()
+    assert "9 steps over" in card
+    assert "Not measured yet" in card
+
+
 def test_doctor_shows_the_trained_tokens_and_finds_nothing_wrong(empty: Path, workplace: Path) -> None:
     result = drafttrain("doctor", "tiny.yaml")
     assert result.exit_code == 0, result.output
@@ -355,7 +373,45 @@ def test_a_corrupt_checkpoint_is_passed_over(workplace: Path) -> None:
 def test_a_corrupt_target_is_refused(empty: Path) -> None:
     weights = Path("target/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
+    assert "model.safetensors is truncated" in complaint("regenerate", "tiny.yaml")
+
+
+def test_a_target_cut_within_its_tensors_is_refused(empty: Path) -> None:
+    weights = Path("target/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
     assert "the model cannot be loaded" in complaint("regenerate", "tiny.yaml")
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(empty: Path) -> None:
+    words = json.loads(Path("target/tokenizer.json").read_text())
+    words["model"]["vocab"] |= {f"new{number}": 64 + number for number in range(9)}
+    Path("target/tokenizer.json").write_text(json.dumps(words))
+    for command in ("regenerate", "run"):
+        assert "this tokenizer belongs to another model" in complaint(command, "tiny.yaml")
+    assert not Path("runs/tiny/data").exists()
+
+
+def test_a_target_without_an_end_writes_no_data(empty: Path) -> None:
+    edit_json("target/config.json", eos_token_id=None)
+    edit_json("target/generation_config.json", eos_token_id=None)
+    edit_json("target/tokenizer_config.json", eos_token=None)
+    assert "set eos_token_id in generation_config.json" in complaint("run", "tiny.yaml")
+    assert not Path("runs/tiny/data").exists()
+
+
+def test_conversations_without_a_token_to_learn_are_not_trained_on(empty: Path) -> None:
+    make_store(empty / "store", Target.load(TargetConfig(model="target", dtype="float32", device="cpu")), count=5, features=("aux", "last"))
+    _masked_away(empty)
+    line = complaint("train", "tiny.yaml", "data.existing=store")
+    assert "has an answer token to learn" in line
+    assert not Path("runs/tiny/drafter").exists()
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_missing_is_named_with_its_package(workplace: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+    line = complaint("train", "tiny.yaml", "data.existing=runs/tiny/features", "output=runs/new", f"train.tracker={tracker}")
+    assert f"pip install {tracker}" in line
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_what_was_there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ class Eagle3Config(DrafterConfig):
     loss_chunk: int = Field(default=1024, ge=1)
     """Labels whose [V] logits stand in memory at once."""
     recompute: bool = False
-    """Recompute each step's activations in the backward pass: less memory, a third more work."""
+    """Recompute each whole step in the backward pass, not only its norms and gates: less memory, more work."""
     norm_features: bool = False
     """Normalise each captured layer before fusing them (`fc_norm` in the engines' formats)."""
 

@@ -69,8 +69,11 @@ class Target:
         folder = resolve(config)
         load_config(folder, config.trust_remote_code)
         fingerprint = target_fingerprint(folder)
+        tokenizer = load_tokenizer(folder, config.trust_remote_code)
         model = load_model(folder, config.torch_dtype(), config.trust_remote_code).to(config.torch_device())
-        return cls(model, load_tokenizer(folder, config.trust_remote_code), config.aux_layers, fingerprint, config.model)
+        target = cls(model, tokenizer, config.aux_layers, fingerprint, config.model)
+        check_tokenizer(tokenizer, target.vocab_size)
+        return target
 
     @property
     def vocab_size(self) -> int:
@@ -237,6 +240,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"target '{folder}': no usable tokenizer beside the model ({str(error).strip().splitlines()[0]})") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """A `UserError` where the tokenizer knows tokens that the model, of `rows` in its vocabulary, does not."""
+    size = len(tokenizer)
+    if size > rows:
+        raise UserError(
+            f"the tokenizer knows {size:,} tokens, the model {rows:,}; this tokenizer belongs to another model: put its own beside it"
+        )
 
 
 def read_shape(config: TargetConfig) -> TargetShape:

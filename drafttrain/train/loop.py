@@ -42,7 +42,6 @@ from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
 from drafttrain.train.checkpoint import Progress, resume, save
 
-
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP (configs/fsdp2.yaml)", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (configs/zero2.yaml, zero3.yaml)"}
 """What `accelerate launch` says in the environment: on CPUs accelerate would drop it and train unsharded."""
 

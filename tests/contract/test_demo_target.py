@@ -1,9 +1,14 @@
-"""Greedy identity on the real target: whatever drafts, fp32 text is the target's own."""
+"""On the real target, in fp32: a minute of training raises held-out acceptance, replay counts what is served, and whatever drafts, greedy
+text is the target's own.
+
+The target writes the training conversations here; each family is trained once, saved, and used as it is loaded again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +19,13 @@ from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed
+from drafttrain.data.collate import batches
+from drafttrain.data.prompts import SelfPrompts
+from drafttrain.data.regenerate import DataConfig, regenerate
+from drafttrain.data.store import Store
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter, DrafterState
+from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation.suites import load_suite
@@ -24,15 +34,22 @@ from drafttrain.runtime.replay import replay
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
+from drafttrain.train.loop import TrainConfig, train
 from tests.families import TRAINABLE
 from tests.tiny import packed
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 PROMPTS, NEW_TOKENS, MARGIN = 20, 128, 1e-4
-SHAPES = [Chain(length=4), Dynamic(depth=4, beam=4, top_k=4, nodes=16)]
+SHAPES = [Chain(length=4), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "eagle3": {"draft_vocab_size": 4096}, "medusa": {"heads": 4}, "small_lm": {"layers": 2}, "ngram": {},
+    "eagle3": {"draft_vocab_size": 4096, "unroll": 2}, "medusa": {"heads": 4, "draft_vocab_size": 4096}, "small_lm": {"layers": 2},
+    "ngram": {},
 }  # fmt: skip
+DATA = DataConfig(
+    sources=(SelfPrompts(count=160, max_tokens=48),), temperatures=(0.0,), max_new_tokens=64, conversations=96, batch_size=48,
+    capture=("aux", "last"),
+)  # fmt: skip
+TRAIN = TrainConfig(steps=40, batch_rows=2, row_length=512, held_out=0.2, eval_every=20, eval_length=4)
 
 
 @cache
@@ -124,16 +141,60 @@ def check(generations: Sequence[Generation]) -> tuple[int, float]:
 
 def fresh(family: str) -> Drafter:
     """An untrained drafter that starts from the target where its family can."""
-    drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **OPTIONS[family]), demo().shape)
-    if drafter.trainable:
-        drafter.start_from(demo().head, torch.arange(demo().vocab_size).flip(0))
-    return drafter.eval()
+    torch.manual_seed(0)
+    return DRAFTERS[family](DRAFTERS[family].Config(name=family, **OPTIONS[family]), demo().shape).eval()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Conversations that the target wrote greedily, with features."""
+    return regenerate(demo(), DATA, tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture(scope="module")
+def trained(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Drafter]:
+    """A family's drafter as it is loaded after a short training."""
+    folders: dict[str, Path] = {}
+
+    def loaded(family: str) -> Drafter:
+        if not DRAFTERS[family].trainable:
+            return fresh(family)
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            train(fresh(family), store, TRAIN, demo().head, folders[family], demo())
+        return load_drafter(folders[family] / "drafter", demo().fingerprint)
+
+    return loaded
 
 
 def shown(part: Any) -> str:
     if isinstance(part, (Chain, Dynamic)):
         return part.shape
     return part if isinstance(part, str) else "hybrid" if part else "alone"
+
+
+@pytest.mark.parametrize("family", TRAINABLE)
+def test_a_short_training_raises_held_out_acceptance_and_replay_counts_what_is_served(
+    store: Store, trained: Callable[[str], Drafter], family: str
+) -> None:
+    held = store.split("held_out", TRAIN.held_out, TRAIN.seed)
+    rows = list(batches(store, held, TRAIN.batch_rows, TRAIN.row_length, ("aux", "last")))
+    before, drafter = fresh(family), trained(family)
+    before.start_from(demo().head, store.answer_counts(demo().vocab_size))
+    at_first, after = (replay(lambda batch, K, one=one: one.walk(batch, demo().head, K), rows, 4) for one in (before, drafter))
+    assert after.tau > at_first.tau
+
+    few = [store[index] for index in held[:8]]
+    asked = [one.tokens[~one.mask].tolist() for one in few]
+    served = SpeculativeDecoder(demo(), drafter, RuntimeConfig(shape=Chain(length=4))).generate(asked, max_new_tokens=DATA.max_new_tokens)
+    total, found = Statistics(), Statistics()
+    for prompt, one in zip(asked, served, strict=True):
+        total = total + one.statistics
+        batch = packed(demo(), [prompt + one.tokens], [len(prompt)])
+        found = found + replay(lambda rows, K: drafter.walk(rows, demo().head, K), [batch], 4)
+    assert (found.rounds, found.tokens) == (total.rounds, total.tokens)
+    assert (found.attempts, found.accepts) == (total.attempts, total.accepts)
+    print(f"{family}: held-out tau {at_first.tau:.3f} before, {after.tau:.3f} after; {total.tau:.3f} served on {len(few)} of them")
 
 
 CASES = [
@@ -143,27 +204,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "shape", "beside"), CASES, ids=shown)
-def test_greedy_text_in_fp32_is_the_targets_own(family: str, shape: Any, beside: HybridConfig | None) -> None:
-    decoder = SpeculativeDecoder(demo(), fresh(family), RuntimeConfig(shape=shape, hybrid=beside))
+def test_greedy_text_in_fp32_is_the_targets_own(
+    trained: Callable[[str], Drafter], family: str, shape: Any, beside: HybridConfig | None
+) -> None:
+    decoder = SpeculativeDecoder(demo(), trained(family), RuntimeConfig(shape=shape, hybrid=beside))
     differing, tau = check(decoder.generate([list(prompt) for prompt in prompts()], max_new_tokens=NEW_TOKENS, batch_size=PROMPTS))
     print(f"{family} {'hybrid ' if beside else ''}{shape.shape}: {differing} of {PROMPTS} differ, tau {tau:.2f}")
-
-
-@pytest.mark.parametrize("family", TRAINABLE)
-def test_replay_counts_what_decoding_counts(family: str) -> None:
-    """Teacher-forced acceptance over the target's own texts, and the served walk, count by count."""
-    few, drafter = 6, fresh(family)
-    asked = [list(prompt) for prompt in prompts()[:few]]
-    decoder = SpeculativeDecoder(demo(), drafter, RuntimeConfig(shape=Chain(length=4)))
-    served = decoder.generate(asked, max_new_tokens=NEW_TOKENS)
-    total, found = Statistics(), Statistics()
-    for prompt, one in zip(asked, served, strict=True):
-        batch = packed(demo(), [prompt + one.tokens], [len(prompt)])
-        total = total + one.statistics
-        found = found + replay(lambda rows, K: drafter.walk(rows, demo().head, K), [batch], 4)
-    assert (found.rounds, found.tokens) == (total.rounds, total.tokens)
-    assert (found.attempts, found.accepts) == (total.attempts, total.accepts)
-    print(f"{family}: tau {found.tau:.3f} replayed, {total.tau:.3f} served")
 
 
 @pytest.mark.parametrize("shape", [Chain(length=8), Static(children=(2, 1, 1, 1, 1, 1, 1, 1))], ids=lambda shape: shape.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from drafttrain.core.plan import Chain, Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig
-from drafttrain.export import ExportConfig, export
+from drafttrain.export import FORMATS, ExportConfig, export
+from drafttrain.export.card import USE, Story, card
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
+from drafttrain.train.loop import TrainConfig
 from tests.data.stores import make_target
 from tests.tiny import tiny_eagle3
 
@@ -86,3 +89,21 @@ def test_plain_is_refused_for_another_target(tmp_path: Path, target: Target) -> 
     save_drafter(SmallLM(SmallLMConfig(layers=1), make_target(1, "another").shape), tmp_path / "drafter")
     with pytest.raises(UserError, match="was trained for target another"):
         export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("plain",)), tmp_path / "export")
+
+
+def test_every_format_says_how_it_is_used() -> None:
+    assert USE.keys() == FORMATS.keys()
+
+
+def test_a_card_names_target_and_options_and_says_where_nothing_was_measured(tmp_path: Path, target: Target) -> None:
+    notes = {"step": 1200, "tokens": 34000, "train": TrainConfig(steps=1200).model_dump(mode="json"), "held_out_tau": 1.234, "length": 2}
+    save_drafter(tiny_eagle3(target, unroll=3), tmp_path / "drafter", {**notes, "held_out_alpha": [0.2, 0.1]})
+    hub = TargetConfig(model="someone/model")
+    text = card("native", tmp_path / "drafter", Story("mine", hub, "3 conversations", tmp_path / "results.jsonl", "0.1"))
+    for said in (
+        "# mine", "base_model: someone/model", target.fingerprint, "1,200 steps over 34,000 tokens",
+        "a chain of 2 has accepted length 1.23", "alpha 0.20 0.10", "3 conversations", "- `unroll`: 3", "Not measured yet",
+        'from_pretrained("someone/model"',
+    ):  # fmt: skip
+        assert said in text
+    assert re.findall(r"\{[a-z_]+\}", text) == []  # every mark was filled in

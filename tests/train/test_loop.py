@@ -374,8 +374,8 @@ loop.SHARDED = {}
 PartialState(cpu=True)  # joins the gloo group; accelerate shards for devices only, so it is told that these are some
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 family, steps = sys.argv[3], int(sys.argv[4])
-torch.manual_seed(0)
 target = tiny_target(16)
+torch.manual_seed(0)
 drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
 made = new_accelerator(TrainConfig(**OPTIONS), Path(sys.argv[2]))
 assert made.is_fsdp2, made.distributed_type
@@ -407,8 +407,9 @@ def test_two_sharded_processes_stop_go_on_and_equal_one_loss_by_loss(family: str
     settings = yaml.safe_load(Path("configs/fsdp2.yaml").read_text())["fsdp_config"]
     sharded = {name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
     for steps in (5, 99):  # stopped after five, then to the end
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-                   str(tmp_path / "ranks.py"), str(store.folder), str(tmp_path / "two"), family, str(steps)]  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                   "--rdzv_endpoint=localhost:0", str(tmp_path / "ranks.py"), str(store.folder), str(tmp_path / "two"), family,
+                   str(steps)]  # fmt: skip
         asked = {**environment(), **sharded, "ACCELERATE_USE_FSDP": "true"}
         done = subprocess.run(command, check=False, cwd=Path.cwd(), env=asked, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,100 @@
+"""The model card beside an exported drafter: card.md, filled in from the drafter's own files and the run's results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.errors import UserError
+from drafttrain.data.shards import write_whole
+from drafttrain.drafters.files import load_drafter
+from drafttrain.evaluation.bench import read_rows
+from drafttrain.evaluation.report import results_table
+from drafttrain.evaluation.runners import folder_fingerprint
+from drafttrain.target.files import DEMO, TargetConfig
+
+CARD, TEMPLATE = "README.md", Path(__file__).with_name("card.md")
+USE = {
+    "native": """```python
+from drafttrain import SpeculativeDecoder
+
+decoder = SpeculativeDecoder.from_pretrained("{target}", "PATH/OF/THIS/FOLDER")
+print(decoder.generate("Why is the sky blue?", max_new_tokens=128)[0].text)
+```""",
+    "plain": """An ordinary causal LM with the target's tokenizer; whatever loads one can draft with it.
+
+```python
+from transformers import AutoModelForCausalLM
+
+drafter = AutoModelForCausalLM.from_pretrained("PATH/OF/THIS/FOLDER")
+# target: `{target}`, loaded as usual
+target.generate(**inputs, assistant_model=drafter)
+```""",
+}
+"""How the folder of each export format is used."""
+TOLD = ("batch_rows", "row_length", "accumulate", "lr", "schedule", "weight_decay", "precision", "seed")
+"""Options of training that stand in a card; all of them are in the recipe beside it."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a card tells that the drafter's own files don't."""
+
+    name: str
+    target: TargetConfig
+    data: str  # the conversations, in words
+    results: Path  # what `eval` measured; may not exist
+    version: str  # of this package
+
+
+def write_card(folder: Path, format: str, drafter: Path, story: Story) -> Path:
+    """Puts the card of the trained drafter in `drafter` into `folder`, which holds it in `format`."""
+    text = card(format, drafter, story)
+    write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder / CARD
+
+
+def card(format: str, drafter: Path, story: Story) -> str:
+    """The card's text. Raises `UserError` where the drafter or the results are damaged."""
+    made = load_drafter(drafter)
+    notes: dict[str, Any] = json.loads((drafter / "config.json").read_text(encoding="utf-8"))["notes"]
+    model = story.target.model
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        name=story.name, family=made.config.name, target=model, fingerprint=made.target.fingerprint, dtype=story.target.dtype,
+        base=f"base_model: {model}\n" if model != DEMO and not Path(model).is_dir() else "",
+        parameters=f"{sum(weight.numel() for weight in made.parameters()):,}", version=story.version,
+        use=USE[format].format(target=model), results=_results(drafter, story.results), training=_training(notes), data=story.data,
+        options=_listed(made.config.model_dump(mode="json")),
+    )  # fmt: skip
+
+
+def _results(drafter: Path, results: Path) -> str:
+    """Its rows and plain decoding's; rows of other drafters in the same file are left out."""
+    mark = folder_fingerprint(drafter)
+    rows = read_rows(results) if results.exists() else []
+    own = {row.run for row in rows if row.measured.drafter_fingerprint == mark}
+    kept = [row for row in rows if row.run in own and row.measured.drafter_fingerprint in (mark, None)]
+    if not kept:
+        return "Not measured yet: `drafttrain eval` on the run, then `drafttrain export` again."
+    try:
+        return results_table(kept).rstrip()
+    except UserError as error:
+        return f"Not shown: {error}."
+
+
+def _training(notes: Mapping[str, Any]) -> str:
+    if "step" not in notes:
+        return "Nothing was trained."
+    told = ", ".join(f"{key} {notes['train'][key]}" for key in TOLD)
+    text = f"{notes['step']:,} steps over {notes['tokens']:,} tokens ({told})."
+    if "held_out_tau" in notes:
+        alpha = " ".join(f"{value:.2f}" for value in notes["held_out_alpha"])
+        text += f" On held-out conversations a chain of {notes['length']} has accepted length {notes['held_out_tau']:.2f} (alpha {alpha})."
+    return text
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return "\n".join(f"- `{key}`: {json.dumps(value)}" for key, value in options.items())
