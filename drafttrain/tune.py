@@ -105,20 +105,21 @@ def priced(
     alone = [one.decoder.runtime.model_copy(update={"hybrid": None}) for one in tried]
     bare = [SpeculativeDecoder(target, tried[place].drafter, alone[place]) for place in hybrids]
     curve = score_curve(target, typical_context(prompts, answers), frozenset().union(*(tried[place].drafter.needs for place in hybrids)))
-    costs = round_costs(bare, spread(midway(prompts, answers), PRICED), max_new_tokens, rounds=6)
+    some = spread(midway(prompts, answers), PRICED)
+    plain, *costs = round_costs([SpeculativeDecoder(target), *bare], some, max_new_tokens, rounds=6)  # by turns: a busy machine hits all
     out = [*tried]
     for place, cost in zip(hybrids, costs, strict=True):
         runtime = out[place].recipe.runtime
         assert runtime.hybrid is not None
-        hybrid = runtime.hybrid.model_copy(update=prices(cost, curve, runtime.shape.nodes))
+        hybrid = runtime.hybrid.model_copy(update=prices(cost, plain, curve, runtime.shape.nodes))
         recipe = out[place].recipe.model_copy(update={"runtime": runtime.model_copy(update={"hybrid": hybrid})})
         out[place] = candidate(target, recipe, out[place].drafter)
     return out
 
 
-def prices(cost: RoundCost, curve: ScoreCurve, nodes: int) -> dict[str, float]:
-    """A hybrid's, from what the trained drafter takes alone and what `nodes` of the target's forward do."""
-    return {"head_cost": round(cost.draft / curve.at(1), 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
+def prices(cost: RoundCost, plain: RoundCost, curve: ScoreCurve, nodes: int) -> dict[str, float]:
+    """A hybrid's, from what the trained drafter takes alone beside a plain forward, and what `nodes` add to that."""
+    return {"head_cost": round(cost.draft / plain.score, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
 
 
 def shapes(deepest: int | None, own: Shape) -> list[Shape]:

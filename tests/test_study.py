@@ -231,16 +231,16 @@ def test_tune_measures_a_hybrids_prices_for_every_shape_and_writes_them(workplac
     asked = []
 
     def round_costs(decoders: Any, *_: Any, **__: Any) -> list[RoundCost]:
-        asked.extend(decoder.drafter.config.name for decoder in decoders)
-        return [RoundCost(0.5 * decoder.runtime.shape.depth, 0.0, (1,)) for decoder in decoders]
+        asked.extend(decoder.drafter and decoder.drafter.config.name for decoder in decoders)
+        return [RoundCost(0.5 * decoder.runtime.shape.depth, 0.0, (1,), score=4.0) for decoder in decoders]
 
     monkeypatch.setattr(tuning, "round_costs", round_costs)
     run = tunable(workplace)
     assert drafttrain("tune", run, "runtime.hybrid={head_gain: 1.5}", "runtime.shape.length=2").exit_code == 0
     tuned = load_recipe(run).runtime
     assert tuned.shape == Chain(length=8)
-    assert tuned.hybrid == HybridConfig(head_gain=1.5, head_cost=0.5 * 8 / 2.0, node_cost=0.05)
-    assert set(asked) == {"eagle3"}  # alone, without the lookup
+    assert tuned.hybrid == HybridConfig(head_gain=1.5, head_cost=0.5 * 8 / 4.0, node_cost=0.05)
+    assert asked == [None, *["eagle3"] * (len(asked) - 1)]  # plain decoding, and the drafter alone, without the lookup
 
 
 def test_tune_leaves_a_run_without_a_lookup_unpriced(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,10 @@ class Eagle3Config(DrafterConfig):
     """Normalise each captured layer before fusing them (`fc_norm` in the engines' formats)."""
 
 
+READERS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+"""What reads the embedding beside the feature."""
+
+
 class Eagle3Layer(nn.Module):
     """One decoder layer whose attention reads [embedding, feature] and whose residual stream is the feature."""
 
@@ -180,7 +184,7 @@ class Eagle3(Drafter):
                 continue
             if parameter.shape == source.shape:
                 parameter.copy_(source)
-            elif parameter.shape == (source.shape[0], 2 * source.shape[1]):  # [embedding, feature]
+            elif name in READERS and parameter.shape == (source.shape[0], 2 * source.shape[1]):  # [embedding, feature]
                 parameter[:, :size].mul_(0.5)
                 parameter[:, size:].copy_(source)
 

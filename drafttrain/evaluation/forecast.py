@@ -37,6 +37,7 @@ class RoundCost:
     draft: float  # seconds: medians of the rounds with as many drafter calls, by how often such rounds come
     other: float  # median seconds: verify, commit, and the loop's own
     nodes: tuple[int, ...]  # drafted nodes of each round that was timed
+    score: float = 0.0  # median seconds of the target's forwards over them
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def cost_of(played: Sequence[Played]) -> RoundCost:
     kinds = {calls: [one.seconds["draft"] for one in played if one.calls == calls] for calls in {one.calls for one in played}}
     draft = sum(median(seconds) * len(seconds) for seconds in kinds.values()) / len(played)
     other = median(one.seconds["verify"] + one.seconds["commit"] + one.seconds["other"] for one in played)
-    return RoundCost(draft, other, tuple(one.nodes for one in played))
+    return RoundCost(draft, other, tuple(one.nodes for one in played), median(one.seconds["score"] for one in played))
 
 
 def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, rounds: int) -> list[Played]:

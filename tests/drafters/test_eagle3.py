@@ -145,3 +145,16 @@ def test_recomputing_activations_changes_no_gradient() -> None:
         grads.append([p.grad for p in drafter.parameters()])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_a_layer_twice_as_wide_as_the_targets_borrows_what_fits_and_nothing_else() -> None:
+    """Only what reads the embedding beside the feature has its second half from the target."""
+    target = tiny_target(1)
+    drafter = Eagle3(Eagle3Config(intermediate_size=96, num_attention_heads=8), target.shape)
+    layer, theirs = drafter.midlayer, target.head.layer_weights(2)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    drafter.start_from(target.head, torch.arange(VOCAB))
+    for name in ("mlp.down_proj.weight", "mlp.up_proj.weight", "self_attn.o_proj.weight", "self_attn.q_proj.weight"):
+        assert layer.state_dict()[name].equal(before[name]), name
+    assert layer.state_dict()["self_attn.k_proj.weight"][:, 32:].equal(theirs["self_attn.k_proj.weight"])

@@ -119,13 +119,13 @@ def test_timed_prompts_are_spread_from_the_longest_to_the_shortest() -> None:
 
 
 def played(draft: float, calls: int, nodes: int, verify: float = 0.1) -> Played:
-    return Played({**dict.fromkeys(PHASES, 0.0), "draft": draft, "verify": verify}, calls, nodes)
+    return Played({**dict.fromkeys(PHASES, 0.0), "draft": draft, "score": 2.0, "verify": verify}, calls, nodes)
 
 
 def test_rounds_with_and_without_the_trained_drafter_count_as_often_as_they_come() -> None:
     """And a round that something else slowed down counts for what its kind takes."""
     rounds = [played(1.0, 4, 24), played(1.1, 4, 20), played(9.0, 4, 24), played(0.01, 0, 3, verify=5.0), played(0.03, 0, 5)]
-    assert cost_of(rounds) == RoundCost(pytest.approx((3 * 1.1 + 2 * 0.02) / 5), pytest.approx(0.1), (24, 20, 24, 3, 5))
+    assert cost_of(rounds) == RoundCost(pytest.approx((3 * 1.1 + 2 * 0.02) / 5), pytest.approx(0.1), (24, 20, 24, 3, 5), 2.0)
 
 
 def test_a_forecast_scores_the_nodes_that_rounds_bring_not_those_they_might() -> None:
