@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ def many_trees(name: str, draws: str, seeds: range, sampling: Sampling | None = 
     vocab = 2 if few else 4 if name == "3" else 3
     made = [all_trees(TOPOLOGIES[name], draws, vocab, 2 * seed, 2 * seed + 1) for seed in seeds]
     first = made[0][0]
-    joined = {part: torch.cat([getattr(tree, part) for tree, *_ in made]) for part in ("tokens", "parents", "live", "law_rows", "law_of")}
+    parts = ("tokens", "parents", "live", "law_rows", "law_of")
+    joined: dict[str, Any] = {part: torch.cat([getattr(tree, part) for tree, *_ in made]) for part in parts}
     scored = Scored(torch.cat([one.logits for _, one, _ in made]), sampling or Sampling(1.0))
     seed = torch.cat([torch.full((len(weight),), seed) for seed, (*_, weight) in enumerate(made)])
     return replace(first, **joined), scored, torch.cat([weight for *_, weight in made]), seed
