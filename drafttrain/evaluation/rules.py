@@ -3,9 +3,9 @@
 The expected accepted length of a rule on a tree (its tokens and the laws p and q fixed) is a mean over `chances` independent runs of the
 rule itself, with the same random streams for every rule. Differences are paired round by round; intervals are bootstraps over prompts.
 
-Where siblings were drawn iid, the probability that one of them stands has a limit for every rule, P* (Khisti et al., 2024, arXiv:2410.18234).
-At the nodes whose children the first rule tried it stands beside the probability that each top-down rule has there, both over the siblings
-that could have been drawn: no chance is left in them but which nodes were reached.
+Where siblings were drawn iid, the probability that one of them stands has a limit for every rule, P* (Khisti et al., 2024,
+arXiv:2410.18234). At the nodes whose children the first rule tried it stands beside the probability that each top-down rule has there, both
+over the siblings that could have been drawn: no chance is left in them but which nodes were reached.
 n rounds, N nodes, K levels, R laws, V vocabulary, S chances.
 """
 

@@ -1,4 +1,7 @@
-"""Every registered rule, for all draws it accepts, keeps the target's law: exact enumeration through the real round."""
+"""Every registered rule, for all draws it accepts, keeps the target's law: exact enumeration through the real round.
+
+And every known way of losing it is seen: trees that a rule is told the wrong thing about, and rules that are wrong.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain.core.chance import Scripted, branches
+from drafttrain.core.chance import Chance, Scripted, Seeded, branches
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape, Static
-from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
+from drafttrain.core.sampling import Sampling, normalise
+from drafttrain.core.tree import Draws, Tree
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.runtime import generate
 from drafttrain.runtime.generate import Batch, Request
 from drafttrain.runtime.policy import Fixed
 from drafttrain.verify import RULES
-from drafttrain.verify.base import Rule
+from drafttrain.verify.base import Rule, RuleConfig
 from tests.contract.tables import TableDrafter, TableTarget
+from tests.contract.tables import law as table
+from tests.verify.walk import law_of
 
 LOSSLESS = sorted(name for name, rule in RULES.items() if rule.lossless)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,10 +40,13 @@ TREES: dict[str, Shape] = {
     "2": Static(children=(2,)),
     "1-1": Chain(length=2), "2-1": Static(children=(2, 1)), "2-2": Static(children=(2, 2)), "3-1": Static(children=(3, 1)),
     "1-2": Static(children=(1, 2)), "2-2-1": Static(children=(2, 2, 1)), "ragged": Static(choices=((0,), (1,), (0, 0), (0, 1), (0, 0, 0))),
+    "younger deeper": Static(choices=((0,), (1,), (1, 0), (1, 1), (1, 1, 0))),
     "chain-3": Chain(length=3), "dynamic": Dynamic(depth=2, beam=2, top_k=2, nodes=4),
 }  # fmt: skip
-LONG = [("iid", "2-2-1"), ("iid", "3-1"), ("iid", "2-2"), ("iid", "ragged"), ("without_replacement", "2-2-1")]  # over 10 s each
-WIDE = ("2-2", "3-1", "2-2-1", "ragged")  # variants of a rule walk these in the slow tests only
+LONG = [
+    ("iid", "2-2-1"), ("iid", "3-1"), ("iid", "2-2"), ("iid", "ragged"), ("iid", "younger deeper"), ("without_replacement", "2-2-1"),
+]  # over 10 s each
+WIDE = ("2-2", "3-1", "2-2-1", "ragged", "younger deeper")  # variants of a rule walk these in the slow tests only
 CASES = [
     pytest.param(name, draws, tree, marks=[pytest.mark.slow] if (draws, tree) in LONG or (name not in RULES and tree in WIDE) else [])
     for name, (rule, _) in VARIANTS.items()
@@ -45,13 +55,17 @@ CASES = [
     if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts and (shape.shape != "dynamic" or draws == "point")
 ]
 SMALL = [case for case in CASES if case.values[2] in ("2", "1-1")]
+WIDER = [case for case in CASES if case not in SMALL and case.values[0] in RULES]
 
 
 def two_tokens(
     monkeypatch: pytest.MonkeyPatch, rule: str, draws: Any, shape: Shape, sampling: Sampling, vocab: int, rows: int = 1, watch: int = 0,
-    change: Callable[[Tree], Tree] | None = None, seed: int = 2,
+    change: Callable[[Tree], Tree] | None = None, seed: int = 2, other: Rule | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The joint law [V, V] of the two tokens after the first one: as it comes out, and the target's own."""
+    """The joint law [V, V] of the two tokens after the first one: as it comes out, and the target's own.
+
+    change: what happens to each tree before it is scored. other: a rule that is not registered.
+    """
     target, drafter = TableTarget(vocab), TableDrafter(vocab, seed)
     if change is not None:
         propose = drafter.propose
@@ -63,7 +77,7 @@ def two_tokens(
     total = 0.0
     for chance in branches(rows, watch):
         monkeypatch.setattr(generate, "Seeded", lambda seed, ids, chance=chance: chance)
-        batch = Batch(target, drafter, made(rule), Fixed(Plan(shape, draws)), sampling, seed=0)  # type: ignore[arg-type]
+        batch = Batch(target, drafter, other or made(rule), Fixed(Plan(shape, draws, laws=True)), sampling, seed=0)  # type: ignore[arg-type]
         batch.start([Request(prompt, index, 9) for index, prompt in enumerate(prompts)])
         batch.step()
         tokens = batch.written[watch][1:]
@@ -89,8 +103,31 @@ def distance(laws: tuple[np.ndarray, np.ndarray]) -> float:
 @pytest.mark.parametrize(("rule", "draws", "tree"), CASES)
 def test_rule_keeps_the_targets_law(monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str) -> None:
     sampling = Sampling() if RULES[VARIANTS[rule][0]].temperatures == "zero" else Sampling(temperature=1.0)
-    vocab = 2 if tree in ("2-2-1", "ragged") and draws != "point" else 3
+    vocab = 2 if tree in ("2-2-1", "ragged", "younger deeper") and draws != "point" else 3
     assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, vocab)) < 1e-6
+
+
+TOPOLOGIES = ("1-1", "2-1", "2-2", "3-1", "1-2", "2-2-1", "ragged", "younger deeper")
+
+
+@pytest.mark.parametrize(("cases", "names"), [(CASES, list(VARIANTS)), ([*SMALL, *WIDER], LOSSLESS)], ids=["one row", "three rows"])
+def test_every_lossless_rule_is_walked_with_all_draws_it_takes_over_all_topologies(cases: list[Any], names: list[str]) -> None:
+    walked = {case.values for case in cases}
+    due = {
+        (name, draws, tree) for name in names for draws, form in RULES[VARIANTS[name][0]].accepts for tree in TOPOLOGIES
+        if form == ("chain" if TREES[tree].shape == "chain" else "tree")
+    }  # fmt: skip
+    assert due <= walked
+    assert {name for name, _, _ in due} == set(names)
+
+
+@pytest.mark.parametrize(("rule", "draws", "tree"), WIDER)
+def test_rule_keeps_the_law_of_a_row_of_a_batch_over_all_topologies(
+    monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str
+) -> None:
+    sampling = Sampling() if RULES[rule].temperatures == "zero" else Sampling(temperature=1.0)
+    vocab = 3 if draws == "point" or (draws, tree) == ("without_replacement", "3-1") else 2
+    assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, vocab, rows=3, watch=1)) < 1e-6
 
 
 @pytest.mark.parametrize(("rule", "draws", "tree"), SMALL)
@@ -132,33 +169,178 @@ def dropped_after_a_look(tree: Tree) -> Tree:
     return replace(tree, live=live)
 
 
-def without_renormalising(tree: Tree) -> Tree:
-    """The second sibling, drawn without the first, verified by the law that still holds it."""
-    return replace(tree, draws="iid")
+def stopped_after_a_look(tree: Tree) -> Tree:
+    """Ends the chain below a first token whose probability turns out low, and keeps that token."""
+    assert tree.law_rows is not None
+    q = tree.law_rows[:, 0].gather(1, tree.tokens[:, 1:2])[:, 0]
+    live = tree.live.clone()
+    live[:, 2] = q > 0.4
+    return replace(tree, live=live)
 
 
-@pytest.mark.parametrize(
-    ("drawn", "tree", "change"),
-    [
-        ("iid", "2", relabelled("without_replacement")),
-        ("without_replacement", "2", without_renormalising),
-        ("without_replacement", "2", sorted_siblings),
-        ("iid", "1-1", dropped_after_a_look),
-    ],
-    ids=["iid-as-without-replacement", "un-renormalised", "sorted-siblings", "dropped-after-a-look"],
-)
-def test_known_ways_of_losing_exactness_are_seen(monkeypatch: pytest.MonkeyPatch, drawn: str, tree: str, change: Any) -> None:
-    def worst(change: Any) -> float:
-        given = (monkeypatch, "recursive", drawn, TREES[tree], Sampling(1.0), 3)
-        return max(distance(two_tokens(*given, change=change, seed=seed)) for seed in range(2, 8))
-
-    assert worst(None) < 1e-6
-    assert worst(change) > 0.01
+def without_twins(tree: Tree) -> Tree:
+    """The second of two equal siblings is taken out before verification."""
+    live = tree.live.clone()
+    live[:, 2] &= tree.tokens[:, 1] != tree.tokens[:, 2]
+    return replace(tree, live=live)
 
 
-@pytest.mark.parametrize("drawn", ["iid", "without_replacement"])
-def test_treating_any_tree_as_point_stays_exact(monkeypatch: pytest.MonkeyPatch, drawn: str) -> None:
-    assert distance(two_tokens(monkeypatch, "recursive", drawn, TREES["2"], Sampling(1.0), 3, change=relabelled("point"))) < 1e-6
+def of_the_kept(tree: Tree) -> Tree:
+    """Chosen children as if drawn from the law of the chosen ones alone."""
+    assert tree.law_rows is not None and tree.law_of is not None
+    kept = torch.zeros_like(tree.law_rows)
+    row = torch.arange(len(kept))
+    for node in range(1, tree.tokens.shape[1]):
+        at = row, tree.law_of[:, node], tree.tokens[:, node]
+        kept[at] = tree.law_rows[at]
+    return replace(tree, draws="iid", law_rows=normalise(kept))
+
+
+def of_another_temperature(tree: Tree) -> Tree:
+    """The law on record is not the one that the tokens were drawn from: warped on one side, or by weights of another time."""
+    assert tree.law_rows is not None
+    return replace(tree, law_rows=normalise(tree.law_rows**2))
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str, str, Callable[[Tree], Tree]]] = {
+    "iid as without replacement": (("recursive", "traversal"), "iid", "2", relabelled("without_replacement")),
+    "un-renormalised": (("recursive", "traversal", "multidraft"), "without_replacement", "2", relabelled("iid")),
+    "sorted siblings": (("recursive", "traversal"), "without_replacement", "2", sorted_siblings),
+    "sorted twins": (("recursive", "traversal"), "iid", "2", sorted_siblings),
+    "dropped after a look": (("rejection", "recursive", "traversal", "multidraft"), "iid", "1-1", dropped_after_a_look),
+    "top-k as iid": (("recursive", "traversal", "multidraft"), "point", "2", relabelled("iid")),
+    "top-k as without replacement": (("recursive", "traversal"), "point", "2", relabelled("without_replacement")),
+    "top-k of its own law": (("recursive", "traversal", "multidraft"), "point", "2", of_the_kept),
+    "argmax as drawn": (("rejection", "recursive", "traversal", "multidraft"), "point", "1-1", relabelled("iid")),
+    "twins taken out": (("recursive", "traversal", "multidraft"), "iid", "2", without_twins),
+    "law of another temperature": (("rejection", "recursive", "traversal", "multidraft"), "iid", "1-1", of_another_temperature),
+}
+"""What a rule may be told that is not so: the rules that lose the law by it, how the tree was drawn, its shape, what happens to it."""
+
+
+def worst(
+    monkeypatch: pytest.MonkeyPatch, rule: str, drawn: str, tree: str, change: Callable[[Tree], Tree] | None, other: Rule | None = None
+) -> float:
+    """Largest total variation of two tokens, over several drafters."""
+    given = (monkeypatch, rule, drawn, TREES[tree], Sampling(1.0), 3)
+    return max(distance(two_tokens(*given, change=change, seed=seed, other=other)) for seed in range(2, 8))
+
+
+@pytest.mark.parametrize(("rule", "way"), [(rule, way) for way, (rules, *_) in WRONG.items() for rule in rules])
+def test_known_ways_of_losing_exactness_are_seen(monkeypatch: pytest.MonkeyPatch, rule: str, way: str) -> None:
+    _, drawn, tree, change = WRONG[way]
+    assert worst(monkeypatch, rule, drawn, tree, change) > 0.01
+
+
+@pytest.mark.parametrize("rule", ["rejection", "recursive", "traversal", "multidraft"])
+def test_a_draft_may_end_below_a_token_that_was_looked_at_and_kept(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    assert worst(monkeypatch, rule, "iid", "1-1", stopped_after_a_look) < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+@pytest.mark.parametrize("drawn", ["point", "iid", "without_replacement"])
+@pytest.mark.parametrize("assumed", ["point", "iid", "without_replacement"])
+def test_only_point_is_exact_for_trees_that_were_drawn_otherwise(
+    monkeypatch: pytest.MonkeyPatch, rule: str, drawn: str, assumed: str
+) -> None:
+    found = worst(monkeypatch, rule, drawn, "2", relabelled(assumed))
+    assert found < 1e-6 if assumed in ("point", drawn) else found > 0.01
+
+
+class Wrong(Rule):
+    """A rule that claims to be lossless and is not: siblings of depth one, drawn iid."""
+
+    Config, accepts = RuleConfig, frozenset({("iid", "tree")})
+
+    def __init__(self, against: str = "") -> None:
+        """against: `` takes the child of the largest p as it is; `q` and `something near` verify it by a law that it does not have."""
+        super().__init__(RuleConfig(name="wrong"))
+        self.against = against
+
+    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+        row, p = torch.arange(len(tree.tokens)), scored.p[:, 0]
+        best = p.gather(1, tree.tokens[:, 1:]).argmax(1) + 1
+        token, law = tree.tokens[row, best], tree.law(best)
+        if self.against == "something near":  # to the law of the choice
+            law = normalise(law * p)
+        ratio = p[row, token] / law[row, token] if self.against else torch.ones(len(row))
+        stands = chance.bernoulli(ratio.clamp_max(1.0))
+        left = torch.where(stands[:, None], scored.p[row, best], normalise((p - law).clamp_min(0)))
+        path, length = tree.path_to(torch.where(stands, best, 0))
+        return Verdict(path, length, chance.draw(left[:, None], 1, replace=True)[:, 0, 0])
+
+
+@pytest.mark.parametrize("against", ["", "q", "something near"])
+def test_the_best_of_several_drafts_without_its_own_law_is_seen(monkeypatch: pytest.MonkeyPatch, against: str) -> None:
+    assert worst(monkeypatch, "recursive", "iid", "2", None, Wrong(against)) > 0.01
+
+
+class Longest(Rule):
+    """Chains below roots that were drawn from the target's own law; the longest run of accepted tokens is kept, or the first root."""
+
+    Config, accepts = RuleConfig, frozenset({("without_replacement", "tree")})
+
+    def __init__(self, first: bool = False) -> None:
+        """first: keeps the branch of the first root, however long, which is exact."""
+        super().__init__(RuleConfig(name="longest"))
+        self.first = first
+
+    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+        row, C = torch.arange(len(tree.tokens)), tree.max_children
+        roots, tips = torch.arange(1, C + 1), torch.arange(C + 1, 2 * C + 1)  # nodes of the two levels
+        p, q = scored.p[:, roots], torch.stack([tree.law(torch.full_like(row, int(tip))) for tip in tips], 1)  # [B, C, V]
+        drafted = tree.tokens[:, tips, None]
+        kept = chance.bernoulli((p.gather(2, drafted) / q.gather(2, drafted))[..., 0].clamp_max(1.0))  # [B, C]
+        which = torch.zeros_like(row) if self.first else kept.long().argmax(1)
+        stands = kept[row, which]
+        node = torch.where(stands, tips[which], roots[which])
+        law = torch.where(stands[:, None], scored.p[row, node], normalise((p[row, which] - q[row, which]).clamp_min(0)))
+        path, length = tree.path_to(node)
+        return Verdict(path, length, chance.draw(law[:, None], 1, replace=True)[:, 0, 0])
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["longest", "first"])
+def test_the_longest_branch_below_target_drawn_roots_is_seen_and_the_first_one_is_exact(
+    monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    def drawn_by_the_target(drafter: TableDrafter, state: Any, roots: torch.Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
+        at = [TableTarget(3).p([*text, root]) for text, root in zip(state.texts, roots.tolist(), strict=True)]
+        first = torch.tensor(np.array(at)).log().float()[:, None]
+        texts = [[*text, root] for text, root in zip(state.texts, roots.tolist(), strict=True)]
+
+        def step(frontier: Frontier) -> torch.Tensor:
+            if not frontier.level:
+                return first
+            rows = zip(texts, frontier.tokens.tolist(), strict=True)
+            return torch.tensor([[table(drafter.seed, [*text, token], 3).tolist() for token in row] for text, row in rows]).log()
+
+        return grow(step, roots, plan, sampling, chance).tree
+
+    monkeypatch.setattr(TableDrafter, "propose", drawn_by_the_target)
+    found = worst(monkeypatch, "recursive", "without_replacement", "2-1", None, Longest(first))
+    assert found < 1e-6 if first else found > 0.01
+
+
+ONE_DRAFT = [
+    (name, draws, 1 if name == "traversal" else 2)  # longer chains are block verification
+    for name, (rule, _) in VARIANTS.items()
+    for draws in ("point", "iid", "without_replacement")
+    if RULES[rule].temperatures != "zero" and (draws, "chain") in RULES[rule].accepts
+]
+
+
+@pytest.mark.parametrize(("name", "draws", "length"), ONE_DRAFT)
+def test_one_draft_a_level_is_speculative_sampling(name: str, draws: Draws, length: int) -> None:
+    """Chain by chain: the same law of accepted length and next token as `rejection`. Match-sampling is weaker where tokens were drawn."""
+    logits, q = (2 * torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    plan = Plan(Chain(length=length), draws, laws=True)
+    drawn = grow(lambda frontier: q[frontier.tokens], torch.arange(3).repeat(8), plan, Sampling(1.0), Seeded(0, torch.arange(24))).tree
+    scored = Scored(logits[drawn.tokens], Sampling(1.0))
+    ours, theirs = (law_of(made(rule), drawn, scored).next for rule in (name, "rejection"))
+    if name == "recursive naive" and draws != "point":
+        assert float((ours - theirs).abs().max()) > 0.01
+    else:
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 def test_rules_refuse_what_they_would_not_keep_exact() -> None:

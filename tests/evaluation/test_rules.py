@@ -20,7 +20,18 @@ from drafttrain.evaluation import rules
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.report import render, stale
 from drafttrain.evaluation.rules import (
-    ACCEPTANCE, Judge, Judged, Levels, RuleRow, compare, figures_table, judge_rounds, judges, read_rule_rows, replay_rules, rules_table,
+    ACCEPTANCE,
+    Judge,
+    Judged,
+    Levels,
+    RuleRow,
+    compare,
+    figures_table,
+    judge_rounds,
+    judges,
+    read_rule_rows,
+    replay_rules,
+    rules_table,
 )
 from drafttrain.evaluation.runners import Contender
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations
 
 import pytest
 import torch
 
 from drafttrain.core.errors import UserError
-from drafttrain.verify.multidraft import SCHEMES, MultidraftConfig, acceptance, best_choice, limit
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Scored
+from drafttrain.verify.multidraft import SCHEMES, Multidraft, MultidraftConfig, acceptance, limit
+from tests.verify.walk import law_of
 
-CONFIGS = {name: MultidraftConfig(scheme=name) for name in SCHEMES}  # type: ignore[arg-type]
+CONFIGS = {name: MultidraftConfig(scheme=name) for name in SCHEMES}
 
 
 def laws(vocab: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,40 +71,22 @@ def test_priority_is_above_recursive_rejection_and_near_the_limit() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_law_of_the_choice_is_what_choosing_draws(scheme: str) -> None:
-    """pI summed up over all pairs of drafts, the chooser's own randomness taken out by its expectation."""
-    p, q = laws(4, 1, seed=3)
-    made = SCHEMES[scheme](CONFIGS[scheme], 2)
-    claimed = made.law(p, q, torch.tensor([2]))[0]
-    total = torch.zeros(4, dtype=torch.float64)
-    for drafts in product(range(4), repeat=2):
-        share = first_wins(scheme, p, q, drafts)
-        weight = float(q[0, drafts[0]] * q[0, drafts[1]])
-        total[drafts[0]] += weight * share
-        total[drafts[1]] += weight * (1 - share)
-    torch.testing.assert_close(total, claimed, atol=1e-6, rtol=0)
-
-
-class Recorded:
-    """A chance that notes the probability of its only choice and takes the first outcome."""
-
-    share = 1.0
-
-    def bernoulli(self, p: torch.Tensor) -> torch.Tensor:
-        self.share = float(p[0])
-        return p > 2  # never
-
-    def draw(self, law: torch.Tensor, k: int, replace: bool) -> torch.Tensor:
-        self.share = float(law[0, 0, 0])
-        return law.argmax(-1, keepdim=True)
-
-
-def first_wins(scheme: str, p: torch.Tensor, q: torch.Tensor, drafts: tuple[int, ...]) -> float:
-    chance, made = Recorded(), SCHEMES[scheme](CONFIGS[scheme], 2)
-    place, _ = made.choose(p, q, torch.tensor([drafts]), torch.ones(1, 2, dtype=torch.bool), chance)
-    return float(place[0] == 0) if scheme == "priority" else chance.share
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_drafts_stand_as_often_as_the_law_of_the_choice_says(scheme: str, K: int) -> None:
+    """All K drafts of 4 tokens through the rule's own call, each with its probability, all of its choices walked."""
+    for seed in range(3):
+        p, q = laws(4, 1, seed)
+        drafts = torch.cartesian_prod(*[torch.arange(4)] * K).view(-1, K)
+        weight, tokens = q[0, drafts].double().prod(1), torch.cat([torch.zeros(len(drafts), 1).long(), drafts], 1)
+        zeros = torch.zeros_like(tokens)
+        tree = Tree(tokens, zeros, zeros == 0, "iid", 1, K, law_rows=q.expand(len(drafts), 1, -1), law_of=zeros)
+        said = law_of(Multidraft(CONFIGS[scheme]), tree, Scored(p.log()[:, None].expand(len(drafts), K + 1, -1), Sampling(1.0)))
+        claimed = float(acceptance(p, q, K, CONFIGS[scheme])[0])
+        assert float(weight @ said.length) == pytest.approx(claimed, abs=1e-6)
+        assert claimed <= float(limit(p, q, K)[0]) + 1e-6
 
 
 def test_a_program_that_is_too_large_is_refused_by_name() -> None:
+    p, q = laws(50, 1)
     with pytest.raises(UserError, match=r"scheme 'optimal': 3 drafts of 50 tokens make 20875 sets; use scheme 'priority'"):
-        best_choice([0.02] * 50, [0.02] * 50, 3)
+        acceptance(p, q, 3, CONFIGS["optimal"])

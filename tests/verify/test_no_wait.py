@@ -44,8 +44,8 @@ REDUCTIONS = {"any", "all", "sum", "max", "min", "amax", "amin", "equal", "allcl
 
 def sources() -> list[Path]:
     """The files of the lossless rules, and of what they call of `core`."""
-    kinds = [kind for kind in RULES.values() if kind.lossless]
-    return sorted({Path(inspect.getfile(thing)) for thing in (*kinds, base, chance, sampling, tree, types)})
+    kinds = [inspect.getfile(kind) for kind in RULES.values() if kind.lossless]
+    return sorted({Path(file) for file in (*kinds, *map(inspect.getfile, (base, chance, sampling, tree, types)))})
 
 
 def waits(source: str, exempt: set[str]) -> list[str]:
@@ -59,7 +59,7 @@ def _reads(node: ast.AST) -> Iterator[str]:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
         if isinstance(node.func, ast.Attribute) and name in READS:
             yield f".{name}()"
-        if isinstance(node.func, ast.Name) and name in ("bool", "int", "float") and node.args and not isinstance(node.args[0], ast.Constant):
+        if isinstance(node.func, ast.Name) and name in ("bool", "int", "float") and not isinstance(node.args[0], ast.Constant):
             yield f"{name}()"
         if name == "to" and any(isinstance(part, ast.Constant) and part.value == "cpu" for part in node.args):
             yield ".to('cpu')"
@@ -96,7 +96,7 @@ METHODS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__",
 OPERATIONS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "equal"}
 
 
-class Waits(Exception):
+class Waits(Exception):  # noqa: N818 - what the code does
     """Something asked the device for a value."""
 
 
@@ -191,8 +191,9 @@ def test_only_a_tree_that_did_not_come_from_grow_is_read_for_its_skeleton() -> N
 SYNCS: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x.sum().item(), "bool": lambda x: bool((x > 0).any()), "int": lambda x: int(x.argmax()), "list": lambda x: x.tolist(),
     "cpu": lambda x: x.cpu(), "mask": lambda x: x[x > 0], "mask put": lambda x: x.clone().index_put_((x > 0,), torch.tensor(0.0)),
-    "nonzero": lambda x: torch.nonzero(x), "where": lambda x: torch.where(x > 0), "index": lambda x: [1, 2, 3][x.argmax()],
-    "branch": lambda x: 1 if x[0] > 0 else 2, "select": lambda x: x.masked_select(x > 0), "repeat": lambda x: x.repeat_interleave(x.long().abs()),
+    "nonzero": torch.nonzero, "where": lambda x: torch.where(x > 0), "index": lambda x: [1, 2, 3][x.argmax()],
+    "branch": lambda x: 1 if x[0] > 0 else 2, "select": lambda x: x.masked_select(x > 0),
+    "repeat": lambda x: x.repeat_interleave(x.long().abs()),
 }  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +20,20 @@ TOPOLOGIES: dict[str, Paths] = {
     "1-1": ((0,), (0, 0)),
     "1-1-1": ((0,), (0, 0), (0, 0, 0)),
     "2": ((0,), (1,)),
+    "3": ((0,), (1,), (2,)),
     "2-1": ((0,), (1,), (0, 0), (1, 0)),
     "2-2": ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)),
+    "3-1": ((0,), (1,), (2,), (0, 0), (1, 0), (2, 0)),
+    "1-2": ((0,), (0, 0), (0, 1)),
+    "2-2-1": ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)),
     "ragged": ((0,), (1,), (0, 0), (0, 1), (0, 0, 0)),
+    "ragged wide": ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)),
+    "younger deeper": ((0,), (1,), (2,), (1, 0), (1, 1), (1, 1, 0)),
 }
+DEEP = ("1-1", "2-1", "2-2", "3-1", "1-2", "2-2-1", "ragged", "ragged wide")
 
 
+@lru_cache(1 << 16)
 def law(seed: int, context: tuple[int, ...], vocab: int) -> np.ndarray:
     return np.random.default_rng([seed, *(token + 1 for token in context)]).dirichlet(np.full(vocab, 0.7))
 
@@ -54,6 +65,22 @@ def all_trees(paths: Paths, draws: str, vocab: int, p_seed: int, q_seed: int) ->
     )  # fmt: skip
     target = [[law(p_seed, context(row, parents, node), vocab) for node in range(len(parents))] for row, _ in rows]
     return tree, Scored(torch.tensor(np.array(target)).log().float(), Sampling(1.0)), torch.tensor([weight for _, weight in rows])
+
+
+def many_trees(name: str, draws: str, seeds: range, sampling: Sampling | None = None) -> tuple[Tree, Scored, Tensor, Tensor]:
+    """`all_trees` of many random pairs of target and drafter in one batch, and the seed of each row [B].
+
+    The vocabulary is of 2 or 3 tokens, that they stay few, and of 4 where siblings would else be all of it.
+    """
+    few = name == "2-2-1" or (draws == "iid" and name in ("2-2", "ragged", "ragged wide"))
+    vocab = 2 if few else 4 if name == "3" else 3
+    made = [all_trees(TOPOLOGIES[name], draws, vocab, 2 * seed, 2 * seed + 1) for seed in seeds]
+    first = made[0][0]
+    parts = ("tokens", "parents", "live", "law_rows", "law_of")
+    joined: dict[str, Any] = {part: torch.cat([getattr(tree, part) for tree, *_ in made]) for part in parts}
+    scored = Scored(torch.cat([one.logits for _, one, _ in made]), sampling or Sampling(1.0))
+    seed = torch.cat([torch.full((len(weight),), seed) for seed, (*_, weight) in enumerate(made)])
+    return replace(first, **joined), scored, torch.cat([weight for *_, weight in made]), seed
 
 
 def context(tokens: list[int], parents: list[int], node: int) -> tuple[int, ...]:
