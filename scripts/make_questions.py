@@ -97,7 +97,7 @@ def units(dice: random.Random) -> Question:
 
 def capital(dice: random.Random) -> Question:
     country = dice.choice(list(CAPITALS))
-    asked = dice.choice(("What is the capital of {}?", "Name the capital of {} and say one thing about it.", "Which city is the capital of {}?"))
+    asked = dice.choice(("What is the capital of {}?", "Name the capital of {} and describe it.", "Which city is the capital of {}?"))
     return asked.format(country), "word", CAPITALS[country]
 
 
