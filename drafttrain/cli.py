@@ -168,6 +168,32 @@ def decision(
 
 
 @app.command()
+def judge(
+    recipe: RecipePath,
+    questions: Annotated[str, typer.Option(help="Suite of checkable questions; not the one evaluated.", show_default=False)],
+    overrides: Overrides = None,
+    wrong_weight: Annotated[float, typer.Option(help="How much more a token that changes the answer counts.")] = 1.0,
+) -> None:
+    """Train the head of the lossy rule `judge`, from tokens of the drafter that do or do not change a checkable answer.
+
+    [dim]python scripts/make_questions.py questions.jsonl[/dim]
+    [dim]drafttrain judge runs/quickstart --questions questions.jsonl[/dim]
+    """
+    from drafttrain import stages
+    from drafttrain.core.config import parse
+    from drafttrain.train.judge import JudgeTrainConfig
+
+    config = parse(JudgeTrainConfig, {"wrong_weight": wrong_weight}, "--wrong-weight")
+    labels, result, folder = stages.train_judge(_load(recipe, overrides), questions, config)
+    good, auc = labels.examples.good, "none (all alike)" if result.auc is None else f"{result.auc:.3f}"
+    print(
+        f"the target solves {labels.solved} of {labels.asked} questions; of {len(good):,} mismatches there {int(good.sum()):,} leave the "
+        f"answer right; AUC on {result.held_out:,} mismatches of other questions: {auc}"
+    )
+    print(f"use it: 'runtime.rule={{name: judge, head: {folder}, threshold: 0.5}}'")
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="What to say to the target; `-` reads it from stdin.", show_default=False)],

@@ -30,6 +30,7 @@ from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.evaluation import bench
+from drafttrain.evaluation.check import right
 from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.rules import RuleRow, replay_rules
 from drafttrain.evaluation.runners import Runner, folder_fingerprint
@@ -42,6 +43,7 @@ from drafttrain.runtime.rounds import Laws, log_rounds
 from drafttrain.target.adapter import Target, read_shape
 from drafttrain.target.files import TargetShape, resolve, target_fingerprint
 from drafttrain.target.head import TargetHead
+from drafttrain.train import judge as judging
 from drafttrain.train import loop as training
 from drafttrain.train.decision import DecisionTraining, Fitted, fit
 
@@ -227,6 +229,47 @@ def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tu
     place = recipe.folder / f"decision-{config.labels}"
     fitted.model.save(place)
     return fitted, place
+
+
+def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig) -> tuple[judging.Labelled, judging.JudgeResult, Path]:
+    """A judge for the recipe's target, from the mismatches of its drafter on checkable questions; and its folder.
+
+    questions: a suite, by name or path, none of whose prompts stands in the recipe's own suite. Labels are kept, part by part. `evaluation`
+    says how long answers are. Raises `UserError` where a question cannot be checked, or is asked in the evaluation too.
+    """
+    asked = load_suite(questions)
+    refuse_unfit_questions(recipe, questions)
+    target, folder, length = Target.load(recipe.target), recipe.folder / "drafter", recipe.evaluation.max_new_tokens
+    reader = SpeculativeDecoder(target)
+    prompts = [reader.tokenize(item.opening()) for item in asked.items]
+    checks = [item.check for item in asked.items]
+
+    def is_right(number: int, answer: list[int]) -> bool:
+        check = checks[number]
+        assert check is not None and target.tokenizer is not None
+        return right(check, target.tokenizer.decode(answer, skip_special_tokens=True))
+
+    drafter, mark = load_drafter(folder, target.fingerprint), folder_fingerprint(folder)
+    name = fingerprint(target.fingerprint, str(target.dtype), mark, prompts, [repr(check) for check in checks], length)
+    labels = judging.labelled(target, drafter, prompts, is_right, length, recipe.folder / "judge-labels" / name)
+    result = judging.fit(labels.examples, target.fingerprint, config)
+    notes = {
+        "questions": asked.name, "asked": labels.asked, "solved": labels.solved, "mismatches": len(labels.examples.good),
+        "good": int(labels.examples.good.sum()), "held_out": result.held_out, "auc": result.auc, "training": config.model_dump(mode="json"),
+    }  # fmt: skip
+    return labels, result, result.head.save(recipe.folder / "judge", notes)
+
+
+def refuse_unfit_questions(recipe: Recipe, questions: str) -> None:
+    """A `UserError` where a judge's questions cannot be checked without running programs, or stand in the recipe's suite."""
+    asked, measured = load_suite(questions).items, {item.turns[0] for item in load_suite(recipe.evaluation.suite).items}
+    for item in asked:
+        where = f"questions '{questions}', item '{item.id}'"
+        if item.check is None or item.check.kind == "code" or len(item.turns) > 1:
+            raise UserError(f"{where}: one prompt with an answer that can be checked (number, choice, option, word) is needed")
+        if item.turns[0] in measured:
+            suite = recipe.evaluation.suite
+            raise UserError(f"{where} stands in evaluation.suite '{suite}' too, where the judge is to be measured; give other questions")
 
 
 def export(recipe: Recipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from drafttrain.core.plan import Chain, Plan, Shape
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws
 from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
 from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
@@ -70,6 +71,9 @@ class RuntimeConfig(Config):
     """The drafter's own temperature; by default the target's."""
     hybrid: HybridConfig | None = None
     """Draft beside the trained drafter with a lookup that costs nothing, under one budget of nodes; None drafts with the drafter alone."""
+    corrupt: float = Field(default=0.0, ge=0, le=1)
+    """Share of drafted tokens that are swapped for random ones: the control that shows what a lossy rule lets through. Never of use
+    otherwise."""
     prefetch: int = Field(default=0, ge=0)
     """Bets a row on what the target will commit, drafted on while it scores; 0 places none. Only for drafters that read nothing of the
     target (`small_lm`). Reports hits and drafter calls saved; one process computes one thing at a time, so it is not faster for it."""
@@ -81,7 +85,7 @@ class RuntimeConfig(Config):
 
         drafter: its family, where it is known: some can draw in one way only.
         """
-        able = frozenset({"point"}) if self.hybrid is not None else (drafter or Drafter).draws
+        able = frozenset({"point"}) if self.hybrid is not None or self.corrupt else (drafter or Drafter).draws
         draws: Draws = _auto_draws(self.shape.shape, sampling, able) if self.draws == "auto" else self.draws
         if draws not in able:
             raise UserError(f"runtime.draws '{draws}': this drafter makes {' or '.join(sorted(able))} draws only; leave draws at 'auto'")
@@ -144,6 +148,8 @@ class SpeculativeDecoder:
             )
         if drafter is not None and self.runtime.hybrid is not None:
             drafter = Hybrid(self.runtime.hybrid, drafter)
+        if drafter is not None and self.runtime.corrupt:
+            drafter = Corrupt(self.runtime.corrupt, drafter)
         self._policies: dict[Plan, Policy] = {}  # they learn from batch to batch
         self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
         if drafter is not None and drafter.max_depth is not None and self.runtime.shape.depth > drafter.max_depth:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -18,6 +17,7 @@ from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.runtime.decision import Decision, DecisionShape, law_features
 from drafttrain.runtime.rounds import Laws, RoundLog, Rounds
+from drafttrain.train.heads import apart, auroc, descend
 
 CHUNK = 32
 """Rounds whose [N, V] logits stand in memory at once."""
@@ -95,9 +95,8 @@ def fit(log: RoundLog, laws: Laws, config: DecisionTraining) -> Fitted:
     prompts = known.prompt.unique()
     if len(prompts) < 2:
         raise UserError(f"rounds '{log.folder}': {len(prompts)} prompt; at least 2 are needed, one of them to be held out")
-    shuffled = prompts[torch.randperm(len(prompts), generator=generator)]
-    apart = torch.isin(known.prompt, shuffled[: max(1, round(config.held_out * len(prompts)))])
-    train, held = known.at(~apart), known.at(apart)
+    out = apart(known.prompt, config.held_out, generator, at_least=1)
+    train, held = known.at(~out), known.at(out)
     if config.labels == "hard":
         train = _balanced(train, generator)
     if not len(train.label) or not len(held.label):
@@ -125,18 +124,12 @@ def fit(log: RoundLog, laws: Laws, config: DecisionTraining) -> Fitted:
 def _train(model: Decision, train: Examples, held: Examples, config: DecisionTraining, generator: torch.Generator) -> float:
     """Leaves the best epoch's weights in the model; its held-out loss."""
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    best, kept = float("inf"), {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(config.epochs):
-        for chosen in torch.randperm(len(train.label), generator=generator).split(config.batch):
-            loss = F.binary_cross_entropy_with_logits(model(train.inputs[chosen]), train.label[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            here = float(F.binary_cross_entropy_with_logits(model(held.inputs), held.label))
-        if here < best:
-            best, kept = here, {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(kept)
+    best = descend(
+        model, optimizer, lambda chosen: F.binary_cross_entropy_with_logits(model(train.inputs[chosen]), train.label[chosen]),
+        len(train.label), config.epochs, config.batch, generator,
+        held=lambda: float(F.binary_cross_entropy_with_logits(model(held.inputs), held.label)),
+    )  # fmt: skip
+    assert best is not None
     return best
 
 
@@ -146,14 +139,3 @@ def _balanced(known: Examples, generator: torch.Generator) -> Examples:
     count = min(len(yes), len(no))
     chosen = [kind[torch.randperm(len(kind), generator=generator)[:count]] for kind in (yes, no)]
     return known.at(torch.cat(chosen))
-
-
-def auroc(score: np.ndarray, label: np.ndarray) -> float:
-    """P(a positive scores above a negative), ties counting half; a label in (0, 1) is that much of a positive. [M] each."""
-    order = np.argsort(score, kind="stable")
-    _, start = np.unique(score[order], return_index=True)
-    positive = np.add.reduceat(label[order].astype(np.float64), start)
-    negative = np.add.reduceat(1.0 - label[order].astype(np.float64), start)
-    below = np.cumsum(negative) - negative
-    total = positive.sum() * negative.sum()
-    return float((positive * (below + negative / 2)).sum() / total) if total > 0 else 0.5

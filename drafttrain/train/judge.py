@@ -9,21 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.core.types import Batch
+from drafttrain.data.shards import write_whole
 from drafttrain.drafters.base import Drafter
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Finished, Job, Sampler
+from drafttrain.train.heads import apart, auroc, descend
 from drafttrain.verify.judge import JudgeHead
 
 Right = Callable[[int, list[int]], bool]
 """(number of the question, tokens of an answer) -> whether the answer is right."""
+
+
+PART = 16
+"""Questions that are labelled together: what a stopped labelling loses at most."""
+PART_NAMES = ("last", "good", "question", "counts")
 
 
 class JudgeTrainConfig(Config):
@@ -67,6 +80,16 @@ class Examples:
     last: Tensor  # [M, D] fp32: the target's state at the drafted token
     good: Tensor  # [M] bool
     question: Tensor  # [M] int64
+
+
+@dataclass
+class Labelled:
+    """Examples and where they come from."""
+
+    examples: Examples
+    asked: int  # questions
+    solved: int  # of them answered rightly by the target
+    found: int  # places where the drafter differs, unsolved questions included
 
 
 @dataclass
@@ -115,15 +138,75 @@ def label(
     solved = {number for number, one in enumerate(answered) if right(number, one.answer)}
     kept = [one for one in found if one.question in solved]
     if not kept:
-        raise UserError(
-            f"no mismatch can be labelled: the target is right on {len(solved)} of {len(answered)} questions, and the drafter differs in "
-            f"{len(found)} places, none of them there; give easier or more questions"
-        )
+        raise UserError(_nothing(len(solved), len(answered), len(found)))
     jobs = [Job(index, _until(answered, one), max(1, max_new_tokens - one.at - 1)) for index, one in enumerate(kept)]
     done = {one.id: one for one in _run(target, jobs, batch, ("last",))}
     last = torch.stack([done[index].features["last"][done[index].prompt_len - 1] for index in range(len(kept))]).float()
     good = [right(one.question, _answer(target, answered, one, done[index], max_new_tokens)) for index, one in enumerate(kept)]
     return Examples(last.cpu(), torch.tensor(good), torch.tensor([one.question for one in kept]))
+
+
+def _nothing(solved: int, asked: int, found: int) -> str:
+    return (
+        f"no mismatch can be labelled: the target is right on {solved} of {asked} questions, and the drafter differs in "
+        f"{found} places, none of them there; give easier or more questions"
+    )
+
+
+def labelled(
+    target: Target, drafter: Drafter, prompts: Sequence[list[int]], right: Right, max_new_tokens: int, folder: Path, batch: int = 16
+) -> Labelled:
+    """Asks, finds the mismatches and labels them, `PART` questions at a time; every part is written whole, and one that stands in
+    `folder` already is read instead of made again.
+
+    right: sees the numbers of `prompts`. Raises `UserError` where no mismatch can be labelled, or a part cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("labelling questions", total=len(prompts))
+        for first in range(0, len(prompts), PART):
+            path, some = folder / f"{first:06d}.safetensors", prompts[first : first + PART]
+            if not path.exists():
+                part = _part(target, drafter, some, first, right, max_new_tokens, batch)
+                write_whole(path, partial(save_file, part))
+            parts.append(_read(path))
+            progress.advance(bar, len(some))
+    last, good, question, counts = (torch.cat([part[name] for part in parts]) for name in PART_NAMES)
+    solved, found = counts.view(-1, 2).sum(0).tolist()
+    if not len(good):
+        raise UserError(_nothing(solved, len(prompts), found))
+    return Labelled(Examples(last, good, question), len(prompts), solved, found)
+
+
+def _part(
+    target: Target, drafter: Drafter, prompts: Sequence[list[int]], first: int, right: Right, max_new_tokens: int, batch: int
+) -> dict[str, Tensor]:
+    """What `PART_NAMES` names; the numbers of questions begin at `first`."""
+
+    def ours(number: int, answer: list[int]) -> bool:
+        return right(first + number, answer)
+
+    answered = ask(target, prompts, max_new_tokens, batch)
+    found = mismatches(target, drafter, answered)
+    solved = {number for number, one in enumerate(answered) if ours(number, one.answer)}
+    counts = torch.tensor([len(solved), len(found)])
+    if not any(one.question in solved for one in found):
+        nothing = torch.zeros(0, dtype=torch.long)
+        return {"last": torch.zeros(0, target.shape.hidden_size), "good": nothing.bool(), "question": nothing, "counts": counts}
+    made = label(target, answered, found, ours, max_new_tokens, batch)
+    return {"last": made.last.contiguous(), "good": made.good, "question": made.question + first, "counts": counts}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        part = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"labels '{path}': truncated or corrupt ({str(error).splitlines()[0]}); delete it and run again") from error
+    if part.keys() != set(PART_NAMES):
+        raise UserError(f"labels '{path}': not a judge's labels (it holds {', '.join(sorted(part))}); delete it and run again")
+    return part
 
 
 def _until(answered: Sequence[Answered], one: Mismatch) -> list[int]:
@@ -144,7 +227,7 @@ def fit(examples: Examples, fingerprint: str, config: JudgeTrainConfig) -> Judge
 
     Raises `UserError` where all examples to train on are good, or all bad.
     """
-    held = _held_out(examples.question, config)
+    held = apart(examples.question, config.held_out, torch.Generator().manual_seed(config.seed))
     last, good = examples.last[~held], examples.good[~held]
     if bool(good.all()) or not bool(good.any()):
         raise UserError(
@@ -157,31 +240,23 @@ def fit(examples: Examples, fingerprint: str, config: JudgeTrainConfig) -> Judge
     torch.nn.init.zeros_(weight)
     torch.nn.init.zeros_(bias)
     groups = [{"params": [weight], "weight_decay": config.weight_decay}, {"params": [bias], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
-    for _ in range(config.steps):
-        optimizer.zero_grad()
-        head.loss((last - mean) / spread, good, config.wrong_weight).mean().backward()
-        optimizer.step()
+    scaled = (last - mean) / spread
+    descend(
+        head, torch.optim.AdamW(groups, lr=config.lr),
+        lambda chosen: head.loss(scaled[chosen], good[chosen], config.wrong_weight).mean(),
+        len(good), config.steps, len(good), torch.Generator().manual_seed(config.seed),
+    )  # fmt: skip
     with torch.no_grad():  # the scaling moves into w and b
         weight.div_(spread)
         bias.sub_(weight @ mean)
         scores = head(examples.last[held])
-    return JudgeResult(head.eval(), len(good), int(held.sum()), auc(scores, examples.good[held]))
+    return JudgeResult(head.eval(), len(good), int(held.sum()), _auc(scores, examples.good[held]))
 
 
-def _held_out(question: Tensor, config: JudgeTrainConfig) -> Tensor:
-    """[M] bool: mismatches of the questions that are kept out; a question's stay together."""
-    known = question.unique()
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(config.seed))
-    return torch.isin(question, known[order[: int(config.held_out * len(known))]])
-
-
-def auc(scores: Tensor, good: Tensor) -> float | None:
-    """Probability that a good one scores above a bad one (ties count half): [M], [M] bool."""
-    above, below = scores[good][:, None], scores[~good]
-    if not above.numel() or not below.numel():
-        return None
-    return float(((above > below).double() + (above == below).double() / 2).mean())
+def _auc(scores: Tensor, good: Tensor) -> float | None:
+    """P(a good one scores above a bad one), [M], [M] bool; None where there are only good ones, or only bad ones."""
+    both = bool(good.any()) and not bool(good.all())
+    return auroc(scores.numpy(), good.numpy()) if both else None
 
 
 def _run(target: Target, jobs: list[Job], batch: int, features: Sequence[str] = ()) -> list[Finished]:

@@ -7,6 +7,7 @@ from drafttrain.verify.confidence import Confidence
 from drafttrain.verify.divergence import Divergence
 from drafttrain.verify.greedy import Greedy
 from drafttrain.verify.judge import Judge
+from drafttrain.verify.longest import Longest
 from drafttrain.verify.multidraft import Multidraft
 from drafttrain.verify.recursive import Recursive
 from drafttrain.verify.reflective import Reflective
@@ -17,7 +18,7 @@ from drafttrain.verify.typical import Typical
 RULES: dict[str, type[Rule]] = {
     "greedy": Greedy, "rejection": Rejection, "recursive": Recursive, "traversal": Traversal, "multidraft": Multidraft,
     "typical": Typical, "confidence": Confidence, "judge": Judge, "divergence": Divergence,
-    "reflective": Reflective,
+    "reflective": Reflective, "longest": Longest,
 }  # fmt: skip
 
 

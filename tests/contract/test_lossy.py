@@ -20,6 +20,7 @@ from drafttrain.verify.base import RuleConfig
 from drafttrain.verify.confidence import ConfidenceConfig
 from drafttrain.verify.divergence import DivergenceConfig
 from drafttrain.verify.judge import JudgeConfig
+from drafttrain.verify.longest import LongestConfig
 from drafttrain.verify.recursive import RecursiveConfig
 from drafttrain.verify.reflective import ReflectiveConfig
 from drafttrain.verify.rejection import RejectionConfig
@@ -28,11 +29,11 @@ from tests.contract.tables import TableDrafter, TableTarget
 
 OFF: dict[str, RuleConfig] = {
     "typical": TypicalConfig(epsilon=None), "confidence": ConfidenceConfig(tau_base=1.0), "judge": JudgeConfig(threshold=1.0),
-    "divergence": DivergenceConfig(bound=0.0), "reflective": ReflectiveConfig(alpha=0.0),
+    "divergence": DivergenceConfig(bound=0.0), "reflective": ReflectiveConfig(alpha=0.0), "longest": LongestConfig(width=1),
 }  # fmt: skip
 ON: dict[str, RuleConfig] = {
     "typical": TypicalConfig(), "confidence": ConfidenceConfig(tau_base=0.3), "divergence": DivergenceConfig(bound=0.5),
-    "reflective": ReflectiveConfig(alpha=0.3, prompt=(0, 1)),
+    "reflective": ReflectiveConfig(alpha=0.3, prompt=(0, 1)), "longest": LongestConfig(width=2),
 }  # fmt: skip
 READS_STATES = {"judge"}  # tables have none: see tests/verify/test_judge.py
 TREES: dict[str, Shape] = {"2": Static(children=(2,)), "1-1": Chain(length=2), "2-1": Static(children=(2, 1))}

@@ -19,7 +19,8 @@ from drafttrain.runtime.decision import load_decision
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.policy import DecisionConfig, Fixed
 from drafttrain.runtime.rounds import Laws, RoundLog, joined, log_rounds
-from drafttrain.train.decision import DecisionTraining, Fitted, auroc, examples, fit
+from drafttrain.train.decision import DecisionTraining, Fitted, examples, fit
+from drafttrain.train.heads import auroc
 from tests.contract import test_rules as contract
 from tests.runtime.test_rounds import PROMPTS, decoder, drafter, target
 from tests.tiny import greedy_text

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Scored
 from drafttrain.recipe import load_recipe, stage_fingerprint
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.train.judge import Examples, JudgeTrainConfig, Mismatch, ask, auc, fit, label, mismatches
+from drafttrain.train.heads import auroc
+from drafttrain.train.judge import PART, Examples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches
 from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
 from tests.tiny import greedy_text, tiny_target
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, drafter, lengths, rounds, target
@@ -211,6 +213,28 @@ def test_questions_that_the_target_gets_wrong_teach_nothing() -> None:
         label(target(), answered, [Mismatch(0, 1, 5)], lambda number, answer: False, 4)
 
 
+def test_labels_are_made_once_part_by_part_and_are_those_of_all_questions_together(tmp_path: Path) -> None:
+    prompts = [[3 + number, 9, number % 7 + 1] for number in range(PART + 4)]
+    answered = ask(target(), prompts, 10)
+    expected = label(target(), answered, mismatches(target(), drafter(), answered), answers_are_even, 10)
+    checked: list[int] = []
+
+    def right(number: int, answer: list[int]) -> bool:
+        checked.append(number)
+        return answers_are_even(number, answer)
+
+    for again in (False, True):
+        got = labelled(target(), drafter(), prompts, right, 10, tmp_path)
+        assert got.solved == sum(answers_are_even(number, one.answer) for number, one in enumerate(answered))
+        assert torch.equal(got.examples.question, expected.question) and torch.equal(got.examples.good, expected.good)
+        torch.testing.assert_close(got.examples.last, expected.last, atol=1e-4, rtol=1e-4)  # batched otherwise
+        assert bool(checked) is not again
+        checked.clear()
+    (tmp_path / f"{PART:06d}.safetensors").unlink()
+    labelled(target(), drafter(), prompts, right, 10, tmp_path)
+    assert checked and min(checked) == PART  # only what was missing
+
+
 def planted(count: int = 400, noise: float = 0.3) -> Examples:
     generator = torch.Generator().manual_seed(0)
     last = 5 + 3 * torch.randn(count, 8, generator=generator)
@@ -253,8 +277,7 @@ def test_one_sided_labels_are_refused() -> None:
 
 
 def test_auc_counts_pairs() -> None:
-    assert auc(torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([True, True, False, False])) == (1 + 1 + 0 + 0.5) / 4
-    assert auc(torch.tensor([1.0]), torch.tensor([True])) is None
+    assert auroc(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False])) == (1 + 1 + 0 + 0.5) / 4
 
 
 def test_training_a_judge_leaves_the_target_as_it_was() -> None:

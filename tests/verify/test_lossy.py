@@ -27,6 +27,7 @@ from drafttrain.verify.base import RuleConfig
 from drafttrain.verify.confidence import Confidence, ConfidenceConfig, confidence
 from drafttrain.verify.divergence import Divergence, DivergenceConfig, divergence
 from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
+from drafttrain.verify.longest import Longest, LongestConfig
 from drafttrain.verify.lossy import longest
 from drafttrain.verify.reflective import ReflectiveConfig
 from drafttrain.verify.typical import Typical, TypicalConfig, threshold
@@ -35,13 +36,14 @@ from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, Round, decoded, dra
 
 OFF: dict[str, RuleConfig] = {
     "typical": TypicalConfig(epsilon=None), "confidence": ConfidenceConfig(tau_base=1.0), "judge": JudgeConfig(threshold=1.0),
-    "divergence": DivergenceConfig(bound=0.0), "reflective": ReflectiveConfig(alpha=0.0),
+    "divergence": DivergenceConfig(bound=0.0), "reflective": ReflectiveConfig(alpha=0.0), "longest": LongestConfig(width=1),
 }  # fmt: skip
 LOOSENED: dict[str, list[RuleConfig]] = {
     "typical by epsilon": [TypicalConfig(epsilon=value, delta=0.99) for value in (0.9, 0.5, 0.1, 0.02, 0.0)],
     "typical by delta": [TypicalConfig(epsilon=0.99, delta=value) for value in (0.99, 0.5, 0.2, 0.05, 0.0)],
     "confidence by tau_base": [ConfidenceConfig(tau_base=value) for value in (0.999, 0.7, 0.4, 0.1, 0.0)],
     "confidence by gamma": [ConfidenceConfig(tau_base=0.05, gamma=value) for value in (3.0, 1.0, 0.5, 0.1, 0.0)],
+    "longest by width": [LongestConfig(width=value) for value in (2, 4, 8, 64)],
     "divergence by bound": [DivergenceConfig(bound=value) for value in (1e-9, 0.5, 1.0, 2.0, 20.0)],
 }
 
@@ -122,6 +124,39 @@ def test_of_equally_long_paths_the_likeliest_stands() -> None:
     assert longest(tree, torch.ones(1, 4, dtype=torch.bool), likely).tolist() == [2]  # node 3 is longer, but dead
     assert longest(replace(tree, live=tree.live | True), torch.ones(1, 4, dtype=torch.bool), likely).tolist() == [3]
     assert longest(tree, torch.zeros(1, 4, dtype=torch.bool), likely).tolist() == [0]
+
+
+# -- longest ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_of_the_targets_candidates_the_one_that_the_draft_goes_on_from_longest_opens_the_round() -> None:
+    other = 0
+    for logged in rounds("static", COLD):
+        tree, scored, got = logged.tree, logged.scored, logged.judged(Longest(LongestConfig(width=3)))
+        for row in range(len(tree.tokens)):
+            first, named = int(scored.top[row, 0]), scored.logits[row, 0].topk(3).indices.tolist()
+            runs = {first: 0} | {token: run(logged, row, child) for child, token in children(tree, row, 0) if token in named}
+            most = max(runs.values())
+            length = int(got.length[row])
+            path = tree.tokens[row, got.path[row, :length]].tolist()
+            last = int(got.path[row, length - 1]) if length else 0
+            assert got.next is not None and int(got.next[row]) == int(scored.top[row, last])
+            opening = path[0] if path else int(got.next[row])
+            assert runs[opening] == most == max(0, length - 1)
+            assert opening == first or runs[first] < most
+            other += opening != first
+    assert other > 0
+
+
+def children(tree: Tree, row: int, node: int) -> list[tuple[int, int]]:
+    """A node's children and their tokens."""
+    return [(child, int(tree.tokens[row, child])) for child in tree.children[row, node].tolist() if child >= 0]
+
+
+def run(logged: Round, row: int, node: int) -> int:
+    """How many drafted tokens below a node are what the target would write one after another."""
+    best = int(logged.scored.top[row, node])
+    return next((1 + run(logged, row, child) for child, token in children(logged.tree, row, node) if token == best), 0)
 
 
 # -- confidence ---------------------------------------------------------------------------------------------------------------------------
@@ -259,6 +294,7 @@ class NoWaiting(TorchDispatchMode):
 WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique2")}
 SWITCHED_ON: list[RuleConfig] = [
     TypicalConfig(), ConfidenceConfig(), DivergenceConfig(bound=1.0), JudgeConfig(head="in memory"), ReflectiveConfig(prompt=(1, 2)),
+    LongestConfig(),
 ]  # fmt: skip
 
 
