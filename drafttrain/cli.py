@@ -185,11 +185,14 @@ def judge(
 
     config = parse(JudgeTrainConfig, {"wrong_weight": wrong_weight}, "--wrong-weight")
     labels, result, folder = stages.train_judge(_load(recipe, overrides), questions, config)
-    good, auc = labels.examples.good, "none (all alike)" if result.auc is None else f"{result.auc:.3f}"
+    good = labels.examples.good[~labels.examples.random]
+    auc = "none (all alike)" if result.auc is None else f"{result.auc:.3f}"
     print(
         f"the target solves {labels.solved} of {labels.asked} questions; of {len(good):,} mismatches there {int(good.sum()):,} leave the "
         f"answer right; AUC on {result.held_out:,} mismatches of other questions: {auc}"
     )
+    if result.let_through is not None:
+        print(f"of random tokens put into their answers it lets through {result.let_through:.1%}")
     print(f"use it: 'runtime.rule={{name: judge, head: {folder}, threshold: 0.5}}'")
 
 

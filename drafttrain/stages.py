@@ -254,8 +254,9 @@ def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig
     labels = judging.labelled(target, drafter, prompts, is_right, length, recipe.folder / "judge-labels" / name)
     result = judging.fit(labels.examples, target.fingerprint, config)
     notes = {
-        "questions": asked.name, "asked": labels.asked, "solved": labels.solved, "mismatches": len(labels.examples.good),
-        "good": int(labels.examples.good.sum()), "held_out": result.held_out, "auc": result.auc, "training": config.model_dump(mode="json"),
+        "questions": asked.name, "asked": labels.asked, "solved": labels.solved, "mismatches": int((~labels.examples.random).sum()),
+        "good": int(labels.examples.good.sum()), "held_out": result.held_out, "auc": result.auc, "let_through": result.let_through,
+        "training": config.model_dump(mode="json"),
     }  # fmt: skip
     return labels, result, result.head.save(recipe.folder / "judge", notes)
 

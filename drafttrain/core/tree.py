@@ -45,6 +45,7 @@ class Family:
     parents: Tensor | slice  # [W]
     laws: Tensor | slice  # [W] the rows of `law_rows` their children were drawn from
     children: tuple[Tensor | slice, ...]  # rank by rank: [n] the children of that rank of the first n parents
+    table: Tensor  # [W, ranks] the same, 0 where a parent has fewer
 
 
 @dataclass
@@ -162,7 +163,8 @@ def _families(skeleton: Skeleton, device: torch.device) -> tuple[Family, ...]:
         inner = sorted((node for node in children if depth[node] == level), key=lambda node: -len(children[node]))
         ranks = [[children[node][rank] for node in inner if rank < len(children[node])] for rank in range(len(children[inner[0]]))]
         laws = [skeleton.law_of[children[node][0]] for node in inner]
-        families.append(Family(index(inner), index(laws), tuple(map(index, ranks))))
+        table = [[children[node][rank] if rank < len(children[node]) else 0 for rank in range(len(ranks))] for node in inner]
+        families.append(Family(index(inner), index(laws), tuple(map(index, ranks)), torch.tensor(table, device=device)))
     return tuple(families)
 
 

@@ -2,7 +2,8 @@
 
 On questions whose answers a program can check: put the drafter's token where the target wrote another, let the target go on greedily
 from there, and call the token good iff the answer is still right. The head of `verify/judge.py` learns this from the target's state at
-the token. M mismatches, D hidden.
+the token. A drafter's mismatches are all plausible, and a head that saw nothing else lets anything else through: random tokens, put
+into the same answers and called bad, are learnt beside them. M mismatches, random ones included, D hidden.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Right = Callable[[int, list[int]], bool]
 
 PART = 16
 """Questions that are labelled together: what a stopped labelling loses at most."""
-PART_NAMES = ("last", "good", "question", "counts")
+PART_NAMES = ("last", "good", "random", "question", "counts")
 
 
 class JudgeTrainConfig(Config):
@@ -80,6 +81,7 @@ class Examples:
     last: Tensor  # [M, D] fp32: the target's state at the drafted token
     good: Tensor  # [M] bool
     question: Tensor  # [M] int64
+    random: Tensor  # [M] bool: a random token, not the drafter's
 
 
 @dataclass
@@ -99,7 +101,8 @@ class JudgeResult:
     head: JudgeHead
     trained_on: int
     held_out: int
-    auc: float | None  # on the held-out mismatches; None where they are all good, or all bad
+    auc: float | None  # on the drafter's held-out mismatches; None where they are all good, or all bad
+    let_through: float | None  # share of the held-out random tokens that it is more than half certain of; None where there are none
 
 
 def ask(target: Target, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 16) -> list[Answered]:
@@ -143,7 +146,25 @@ def label(
     done = {one.id: one for one in _run(target, jobs, batch, ("last",))}
     last = torch.stack([done[index].features["last"][done[index].prompt_len - 1] for index in range(len(kept))]).float()
     good = [right(one.question, _answer(target, answered, one, done[index], max_new_tokens)) for index, one in enumerate(kept)]
-    return Examples(last.cpu(), torch.tensor(good), torch.tensor([one.question for one in kept]))
+    drafted = torch.zeros(len(kept), dtype=torch.bool)
+    return Examples(last.cpu(), torch.tensor(good), torch.tensor([one.question for one in kept]), drafted)
+
+
+def spoil(target: Target, answered: Sequence[Answered], found: Sequence[Mismatch], batch: int = 16) -> Examples:
+    """As many random tokens as mismatches, each at a random place of the same answer, all called bad; the same ones every time."""
+    dice = [torch.Generator().manual_seed(sum(one.prompt) + len(one.answer)) for one in answered]
+    swapped = []
+    for one in found:
+        at, token = (
+            int(torch.randint(low, high, (), generator=dice[one.question]))
+            for low, high in ((1, len(answered[one.question].answer)), (0, target.vocab_size))
+        )
+        swapped.append(Mismatch(one.question, at, token))
+    jobs = [Job(index, _until(answered, one), 1) for index, one in enumerate(swapped)]
+    done = {one.id: one for one in _run(target, jobs, batch, ("last",))}
+    last = torch.stack([done[index].features["last"][done[index].prompt_len - 1] for index in range(len(swapped))]).float()
+    bad = torch.zeros(len(swapped), dtype=torch.bool)
+    return Examples(last.cpu(), bad, torch.tensor([one.question for one in swapped]), ~bad)
 
 
 def _nothing(solved: int, asked: int, found: int) -> str:
@@ -173,11 +194,11 @@ def labelled(
                 write_whole(path, partial(save_file, part))
             parts.append(_read(path))
             progress.advance(bar, len(some))
-    last, good, question, counts = (torch.cat([part[name] for part in parts]) for name in PART_NAMES)
+    last, good, random, question, counts = (torch.cat([part[name] for part in parts]) for name in PART_NAMES)
     solved, found = counts.view(-1, 2).sum(0).tolist()
     if not len(good):
         raise UserError(_nothing(solved, len(prompts), found))
-    return Labelled(Examples(last, good, question), len(prompts), solved, found)
+    return Labelled(Examples(last, good, question, random), len(prompts), solved, found)
 
 
 def _part(
@@ -191,12 +212,13 @@ def _part(
     answered = ask(target, prompts, max_new_tokens, batch)
     found = mismatches(target, drafter, answered)
     solved = {number for number, one in enumerate(answered) if ours(number, one.answer)}
-    counts = torch.tensor([len(solved), len(found)])
-    if not any(one.question in solved for one in found):
-        nothing = torch.zeros(0, dtype=torch.long)
-        return {"last": torch.zeros(0, target.shape.hidden_size), "good": nothing.bool(), "question": nothing, "counts": counts}
-    made = label(target, answered, found, ours, max_new_tokens, batch)
-    return {"last": made.last.contiguous(), "good": made.good, "question": made.question + first, "counts": counts}
+    kept = [one for one in found if one.question in solved]
+    nothing = torch.zeros(0, dtype=torch.long)
+    both = [Examples(torch.zeros(0, target.shape.hidden_size), nothing.bool(), nothing, nothing.bool())]
+    if kept:
+        both = [label(target, answered, found, ours, max_new_tokens, batch), spoil(target, answered, kept, batch)]
+    last, good, random, question = (torch.cat([vars(made)[name] for made in both]) for name in PART_NAMES[:-1])
+    return {"last": last, "good": good, "random": random, "question": question + first, "counts": torch.tensor([len(solved), len(found)])}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -249,8 +271,10 @@ def fit(examples: Examples, fingerprint: str, config: JudgeTrainConfig) -> Judge
     with torch.no_grad():  # the scaling moves into w and b
         weight.div_(spread)
         bias.sub_(weight @ mean)
-        scores = head(examples.last[held])
-    return JudgeResult(head.eval(), len(good), int(held.sum()), _auc(scores, examples.good[held]))
+        scores, random = head(examples.last[held]), examples.random[held]
+    drafted = examples.good[held][~random]
+    let_through = float((scores[random] > 0).float().mean()) if bool(random.any()) else None
+    return JudgeResult(head.eval(), len(good), len(drafted), _auc(scores[~random], drafted), let_through)
 
 
 def _auc(scores: Tensor, good: Tensor) -> float | None:

@@ -54,7 +54,7 @@ class Swept:
 
     a: Tensor  # [B, N] fp64: the probability that it stands then
     c: Tensor  # [B, N] fp64: of its residual
-    kept: Tensor  # [B, N] what its own token kept of its parent's P when it failed
+    kept: Tensor  # [B, N] what its own token kept of its parent's P when it failed, drawn without replacement
 
 
 def sweep(tree: Tree, scored: Scored) -> Swept:
@@ -66,14 +66,15 @@ def sweep(tree: Tree, scored: Scored) -> Swept:
     for family in tree.families:
         left = Residual(scored.law(family.parents), tree.law_rows[:, family.laws], tree.draws, len(family.children))
         weight = a[:, family.parents]  # [B, W]
-        for rank, child in enumerate(family.children):  # of the first n parents
+        for child in family.children:  # of the first n parents
             token, live = tree.tokens[:, child], tree.live[:, child]  # [B, n]
             w = weight[:, : token.shape[1]]
             ratio, S = left.fall(token, live, w)
             a[:, child] = torch.where(live, (w * ratio).clamp_max(1.0), 0.0)
             weight = torch.cat([torch.where(live, S / (S + 1 - w).clamp_min(1e-300), w), weight[:, token.shape[1] :]], 1)
-            kept[:, child] = left.kept[:, : token.shape[1], rank]
         a[:, family.parents], c[:, family.parents] = weight, left.c
+        if tree.draws == "without_replacement":
+            kept[:, family.table] = left.kept
     a[:, 0] = 1.0
     return Swept(a, c, kept)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from drafttrain.core.types import Scored
 from drafttrain.recipe import load_recipe, stage_fingerprint
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.train.heads import auroc
-from drafttrain.train.judge import PART, Examples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches
+from drafttrain.train.judge import PART, Examples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches, spoil
 from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
 from tests.tiny import greedy_text, tiny_target
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, drafter, lengths, rounds, target
@@ -226,8 +227,9 @@ def test_labels_are_made_once_part_by_part_and_are_those_of_all_questions_togeth
     for again in (False, True):
         got = labelled(target(), drafter(), prompts, right, 10, tmp_path)
         assert got.solved == sum(answers_are_even(number, one.answer) for number, one in enumerate(answered))
-        assert torch.equal(got.examples.question, expected.question) and torch.equal(got.examples.good, expected.good)
-        torch.testing.assert_close(got.examples.last, expected.last, atol=1e-4, rtol=1e-4)  # batched otherwise
+        drafted = ~got.examples.random
+        assert torch.equal(got.examples.question[drafted], expected.question) and torch.equal(got.examples.good[drafted], expected.good)
+        torch.testing.assert_close(got.examples.last[drafted], expected.last, atol=1e-4, rtol=1e-4)  # batched otherwise
         assert bool(checked) is not again
         checked.clear()
     (tmp_path / f"{PART:06d}.safetensors").unlink()
@@ -235,11 +237,41 @@ def test_labels_are_made_once_part_by_part_and_are_those_of_all_questions_togeth
     assert checked and min(checked) == PART  # only what was missing
 
 
+def test_beside_every_mismatch_a_random_token_of_the_same_answer_is_called_bad() -> None:
+    prompts = [[3 + number, 9, number + 1] for number in range(4)]
+    answered = ask(target(), prompts, 10)
+    found = mismatches(target(), drafter(), answered)
+    made = spoil(target(), answered, found)
+    assert len(found) > 1 and made.question.tolist() == [one.question for one in found]
+    assert made.random.all() and not made.good.any()
+    assert len(made.last.unique(dim=0)) > len(found) // 2  # at places of their own
+    torch.testing.assert_close(spoil(target(), answered, found).last, made.last)  # the same ones again
+    both = labelled_in_memory(prompts)
+    assert int(both.random.sum()) == int((~both.random).sum()) > 0
+
+
+def labelled_in_memory(prompts: list[list[int]]) -> Examples:
+    with TemporaryDirectory() as folder:
+        return labelled(target(), drafter(), prompts, lambda number, answer: True, 10, Path(folder)).examples
+
+
+def test_random_tokens_that_can_be_told_from_drafted_ones_are_not_let_through_once_they_are_learnt() -> None:
+    known = planted()
+    strange = known.last.clone()
+    strange[:, 3] += 40.0  # where no mismatch ever is
+    bad = torch.zeros(400, dtype=torch.bool)
+    two = (torch.cat([known.last, strange]), torch.cat([known.good, bad]), known.question.repeat(2), torch.cat([bad, ~bad]))
+    ignorant, taught = fit(known, "x", JudgeTrainConfig()), fit(Examples(*two), "x", JudgeTrainConfig())
+    assert ignorant.let_through is None and (ignorant.head(strange) > 0).float().mean() > 0.1
+    assert taught.let_through is not None and taught.let_through < 0.05
+    assert taught.auc is not None and taught.auc > 0.9 and taught.held_out == 80
+
+
 def planted(count: int = 400, noise: float = 0.3) -> Examples:
     generator = torch.Generator().manual_seed(0)
     last = 5 + 3 * torch.randn(count, 8, generator=generator)
     good = last[:, 2] - 0.3 * last[:, 5] + noise * torch.randn(count, generator=generator) > 4.5
-    return Examples(last, good, torch.arange(count) // 4)
+    return Examples(last, good, torch.arange(count) // 4, torch.zeros(count, dtype=torch.bool))
 
 
 def test_training_finds_what_was_planted_on_questions_it_has_not_seen() -> None:
