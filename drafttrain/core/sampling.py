@@ -68,7 +68,8 @@ def likeliest(logits: Tensor) -> Tensor:
 
 def one_hot(tokens: Tensor, vocab: int) -> Tensor:
     """[...] ids -> [..., V] fp32."""
-    return F.one_hot(tokens, vocab).float()
+    nothing = torch.zeros(*tokens.shape, vocab, device=tokens.device)
+    return nothing.scatter_(-1, tokens[..., None], 1.0)  # torch's own `one_hot` has the host look at the ids
 
 
 def nucleus(law: Tensor, top_p: float) -> Tensor:
