@@ -267,7 +267,7 @@ def test_doctor_marks_every_answer_token_but_the_first() -> None:
 def test_schema_and_version_and_help_answer() -> None:
     assert json.loads(drafttrain("schema").stdout)["properties"].keys() >= {"target", "data", "drafter", "train"}
     assert drafttrain("--version").stdout.startswith("drafttrain ")
-    commands = ("regenerate", "capture", "train", "decision", "eval", "generate", "export", "report", "compare", "inspect", "run", "schema")
+    commands = ("regenerate", "capture", "train", "decision", "judge", "eval", "generate", "export", "report", "compare", "inspect", "run", "schema")
     commands += ("doctor", "study", "tune")
     for command in commands:
         assert "drafttrain" in drafttrain(command, "--help").stdout
@@ -663,3 +663,44 @@ def test_inspect_shows_token_ids_where_the_tokenizer_is_gone(workplace: Path) ->
 def test_inspect_of_neither_is_refused(empty: Path) -> None:
     assert "does not exist" in complaint("inspect", "runs/tiny")
     assert "holds neither a store nor a run" in complaint("inspect", "target")
+
+
+QUESTIONS = [
+    {"id": f"q{i}", "task": "word", "prompt": f"w{i} w{i + 2} w{i * 3 % 50}", "check": "word", "answer": [f"w{n}" for n in range(0, 50, 9)]}
+    for i in range(24)
+]  # fmt: skip
+
+
+def test_a_judge_is_trained_from_questions_goes_on_from_its_labels_and_decodes(workplace: Path) -> None:
+    write_lines("questions.jsonl", QUESTIONS)
+    words = ("judge", "tiny.yaml", "--questions", "questions.jsonl")
+    result = drafttrain(*words)
+    assert result.exit_code == 0, result.output
+    assert "lets through" in result.stdout
+    labels = {path: seen for path, seen in snapshot("runs/tiny/judge-labels").items()}
+    assert len(labels) == 2  # parts of 16
+    notes = json.loads(Path("runs/tiny/judge/config.json").read_text())
+    assert notes["asked"] == 24
+    head = Path("runs/tiny/judge/model.safetensors").read_bytes()
+    min(labels).unlink()
+    assert drafttrain(*words).exit_code == 0
+    again = snapshot("runs/tiny/judge-labels")
+    assert {path: data for path, (_, data) in again.items()} == {path: data for path, (_, data) in labels.items()}
+    assert sum(again[path] != labels[path] for path in labels) == 1  # the other part was read, not made
+    assert Path("runs/tiny/judge/model.safetensors").read_bytes() == head
+    rule = "runtime.rule={name: judge, head: runs/tiny/judge, threshold: 0.5}"
+    assert drafttrain("eval", "tiny.yaml", rule).exit_code == 0
+    assert read_rows(Path("runs/tiny/results.jsonl"))[-1].measured.rule == "judge"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"check": None, "answer": None}, "can be checked"), ({"prompt": SUITE[0]["prompt"]}, "stands in evaluation.suite")],
+    ids=["no check", "measured too"],
+)
+def test_questions_that_a_judge_cannot_learn_from_are_refused_by_name(workplace: Path, change: dict[str, Any], said: str) -> None:
+    unfit = {key: value for key, value in {**QUESTIONS[3], **change}.items() if value is not None}
+    write_lines("questions.jsonl", [*QUESTIONS[:3], unfit])
+    line = complaint("judge", "tiny.yaml", "--questions", "questions.jsonl")
+    assert "item 'q3'" in line and said in line
+    assert not Path("runs/tiny/judge-labels").exists()

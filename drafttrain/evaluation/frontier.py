@@ -78,8 +78,12 @@ HEAD = (
 
 def cells_table(findings: Sequence[Finding]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Head and body, the fastest by forecast first."""
-    order = sorted(findings, key=lambda finding: -finding.forecast.tokens_per_second)
-    return HEAD, [_cells(finding) for finding in order]
+    return HEAD, [_cells(finding) for finding in by_forecast(findings)]
+
+
+def by_forecast(findings: Sequence[Finding]) -> list[Finding]:
+    """The fastest first."""
+    return sorted(findings, key=lambda finding: -finding.forecast.tokens_per_second)
 
 
 def _cells(finding: Finding) -> list[str]:
@@ -112,7 +116,8 @@ def markdown(findings: Sequence[Finding], measured_on: str) -> str:
 
 
 def draw(findings: Sequence[Finding], path: Path) -> None:
-    """The frontier beside forecasts against measurements, as PNG or SVG by the path's suffix.
+    """The frontier beside forecasts against measurements, as PNG or SVG by the path's suffix. Points have the number of their line in the
+    table.
 
     Raises `UserError` where matplotlib is missing.
     """
@@ -120,10 +125,13 @@ def draw(findings: Sequence[Finding], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("a study's plot needs matplotlib: pip install 'drafttrain[plots]', then run the same command again") from error
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    ordered = by_forecast(findings)
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_frontier(left, findings)
-    _draw_errors(right, findings)
+    _draw_frontier(left, ordered)
+    _draw_errors(right, ordered)
+    names = "\n".join(f"{number:2d}  {finding.label}" for number, finding in enumerate(ordered, 1))
+    right.annotate(names, (1.03, 1), xycoords="axes fraction", va="top", fontsize=8, linespacing=1.6)
     write_whole(path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=130))
 
 
@@ -140,8 +148,8 @@ def _draw_frontier(axes: Any, findings: Sequence[Finding]) -> None:
     edge = frontier(known)
     axes.plot([across[place] for place in edge], [known[place].tau for place in edge], color="tab:blue", ls="--", lw=1, label="frontier")
     axes.scatter(across, [one.tau for one in known], color="tab:blue", zorder=2)
-    for place, finding in enumerate(findings):
-        axes.annotate(finding.label, (across[place], known[place].tau), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    for place, one in enumerate(known):
+        axes.annotate(str(place + 1), (across[place], one.tau), fontsize=8, xytext=(3, 5), textcoords="offset points")
     chosen = best(known)
     axes.scatter(across[chosen], known[chosen].tau, marker="*", s=200, color="tab:orange", zorder=3, label="fastest by forecast")
     axes.set(xlabel="ms a round", ylabel="accepted length (tau)", xlim=(0, widest), ylim=(0, highest))
@@ -151,7 +159,10 @@ def _draw_frontier(axes: Any, findings: Sequence[Finding]) -> None:
 
 def _draw_errors(axes: Any, findings: Sequence[Finding]) -> None:
     """Forecast over measurement, with the band of `TOLERANCE`."""
-    pairs = [(f.measured.tokens_per_second, f.forecast.tokens_per_second, f.label) for f in findings if f.measured is not None]
+    pairs = [
+        (finding.measured.tokens_per_second, finding.forecast.tokens_per_second, number)
+        for number, finding in enumerate(findings, 1) if finding.measured is not None
+    ]  # fmt: skip
     axes.set(xlabel="measured tokens/s", ylabel="forecast tokens/s")
     axes.set_title(f"{len(pairs)} cells decoded for real; band: {TOLERANCE:.0%}", fontsize=10, pad=16)
     if not pairs:
@@ -160,6 +171,6 @@ def _draw_errors(axes: Any, findings: Sequence[Finding]) -> None:
     axes.fill_between([0, end], [0, end * (1 - TOLERANCE)], [0, end * (1 + TOLERANCE)], color="0.9", zorder=0)
     axes.plot([0, end], [0, end], color="0.6", lw=1, zorder=1)
     axes.scatter([measured for measured, _, _ in pairs], [foretold for _, foretold, _ in pairs], color="tab:blue", zorder=2)
-    for measured, foretold, label in pairs:
-        axes.annotate(label, (measured, foretold), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    for measured, foretold, number in pairs:
+        axes.annotate(str(number), (measured, foretold), fontsize=8, xytext=(3, -10), textcoords="offset points")
     axes.set(xlim=(0, end), ylim=(0, end))
