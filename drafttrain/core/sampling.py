@@ -75,8 +75,23 @@ def one_hot(tokens: Tensor, vocab: int) -> Tensor:
 def nucleus(law: Tensor, top_p: float) -> Tensor:
     """The smallest set of likeliest tokens that holds `top_p`, renormalised: [..., V] -> [..., V]. Ties keep the lower id.
 
-    Nothing is sorted: the least probability that stays is found digit by digit of its bits, by the mass at or above each digit.
+    Large vocabularies are not sorted: the least probability that stays is found digit by digit of its bits, by the mass at or above each
+    digit.
     """
+    return _nucleus_by_digits(law, top_p) if law.shape[-1] > SMALL else _nucleus_by_sorting(law, top_p)
+
+
+SMALL = 1024
+"""Largest vocabulary that is sorted: counting digits costs as much for few tokens as for many."""
+
+
+def _nucleus_by_sorting(law: Tensor, top_p: float) -> Tensor:
+    ranked, order = law.sort(dim=-1, descending=True, stable=True)
+    mass = ranked.double()
+    return normalise(torch.zeros_like(law).scatter_(-1, order, torch.where(mass.cumsum(-1) - mass < top_p, ranked, 0.0)))
+
+
+def _nucleus_by_digits(law: Tensor, top_p: float) -> Tensor:
     bits = law.view(torch.int32)  # of non-negative numbers: in the numbers' own order
     mass = law.double()
     least, likelier = torch.zeros_like(bits[..., :1]), mass[..., :1]

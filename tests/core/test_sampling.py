@@ -1,4 +1,4 @@
-"""The nucleus, found without sorting, keeps what a whole sort would."""
+"""The nucleus keeps what a whole sort would, also where nothing is sorted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.sampling import Sampling, nucleus
+from drafttrain.core.sampling import SMALL, Sampling, nucleus
 
 
 def by_sorting(law: Tensor, top_p: float) -> Tensor:
@@ -16,11 +16,12 @@ def by_sorting(law: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(law, dtype=torch.bool).scatter(-1, order, kept)
 
 
+@pytest.mark.parametrize("vocab", [SMALL, 4 * SMALL], ids=["sorted", "by digits"])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.99999])
-def test_it_keeps_what_a_whole_sort_would_keep(spread: float, ties: bool, top_p: float) -> None:
-    logits = torch.randn(3, 2, 4096, generator=torch.Generator().manual_seed(0)) * spread
+def test_it_keeps_what_a_whole_sort_would_keep(vocab: int, spread: float, ties: bool, top_p: float) -> None:
+    logits = torch.randn(3, 2, vocab, generator=torch.Generator().manual_seed(0)) * spread
     law = (logits.round() if ties else logits).softmax(-1)
     found = nucleus(law, top_p)
     assert ((found > 0) == by_sorting(law, top_p)).all()
@@ -29,7 +30,8 @@ def test_it_keeps_what_a_whole_sort_would_keep(spread: float, ties: bool, top_p:
     torch.testing.assert_close(found / found.amax(-1, keepdim=True), torch.where(kept, law, 0.0) / law.amax(-1, keepdim=True))
 
 
-def test_a_law_cut_already_stays_cut() -> None:
+@pytest.mark.parametrize("vocab", [100, 4 * SMALL])
+def test_a_law_cut_already_stays_cut(vocab: int) -> None:
     """Tokens of probability 0 are no part of a nucleus, even where rounding leaves the rest short of `top_p`."""
-    law = Sampling(1.0, top_k=7).law(torch.randn(5, 100, generator=torch.Generator().manual_seed(1)))
+    law = Sampling(1.0, top_k=7).law(torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)))
     assert ((nucleus(law, 1 - 1e-12) > 0) == (law > 0)).all()

@@ -40,9 +40,8 @@ def test_a_share_of_the_drafted_tokens_is_random_and_the_root_never() -> None:
 
 @pytest.mark.parametrize("shape", [Chain(length=4), Dynamic(depth=3, beam=2, top_k=2, nodes=6)], ids=["chain", "tree"])
 def test_a_lossless_rule_writes_the_targets_own_text_from_spoilt_drafts_and_accepts_less(shape: Chain | Dynamic) -> None:
-    made = {
-        share: SpeculativeDecoder(TARGET, DRAFTER, RuntimeConfig(shape=shape, corrupt=share)).generate(PROMPTS, 26) for share in (0.0, 0.5, 1.0)
-    }
+    decoders = {share: SpeculativeDecoder(TARGET, DRAFTER, RuntimeConfig(shape=shape, corrupt=share)) for share in (0.0, 0.5, 1.0)}
+    made = {share: decoder.generate(PROMPTS, 26) for share, decoder in decoders.items()}
     for answers in made.values():
         assert [one.tokens for one in answers] == [greedy_text(TARGET.model, prompt, 26) for prompt in PROMPTS]
     taus = [sum(one.statistics.tokens for one in answers) / sum(one.statistics.rounds for one in answers) for answers in made.values()]

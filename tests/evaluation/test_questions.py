@@ -33,4 +33,4 @@ def test_each_answer_is_accepted_and_sums_are_what_they_say(tmp_path: Path) -> N
         assert not right(item.check, "I do not know.")
         if item.task in ("add", "subtract"):
             sum_ = item.turns[0].removeprefix("What is ").removesuffix("?")
-            assert item.check.answers == (str(eval(sum_)),)  # noqa: S307 (our own digits)
+            assert item.check.answers == (str(eval(sum_)),)  # our own digits
