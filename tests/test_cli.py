@@ -268,7 +268,7 @@ def test_schema_and_version_and_help_answer() -> None:
     assert json.loads(drafttrain("schema").stdout)["properties"].keys() >= {"target", "data", "drafter", "train"}
     assert drafttrain("--version").stdout.startswith("drafttrain ")
     commands = ("regenerate", "capture", "train", "decision", "judge", "eval", "generate", "export", "report", "compare", "inspect", "run")
-    commands += ("doctor", "study", "tune")
+    commands += ("schema", "doctor", "study", "tune")
     for command in commands:
         assert "drafttrain" in drafttrain(command, "--help").stdout
 
