@@ -679,7 +679,7 @@ def test_a_judge_is_trained_from_questions_goes_on_from_its_labels_and_decodes(w
     assert "lets through" in result.stdout
     labels = snapshot("runs/tiny/judge-labels")
     assert len(labels) == 2  # parts of 16
-    notes = json.loads(Path("runs/tiny/judge/config.json").read_text())
+    notes = json.loads(Path("runs/tiny/judge/config.json").read_text())["notes"]
     assert notes["asked"] == 24
     head = Path("runs/tiny/judge/model.safetensors").read_bytes()
     min(labels).unlink()
