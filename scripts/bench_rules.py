@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def widest(nodes: int) -> list[tuple[int, ...]]:
-    """A tree of depth 4 whose elder branches are the wider ones: each node has 4, 3, 2, 1 children, level by level, cut at `nodes`."""
+    """A tree of depth 4 whose elder branches are the wider ones: each node has 4, 3, 2, 2 children, level by level, cut at `nodes`."""
     paths: list[tuple[int, ...]] = [()]
     for width in (4, 3, 2, 2):
         paths += [(*path, rank) for path in paths if len(path) == max(map(len, paths)) for rank in range(width)]
