@@ -34,7 +34,7 @@ from drafttrain.evaluation.check import right
 from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.rules import RuleRow, replay_rules
 from drafttrain.evaluation.runners import Runner, folder_fingerprint
-from drafttrain.evaluation.suites import load_suite
+from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.export import export as export_drafter
 from drafttrain.export.card import Story, write_card
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
@@ -238,7 +238,7 @@ def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig
     says how long answers are. Raises `UserError` where a question cannot be checked, or is asked in the evaluation too.
     """
     asked = load_suite(questions)
-    refuse_unfit_questions(recipe, questions)
+    refuse_unfit_questions(recipe, questions, asked)
     target, folder, length = Target.load(recipe.target), recipe.folder / "drafter", recipe.evaluation.max_new_tokens
     reader = SpeculativeDecoder(target)
     prompts = [reader.tokenize(item.opening()) for item in asked.items]
@@ -261,10 +261,10 @@ def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig
     return labels, result, result.head.save(recipe.folder / "judge", notes)
 
 
-def refuse_unfit_questions(recipe: Recipe, questions: str) -> None:
+def refuse_unfit_questions(recipe: Recipe, questions: str, asked: Suite) -> None:
     """A `UserError` where a judge's questions cannot be checked without running programs, or stand in the recipe's suite."""
-    asked, measured = load_suite(questions).items, {item.turns[0] for item in load_suite(recipe.evaluation.suite).items}
-    for item in asked:
+    measured = {item.turns[0] for item in load_suite(recipe.evaluation.suite).items}
+    for item in asked.items:
         where = f"questions '{questions}', item '{item.id}'"
         if item.check is None or item.check.kind == "code" or len(item.turns) > 1:
             raise UserError(f"{where}: one prompt with an answer that can be checked (number, choice, option, word) is needed")

@@ -6,7 +6,7 @@ device. `Scripted` walks every branch of the real code path, so that a test can 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations, product
 from typing import Protocol
 
@@ -103,7 +103,7 @@ class Scripted:
 
     def __init__(self, script: list[int], others: Seeded, watch: int = 0) -> None:
         self.script, self.others, self.watch = script, others, watch
-        self.taken: list[tuple[int, int]] = []  # (outcome, number of outcomes) of each choice so far
+        self.taken: list[tuple[int, int]] = []  # (outcome, the next possible one or -1) of each choice so far
         self.probability = 1.0
 
     def select(self, rows: Tensor) -> Scripted:
@@ -151,13 +151,6 @@ class Scripted:
         self.probability *= weights[outcome]
         return outcome
 
-    def next_script(self) -> list[int] | None:
-        """The script of the next branch in depth-first order; None after the last."""
-        for step in reversed(range(len(self.taken))):
-            if self.taken[step][1] >= 0:
-                return [outcome for outcome, _ in self.taken[:step]] + [self.taken[step][1]]
-        return None
-
 
 def _sequence_weight(row: list[float], sequence: tuple[int, ...], replace: bool) -> float:
     weight, left = 1.0, 1.0
@@ -167,10 +160,19 @@ def _sequence_weight(row: list[float], sequence: tuple[int, ...], replace: bool)
     return weight
 
 
+def next_script(taken: Sequence[tuple[int, int]]) -> list[int] | None:
+    """The script of the branch after one whose choices were `taken`, (outcome, the next possible one or -1) each, depth first; None after
+    the last."""
+    for step in reversed(range(len(taken))):
+        if taken[step][1] >= 0:
+            return [outcome for outcome, _ in taken[:step]] + [taken[step][1]]
+    return None
+
+
 def branches(rows: int, watch: int = 0) -> Iterator[Scripted]:
     """Every branch of row `watch` of `rows` in turn: run the code with each yielded chance, then read its `probability`."""
     script: list[int] | None = []
     while script is not None:
         chance = Scripted(script, Seeded(0, torch.arange(rows)), watch)
         yield chance
-        script = chance.next_script()
+        script = next_script(chance.taken)

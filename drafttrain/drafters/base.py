@@ -165,3 +165,36 @@ class Drafter(nn.Module, ABC):
 
         Rounds may pass without a proposal (the loop decoded plainly); what they commit is best read with the next one, in one call.
         """
+
+
+class Around(Drafter):
+    """A drafter that drafts with another one inside: bounds, training and replay are the inner one's."""
+
+    def __init__(self, config: DrafterConfig, inner: Drafter) -> None:
+        super().__init__(config, inner.target)
+        self.inner, self.needs = inner, inner.needs
+
+    @property
+    def max_depth(self) -> int | None:
+        return self.inner.max_depth
+
+    @property
+    def watcher(self) -> Callable[[Callable[[], object]], None] | None:
+        return self.inner.watcher
+
+    @watcher.setter
+    def watcher(self, watcher: Callable[[Callable[[], object]], None] | None) -> None:
+        self.inner.watcher = watcher
+
+    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+        return self.inner.loss(batch, head)
+
+    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
+        return self.inner.walk(batch, head, length)
+
+    def inner_tree(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+        """What the inner one proposes; its calls count as this one's."""
+        before = self.inner.calls
+        tree = self.inner.propose(state, roots, plan, sampling, chance)
+        self.calls += self.inner.calls - before
+        return tree

@@ -7,7 +7,6 @@ that the tree knows: `point` draws only. B rows, N nodes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,46 +16,26 @@ from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features
-from drafttrain.drafters.base import Drafter, DrafterState, Loss
+from drafttrain.core.types import Committed, Features
+from drafttrain.drafters.base import Around, Drafter, DrafterState
 from drafttrain.target.head import TargetHead
 
 
-class Corrupt(Drafter):
+class Corrupt(Around):
     """See the module."""
 
     draws = frozenset({"point"})
 
     def __init__(self, probability: float, inner: Drafter) -> None:
-        super().__init__(inner.config, inner.target)
-        self.probability, self.inner, self.needs = probability, inner, inner.needs
-
-    @property
-    def max_depth(self) -> int | None:
-        return self.inner.max_depth
-
-    @property
-    def watcher(self) -> Callable[[Callable[[], object]], None] | None:
-        return self.inner.watcher
-
-    @watcher.setter
-    def watcher(self, watcher: Callable[[Callable[[], object]], None] | None) -> None:
-        self.inner.watcher = watcher
-
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        return self.inner.loss(batch, head)
-
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        return self.inner.walk(batch, head, length)
+        super().__init__(inner.config, inner)
+        self.probability = probability
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> DrafterState:
         return self.inner.begin(prompts, lengths, features, head, capacity)
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert plan.draws == "point", plan.draws
-        before = self.inner.calls
-        tree = self.inner.propose(state, roots, plan, sampling, chance)
-        self.calls += self.inner.calls - before
+        tree = self.inner_tree(state, roots, plan, sampling, chance)
         swapped = chance.bernoulli(torch.full(tree.tokens.shape, self.probability, device=roots.device))  # [B, N]
         swapped[:, 0] = False  # the root is committed text
         even = torch.ones(len(roots), 1, self.target.vocab_size, device=roots.device)

@@ -8,7 +8,6 @@ and recursive verification stay exact whatever is chosen here. B rows, N nodes. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -23,9 +22,9 @@ from drafttrain.core.config import Config
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Nodes, Tree, from_nodes
-from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.core.types import Committed, Features
 from drafttrain.drafters import DRAFTERS, build
-from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss
+from drafttrain.drafters.base import Around, Drafter, DrafterConfig, DrafterState
 from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.target.head import TargetHead
 
@@ -81,39 +80,21 @@ class HybridState(DrafterState):
         self.trained.settle(lengths)
 
 
-class Hybrid(Drafter):
+class Hybrid(Around):
     """See the module."""
 
     draws = frozenset({"point"})
 
     def __init__(self, options: HybridConfig, trained: Drafter) -> None:
         name = f"{trained.config.name}+{options.lookup.name}"
-        super().__init__(HybridFamily(name=name), trained.target)
-        self.options, self.trained, self.free = options, trained, build(options.lookup, trained.target)
+        super().__init__(HybridFamily(name=name), trained)
+        self.options, self.free = options, build(options.lookup, trained.target)
         self.needs = trained.needs | self.free.needs
-
-    @property
-    def max_depth(self) -> int | None:
-        return self.trained.max_depth
-
-    @property
-    def watcher(self) -> Callable[[Callable[[], object]], None] | None:
-        return self.trained.watcher
-
-    @watcher.setter
-    def watcher(self, watcher: Callable[[Callable[[], object]], None] | None) -> None:
-        self.trained.watcher = watcher
-
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        return self.trained.loss(batch, head)
-
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        return self.trained.walk(batch, head, length)
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> HybridState:
         given = (prompts, lengths, features, head, capacity)
         gain: list[float] = [self.options.head_gain] * len(prompts)
-        return HybridState(self.trained.begin(*given), self.free.begin(*given), gain, [[]] * len(prompts))
+        return HybridState(self.inner.begin(*given), self.free.begin(*given), gain, [[]] * len(prompts))
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, HybridState)
@@ -121,9 +102,7 @@ class Hybrid(Drafter):
         wanted = [self.wants_head(nodes, gain, plan.shape.nodes) for nodes, gain in zip(found, state.gain, strict=True)]
         rows = found
         if any(wanted):
-            before = self.trained.calls
-            drafted = as_nodes(self.trained.propose(state.trained, roots, plan, sampling, chance), TRAINED)
-            self.calls += self.trained.calls - before
+            drafted = as_nodes(self.inner_tree(state.trained, roots, plan, sampling, chance), TRAINED)
             rows = [merged(two, one) if wants else one for one, two, wants in zip(found, drafted, wanted, strict=True)]
         chosen = [self.worth(nodes, wants, plan.shape.nodes) for nodes, wants in zip(rows, wanted, strict=True)]
         state.drafted = [
@@ -170,7 +149,7 @@ class Hybrid(Drafter):
             committed, tokens=committed.tokens[:, :longest], nodes=None,
             features={name: value[:, :longest] for name, value in committed.features.items()},
         )  # fmt: skip
-        self.trained.observe(state.trained, committed)
+        self.inner.observe(state.trained, committed)
         self.free.observe(state.free, committed)
 
 

@@ -57,8 +57,8 @@ class Multidraft(Rule):
         node = torch.zeros_like(row)  # [B] the deepest node that stands
         going = torch.ones_like(row, dtype=torch.bool)
         fell = torch.zeros_like(going)
-        p = q_last = scored.law(node[:, None])[:, 0]  # [B, V]; q_last and
-        K_last = torch.ones_like(row)  # of the drafts that fell
+        p = scored.law(node[:, None])[:, 0]  # [B, V]
+        q_last, K_last = p, torch.ones_like(row)  # of the drafts that fell
         for _ in range(tree.max_depth):
             children = tree.children[row, node]  # [B, C]
             there = (children >= 0) & going[:, None]

@@ -79,14 +79,21 @@ class Residual:
         """[B, n, V] not normalised; good until the next call."""
         if self.Q is None:
             return self.P[:, :n].scatter_reduce(-1, self.tokens[:, :n], self.kept[:, :n], "amin")
-        left = torch.addcmul(self.P[:, :n], self.Q[:, :n], self.c[:, :n, None].to(self.P.dtype), value=-1, out=self._space[:, :n]).relu_()
-        if self.draws == "without_replacement":
-            left.scatter_reduce_(-1, self.tokens[:, :n], self.kept[:, :n], "amax")
-        return left
+        fallen = None if self.draws == "iid" else (self.tokens[:, :n], self.kept[:, :n])
+        return what_is_left(self.P[:, :n], self.Q[:, :n], self.c[:, :n], fallen, self._space[:, :n])
 
     @cached_property
     def _space(self) -> Tensor:
         return torch.empty_like(self.P)
+
+
+def what_is_left(P: Tensor, Q: Tensor, c: Tensor, fallen: tuple[Tensor, Tensor] | None, out: Tensor | None = None) -> Tensor:
+    """[B, W, V] not normalised, of laws [B, W, V] and c [B, W].
+
+    fallen: tokens that left Q and what each kept, [B, W, F] both, 0 where none fell; None where drafts are put back.
+    """
+    left = torch.addcmul(P, Q, c[..., None].to(P.dtype), value=-1, out=out).relu_()
+    return left if fallen is None else left.scatter_reduce_(-1, *fallen, "amax")
 
 
 def _sums(Q: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.chance import Chance
+from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import Rule, RuleConfig
 from drafttrain.verify.recursive import matched
-from drafttrain.verify.residual import Residual
+from drafttrain.verify.residual import Residual, what_is_left
 
 
 class TraversalConfig(RuleConfig):
@@ -81,15 +82,12 @@ def sweep(tree: Tree, scored: Scored) -> Swept:
 
 def left_at(tree: Tree, scored: Scored, swept: Swept, node: Tensor) -> Tensor:
     """[B, 1, V]: the law of the token after `node` [B], all of whose children failed."""
-    assert tree.law_rows is not None, f"a {tree.draws} tree recorded no laws"
     row = torch.arange(len(node), device=node.device)
     children = tree.children[row, node]  # [B, C]
     real, child = children >= 0, children.clamp_min(0)
-    left = Residual(scored.law(node[:, None]), tree.law(child[:, 0])[:, None], tree.draws, children.shape[1])
-    left.c = swept.c[row, node][:, None]
-    left.tokens = tree.tokens.gather(1, child)[:, None]
-    left.kept = torch.where(real, swept.kept.gather(1, child), 0.0)[:, None]
-    return left.law()
+    fallen = tree.tokens.gather(1, child)[:, None], torch.where(real, swept.kept.gather(1, child), 0.0)[:, None]
+    P, Q, c = scored.law(node[:, None]), tree.law(child[:, 0])[:, None], swept.c[row, node][:, None]
+    return normalise(what_is_left(P, Q, c, None if tree.draws == "iid" else fallen))
 
 
 def standing(tree: Tree, a: Tensor) -> Tensor:

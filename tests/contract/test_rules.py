@@ -162,17 +162,18 @@ def sorted_siblings(tree: Tree) -> Tree:
 
 def dropped_after_a_look(tree: Tree) -> Tree:
     """Discards the second token of a chain where its own probability turns out low."""
-    assert tree.law_rows is not None
-    q = tree.law_rows[:, 1].gather(1, tree.tokens[:, 2:3])[:, 0]
-    live = tree.live.clone()
-    live[:, 2] = q > 0.4
-    return replace(tree, live=live)
+    return _second_while_likely(tree, 2)
 
 
 def stopped_after_a_look(tree: Tree) -> Tree:
     """Ends the chain below a first token whose probability turns out low, and keeps that token."""
+    return _second_while_likely(tree, 1)
+
+
+def _second_while_likely(tree: Tree, looked_at: int) -> Tree:
+    """A chain whose second token lives where the drafter's law gave the token at node `looked_at` enough."""
     assert tree.law_rows is not None
-    q = tree.law_rows[:, 0].gather(1, tree.tokens[:, 1:2])[:, 0]
+    q = tree.law_rows[:, looked_at - 1].gather(1, tree.tokens[:, looked_at, None])[:, 0]
     live = tree.live.clone()
     live[:, 2] = q > 0.4
     return replace(tree, live=live)

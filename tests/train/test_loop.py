@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +71,30 @@ def test_every_family_has_options_here() -> None:
     assert sorted(FAMILIES) == TRAINABLE
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_loss_by_loss(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tiny_target(11)
-    store = tiny_store(target, tmp_path / "data")
-    run(family, store, target, tmp_path / "whole")
+@contextmanager
+def asked_to_stop_after(steps: int) -> Iterator[None]:
+    """A SIGTERM comes in that step, and the run inside must end by it."""
     step = Run._step
 
     def stopping(self: Run, batches: Any) -> dict[str, float]:
         line = step(self, batches)
-        if self.progress.step == 5:
+        if self.progress.step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return line
 
-    monkeypatch.setattr(Run, "_step", stopping)
-    with pytest.raises(Stopped, match="SIGTERM"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_step", stopping)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            yield
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_loss_by_loss(family: str, tmp_path: Path) -> None:
+    target = tiny_target(11)
+    store = tiny_store(target, tmp_path / "data")
+    run(family, store, target, tmp_path / "whole")
+    with asked_to_stop_after(5):
         run(family, store, target, tmp_path / "parts")
-    monkeypatch.setattr(Run, "_step", step)
     run(family, store, target, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("whole", "parts"))
@@ -233,7 +240,7 @@ class Changing(Drafter):
         """Starts as it is."""
 
     def begin(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError("training and replay draft no tree")
 
     propose = observe = begin
 
@@ -288,21 +295,11 @@ def test_the_sampled_accepted_length_is_replayed_on_the_held_out_answers_of_that
     assert [log[0][f"held_out_alpha_{depth}"] for depth in range(2)] == pytest.approx(expected.alpha, rel=1e-6)
 
 
-def test_a_resumed_run_keeps_the_choice_by_sampled_accepted_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_choice_by_sampled_accepted_length(tmp_path: Path) -> None:
     target = tiny_target(18)
     store = drawn_store(target, tmp_path / "data")
-    step = Run._step
-
-    def stopping(self: Run, batches: Any) -> dict[str, float]:
-        line = step(self, batches)
-        if self.progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return line
-
-    monkeypatch.setattr(Run, "_step", stopping)
-    with pytest.raises(Stopped):
+    with asked_to_stop_after(2):
         choose(store, target, tmp_path / "run", WARM)
-    monkeypatch.setattr(Run, "_step", step)
     kept, log = choose(store, target, tmp_path / "run", WARM)
     assert kept == "swapped"
     assert [line["step"] for line in log] == [1, 2, 3]
@@ -364,6 +361,8 @@ def test_sharding_without_accelerators_is_refused_instead_of_dropped(
 
 RANKS = """
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from accelerate import PartialState

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafttrain.core.chance import next_script
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import Rule
@@ -48,12 +49,6 @@ class Together:
         self.weight = self.weight * weights[:, outcome]
         return outcome
 
-    def next_script(self) -> list[int] | None:
-        for step in reversed(range(len(self.taken))):
-            if self.taken[step][1] >= 0:
-                return [outcome for outcome, _ in self.taken[:step]] + [self.taken[step][1]]
-        return None
-
 
 def walked(rule: Rule, tree: Tree, scored: Scored) -> Iterator[tuple[Tensor, Verdict]]:
     """Each branch: its probability in each row [B], and the verdict."""
@@ -62,7 +57,7 @@ def walked(rule: Rule, tree: Tree, scored: Scored) -> Iterator[tuple[Tensor, Ver
         chance = Together(script, len(tree.tokens))
         verdict = rule(tree, scored, chance)
         yield chance.weight, verdict
-        script = chance.next_script()
+        script = next_script(chance.taken)
 
 
 @dataclass
