@@ -153,7 +153,10 @@ class Batch:
         self._count(tree, kept)
         self.clock.lap("commit")
         fetched = fetched or self._fetch(kept)
-        self.lengths = [length + count for length, (*_, count, _, _) in zip(self.lengths, fetched, strict=True)]
+        root = int(kept.verdict.next is not None)  # it stays in the cache, even if a draft behind it ended the row
+        self.lengths = [
+            length + (accepted + root if count else 0) for length, (*_, count, accepted, _) in zip(self.lengths, fetched, strict=True)
+        ]
         self._settle()
         out = self._hand_out(kept, fetched)
         self._remember(plan, fetched, begun)

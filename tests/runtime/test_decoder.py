@@ -11,7 +11,9 @@ import torch
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.drafters.base import Drafter
+from drafttrain.core.sampling import Sampling
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.generate import Request
 from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target
 
 SHAPES = [Chain(length=4), Static(children=(3, 2)), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
@@ -67,6 +69,21 @@ def test_end_token_inside_an_accepted_block_cuts_exactly_there() -> None:
         assert got.finish == "eos"
         cut += got.origins[-1] == 1  # the drafter wrote the end token
     assert cut > 0
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
+def test_the_host_knows_every_rows_length_whichever_token_of_a_block_ends_it(shape: Any, stopped: bool) -> None:
+    text = decoder(shape).generate(PROMPTS[0], max_new_tokens=24)[0].tokens
+    ended = 0  # rows that a drafted token ended
+    for end in sorted(set(text)):
+        batch = decoder(shape, eos_token_id=end).batch(Sampling())
+        batch.stopper = (lambda row, tokens: min(len(tokens), 8 + 3 * row)) if stopped else None
+        batch.start([Request(prompt, number, 20 + number) for number, prompt in enumerate(PROMPTS)])
+        while not batch.done:
+            ended += sum(one.done and 0 < len(one.tokens) == one.accepted for one in batch.step())
+            assert batch.done or batch.lengths == batch.cache.lengths.tolist()
+    assert ended > 0
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
