@@ -50,10 +50,10 @@ def tried(tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         children = tree.children[row, node]  # [B, C]
         there, child = (children >= 0) & going[:, None], children.clamp_min(0)
         Q = None if tree.draws == "point" else tree.law(child[:, 0])[:, None]  # [B, 1, V]
-        left = Residual(law[:, None], Q, tree.draws, children.shape[1])
+        left = Residual(law[:, None], Q, tree.draws, tree.tokens.gather(1, child)[:, None])
         ways, fallen = [], torch.ones_like(law[:, 0], dtype=torch.float64)  # [B] probability that all before fell
-        for token, real in zip(tree.tokens.gather(1, child).split(1, 1), there.split(1, 1), strict=True):  # [B, 1]
-            ratio, _ = left.fall(token, real)
+        for real in there.split(1, 1):  # [B, 1]
+            ratio, _ = left.fall(real)
             stands = torch.where(real, ratio, 0.0).clamp_max(1.0)[:, 0]
             ways.append(fallen * stands)
             fallen = fallen * (1 - stands)

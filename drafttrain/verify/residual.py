@@ -28,59 +28,51 @@ MOST = 1e30
 class Residual:
     """See the module. P and Q are read, never written."""
 
-    def __init__(self, P: Tensor, Q: Tensor | None, draws: Draws, falls: int) -> None:
-        """P [B, W, V]; Q [B, W, V], None where drafts were chosen with certainty; falls: how many there can be at a node."""
+    def __init__(self, P: Tensor, Q: Tensor | None, draws: Draws, tokens: Tensor) -> None:
+        """P [B, W, V]; Q [B, W, V], None where drafts were chosen with certainty; tokens: [B, W, F] the drafts, in the order they are tried."""
         B, W, _ = P.shape
-        self.P, self.Q, self.draws, self.count = P, Q, draws, 0
+        self.P, self.Q, self.draws, self.tokens, self.count = P, Q, draws, tokens, 0
         self.c = torch.zeros(B, W, dtype=torch.float64, device=P.device)
         self.total = torch.ones_like(self.c)  # sum of max(P - c Q, 0)
         self.rest = torch.ones_like(self.c) if Q is None or draws == "iid" else _sums(Q)  # what Q has left
-        self.tokens = torch.zeros(B, W, falls, dtype=torch.long, device=P.device)  # those that fell
-        self.kept = P.new_full((B, W, falls), float("inf") if Q is None else 0.0)  # and what each kept; no bound where none fell
+        self.p, self.q = (None if law is None else law.gather(-1, tokens).double() for law in (P, Q))  # [B, W, F], as they were
+        self.kept = self.p.new_full(tokens.shape, float("inf") if Q is None else 0.0)  # what each that fell kept; no bound for others
 
-    def fall(self, token: Tensor, fell: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-        """The next draft of the first n nodes, [B, n] tokens, falls where `fell` says so. weight: [B, n] w.
+    def fall(self, fell: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """The next draft of the first n nodes falls where `fell` [B, n] says so. weight: [B, n] w.
 
         Returns what was left of P there over what was left of Q, both normalised, and S; both [B, n] fp64.
         """
-        n = token.shape[1]
-        at = token[..., None]
-        before, rest = self.total[:, :n], self.rest[:, :n]
-        P = self.P[:, :n].gather(-1, at)[..., 0]
-        if self.Q is None:
-            twins = torch.where(self.tokens[:, :n] == at, self.kept[:, :n], float("inf"))  # an elder one took it
-            share = P.minimum(twins.amin(-1)).double()
+        n, k = fell.shape[1], self.count
+        before, rest, p, kept = self.total[:, :n], self.rest[:, :n], self.p[:, :n], self.kept[:, :n]
+        if self.q is None:
+            twins = self.tokens[:, :n, :k] == self.tokens[:, :n, k, None]
+            share = torch.where((twins & (kept[..., :k] == 0)).any(-1), 0.0, p[..., k])  # an elder twin took it
             ratio, after = share / before.clamp_min(1e-300), (before - share).clamp_min(0)
-            self._leave(token, fell, torch.zeros_like(P))
+            kept[..., k] = torch.where(fell, 0.0, float("inf"))
         else:
-            Q, c = self.Q[:, :n].gather(-1, at)[..., 0], self.c[:, :n]
-            ratio = (P - c * Q).clamp_min(0) * rest / (before * Q).clamp_min(1e-300)
+            q, c = self.q[:, :n], self.c[:, :n]
+            ratio = (p[..., k] - c * q[..., k]).clamp_min(0) * rest / (before * q[..., k]).clamp_min(1e-300)
             c = torch.where(fell, (c + before / (weight * rest).clamp_min(1e-300)).clamp_max(MOST), c)
-            c = c.to(self.P.dtype).double()  # as `_left` reads it
+            c = c.to(self.P.dtype).double()  # as `what_is_left` reads it
             self.c = _renewed(self.c, c)
+            after = what_is_left(self.P[:, :n], self.Q[:, :n], c, None, self._space[:, :n]).sum(-1).double()
             if self.draws == "without_replacement":
-                self._leave(token, fell, (P - c * Q).clamp_min(0).float())
-                self.rest = _renewed(self.rest, torch.where(fell, rest - Q, rest))
-            after = self._left(n).sum(-1).double()
+                now = (p - c[..., None] * q).clamp_min(0)
+                kept[..., k] = torch.where(fell, now[..., k], 0.0)
+                after = after + (kept - now).clamp_min(0).sum(-1)
+                self.rest = _renewed(self.rest, torch.where(fell, rest - q[..., k], rest))
         self.total = _renewed(self.total, torch.where(fell, after, before))
         self.count += 1
         return ratio, weight * after / before.clamp_min(1e-300)
 
     def law(self) -> Tensor:
         """[B, W, V] what is left, normalised."""
-        return normalise(self._left(self.P.shape[1]))
-
-    def _leave(self, token: Tensor, fell: Tensor, kept: Tensor) -> None:
-        n = token.shape[1]
-        self.tokens[:, :n, self.count] = token
-        self.kept[:, :n, self.count] = torch.where(fell, kept, self.kept[:, :n, self.count])
-
-    def _left(self, n: int) -> Tensor:
-        """[B, n, V] not normalised; good until the next call."""
+        kept = self.kept.to(self.P.dtype)
         if self.Q is None:
-            return self.P[:, :n].scatter_reduce(-1, self.tokens[:, :n], self.kept[:, :n], "amin")
-        fallen = None if self.draws == "iid" else (self.tokens[:, :n], self.kept[:, :n])
-        return what_is_left(self.P[:, :n], self.Q[:, :n], self.c[:, :n], fallen, self._space[:, :n])
+            return normalise(self.P.scatter_reduce(-1, self.tokens, kept, "amin"))
+        fallen = None if self.draws == "iid" else (self.tokens, kept)
+        return normalise(what_is_left(self.P, self.Q, self.c, fallen, self._space))
 
     @cached_property
     def _space(self) -> Tensor:

@@ -65,17 +65,17 @@ def sweep(tree: Tree, scored: Scored) -> Swept:
     a[:, 0] = 1.0
     c, kept = torch.zeros_like(a), torch.zeros_like(a, dtype=torch.float32)
     for family in tree.families:
-        left = Residual(scored.law(family.parents), tree.law_rows[:, family.laws], tree.draws, len(family.children))
+        left = Residual(scored.law(family.parents), tree.law_rows[:, family.laws], tree.draws, tree.tokens[:, family.table])
         weight = a[:, family.parents]  # [B, W]
         for child in family.children:  # of the first n parents
-            token, live = tree.tokens[:, child], tree.live[:, child]  # [B, n]
-            w = weight[:, : token.shape[1]]
-            ratio, S = left.fall(token, live, w)
+            live = tree.live[:, child]  # [B, n]
+            w = weight[:, : live.shape[1]]
+            ratio, S = left.fall(live, w)
             a[:, child] = torch.where(live, (w * ratio).clamp_max(1.0), 0.0)
-            weight = torch.cat([torch.where(live, S / (S + 1 - w).clamp_min(1e-300), w), weight[:, token.shape[1] :]], 1)
+            weight = torch.cat([torch.where(live, S / (S + 1 - w).clamp_min(1e-300), w), weight[:, live.shape[1] :]], 1)
         a[:, family.parents], c[:, family.parents] = weight, left.c
         if tree.draws == "without_replacement":
-            kept[:, family.table] = left.kept
+            kept[:, family.table] = left.kept.float()
     a[:, 0] = 1.0
     return Swept(a, c, kept)
 

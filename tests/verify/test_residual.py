@@ -38,12 +38,12 @@ def test_every_fall_is_that_of_normalised_laws(draws: Draws, seed: int) -> None:
     tokens = drawn(Q, draws == "iid", seed)
     fell = torch.rand(B, W, FALLS, generator=torch.Generator().manual_seed(seed)) < 0.8
     weights = 0.3 + 0.7 * torch.rand(B, W, FALLS, generator=torch.Generator().manual_seed(seed + 9), dtype=torch.float64)
-    ours = Residual(P, None if draws == "point" else Q, draws, FALLS)
+    ours = Residual(P, None if draws == "point" else Q, draws, tokens)
     now_P, now_Q = P.double(), Q.double()
     for rank in range(FALLS):
         n = W - rank // 2  # later ones at the first nodes alone
         weight = weights[:, :n, rank] if draws != "point" else torch.ones(B, n, dtype=torch.float64)
-        ratio, S = ours.fall(tokens[:, :n, rank], fell[:, :n, rank], weight)
+        ratio, S = ours.fall(fell[:, :n, rank], weight)
         for row in range(B):
             for node in range(n):
                 token = int(tokens[row, node, rank])
@@ -62,10 +62,10 @@ def test_every_fall_is_that_of_normalised_laws(draws: Draws, seed: int) -> None:
 
 def test_a_twin_of_a_chosen_token_that_fell_has_nothing_left() -> None:
     P, _ = laws(0)
-    token = torch.zeros(B, W, dtype=torch.long)
-    left = Residual(P, None, "point", 2)
-    first, _ = left.fall(token, token == 0)
-    again, S = left.fall(token, token == 0)
+    fell = torch.ones(B, W, dtype=torch.bool)
+    left = Residual(P, None, "point", torch.zeros(B, W, 2, dtype=torch.long))
+    first, _ = left.fall(fell)
+    again, S = left.fall(fell)
     torch.testing.assert_close(first, P[..., 0].double())
     assert (again == 0).all() and torch.allclose(S, torch.ones_like(S))
     assert (left.law()[..., 0] == 0).all()
@@ -73,6 +73,6 @@ def test_a_twin_of_a_chosen_token_that_fell_has_nothing_left() -> None:
 
 def test_what_did_not_fall_leaves_everything_as_it_was() -> None:
     P, Q = laws(1)
-    left = Residual(P, Q, "without_replacement", 1)
-    left.fall(drawn(Q, False, 1)[..., 0], torch.zeros(B, W, dtype=torch.bool))
+    left = Residual(P, Q, "without_replacement", drawn(Q, False, 1))
+    left.fall(torch.zeros(B, W, dtype=torch.bool))
     torch.testing.assert_close(left.law(), P)
