@@ -256,7 +256,7 @@ def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig
     notes = {
         "questions": asked.name, "asked": labels.asked, "solved": labels.solved, "mismatches": int((~labels.examples.random).sum()),
         "good": int(labels.examples.good.sum()), "held_out": result.held_out, "auc": result.auc, "let_through": result.let_through,
-        "training": config.model_dump(mode="json"),
+        "training": config.model_dump(mode="json") | {"penalty": result.penalty},
     }  # fmt: skip
     return labels, result, result.head.save(recipe.folder / "judge", notes)
 

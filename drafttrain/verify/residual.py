@@ -29,13 +29,14 @@ class Residual:
     """See the module. P and Q are read, never written."""
 
     def __init__(self, P: Tensor, Q: Tensor | None, draws: Draws, tokens: Tensor) -> None:
-        """P [B, W, V]; Q [B, W, V], None where drafts were chosen with certainty; tokens: [B, W, F] the drafts, in the order they are tried."""
+        """P [B, W, V]; Q [B, W, V], None where drafts were chosen with certainty; tokens: [B, W, F] the drafts in the order of trying."""
         B, W, _ = P.shape
         self.P, self.Q, self.draws, self.tokens, self.count = P, Q, draws, tokens, 0
         self.c = torch.zeros(B, W, dtype=torch.float64, device=P.device)
         self.total = torch.ones_like(self.c)  # sum of max(P - c Q, 0)
         self.rest = torch.ones_like(self.c) if Q is None or draws == "iid" else _sums(Q)  # what Q has left
-        self.p, self.q = (None if law is None else law.gather(-1, tokens).double() for law in (P, Q))  # [B, W, F], as they were
+        self.p = P.gather(-1, tokens).double()  # [B, W, F], as they were
+        self.q = None if Q is None else Q.gather(-1, tokens).double()
         self.kept = self.p.new_full(tokens.shape, float("inf") if Q is None else 0.0)  # what each that fell kept; no bound for others
 
     def fall(self, fell: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,7 @@ class Residual:
         """
         n, k = fell.shape[1], self.count
         before, rest, p, kept = self.total[:, :n], self.rest[:, :n], self.p[:, :n], self.kept[:, :n]
-        if self.q is None:
+        if self.Q is None or self.q is None:
             twins = self.tokens[:, :n, :k] == self.tokens[:, :n, k, None]
             share = torch.where((twins & (kept[..., :k] == 0)).any(-1), 0.0, p[..., k])  # an elder twin took it
             ratio, after = share / before.clamp_min(1e-300), (before - share).clamp_min(0)

@@ -10,8 +10,8 @@ import torch
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
-from drafttrain.drafters.base import Drafter
 from drafttrain.core.sampling import Sampling
+from drafttrain.drafters.base import Drafter
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.generate import Request
 from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target

@@ -19,7 +19,7 @@ from drafttrain.core.types import Scored
 from drafttrain.recipe import load_recipe, stage_fingerprint
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.train.heads import auroc
-from drafttrain.train.judge import PART, Examples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches, spoil
+from drafttrain.train.judge import PART, PENALTIES, Examples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches, spoil
 from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
 from tests.tiny import greedy_text, tiny_target
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, drafter, lengths, rounds, target
@@ -267,9 +267,9 @@ def test_random_tokens_that_can_be_told_from_drafted_ones_are_not_let_through_on
     assert taught.auc is not None and taught.auc > 0.9 and taught.held_out == 80
 
 
-def planted(count: int = 400, noise: float = 0.3) -> Examples:
+def planted(count: int = 400, noise: float = 0.3, hidden: int = 8) -> Examples:
     generator = torch.Generator().manual_seed(0)
-    last = 5 + 3 * torch.randn(count, 8, generator=generator)
+    last = 5 + 3 * torch.randn(count, hidden, generator=generator)
     good = last[:, 2] - 0.3 * last[:, 5] + noise * torch.randn(count, generator=generator) > 4.5
     return Examples(last, good, torch.arange(count) // 4, torch.zeros(count, dtype=torch.bool))
 
@@ -282,6 +282,13 @@ def test_training_finds_what_was_planted_on_questions_it_has_not_seen() -> None:
     right = (result.head(examples.last).sigmoid() > 0.5) == examples.good
     assert right.float().mean() > 0.9  # on the raw states: the scaling has moved into the weights
     assert sum(p.numel() for p in result.head.parameters()) == 9
+
+
+def test_where_examples_are_few_for_their_weights_a_penalty_chosen_without_the_held_out_ones_judges_them_better() -> None:
+    few = planted(240, noise=1.0, hidden=100)
+    chosen, free = (fit(few, "x", JudgeTrainConfig(penalty=penalty)) for penalty in (None, 0.0))
+    assert chosen.penalty in PENALTIES and chosen.auc is not None and free.auc is not None
+    assert chosen.auc > free.auc + 0.05
 
 
 def test_labels_that_carry_nothing_give_an_auc_of_a_half() -> None:
