@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from pydantic import Field, model_validator
 from rich.console import Console
@@ -177,9 +178,12 @@ def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     for switch, name in SHARDED.items():
         if cpu and os.environ.get(switch, "false").lower() == "true":
             raise UserError(f"{name} shards over accelerators and this machine has none; launch with configs/cpu.yaml instead")
+    mixed = "bf16" if config.precision == "bfloat16" else "no"
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
+        AcceleratorState._reset_state()  # an earlier training of this process had another precision; the process group stays
     return Accelerator(
         cpu=cpu,  # else accelerate would not join the processes of a launch on CPUs
-        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+        mixed_precision=mixed,
         gradient_accumulation_steps=config.accumulate,
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output)),

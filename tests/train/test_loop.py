@@ -101,6 +101,15 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_loss_by_loss
     assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_one_process_trains_in_one_precision_after_the_other(tmp_path: Path) -> None:
+    target = tiny_target(12)
+    store = tiny_store(target, tmp_path / "data")
+    for number, precision in enumerate(("float32", "bfloat16", "float32")):
+        run("medusa", store, target, tmp_path / f"{number}", precision=precision)
+    exact, coarse, again = (losses(tmp_path / f"{number}") for number in range(3))
+    assert exact == again != coarse
+
+
 def test_training_lowers_the_loss_and_raises_the_held_out_accepted_length(tmp_path: Path) -> None:
     target = tiny_target(12)
     store = tiny_store(target, tmp_path / "data")
