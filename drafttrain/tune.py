@@ -59,9 +59,11 @@ def tune(recipes: Sequence[Recipe]) -> Tuned:
     tried = [candidate for recipe in recipes for candidate in candidates(target, recipe)]
     suite, reader = first.evaluation.chosen(load_suite(first.evaluation.suite)), SpeculativeDecoder(target)
     prompts = [reader.tokenize(item.opening()) for item in suite.items]
-    answers = answer(target, prompts, first.evaluation.max_new_tokens)
-    tried = priced(target, tried, prompts, answers, first.evaluation.max_new_tokens)
-    found = forecasts(target, [one.decoder for one in tried], prompts, answers, first.evaluation.max_new_tokens)
+    limit = first.evaluation.max_new_tokens
+    answers = answer(target, prompts, limit)
+    curve = score_curve(target, typical_context(prompts, answers), frozenset().union(*(one.drafter.needs for one in tried)))
+    tried = priced(target, tried, curve, spread(midway(prompts, answers), PRICED), limit)
+    found = forecasts(target, [one.decoder for one in tried], prompts, answers, limit, curve)
     chosen = best(found)
     runtime = tried[chosen].recipe.runtime
     if found[chosen].speedup < 1:
@@ -92,9 +94,9 @@ def candidate(target: Target, recipe: Recipe, drafter: Drafter) -> Candidate:
 
 
 def priced(
-    target: Target, tried: Sequence[Candidate], prompts: Sequence[list[int]], answers: Sequence[list[int]], max_new_tokens: int
+    target: Target, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[Candidate]:
-    """Hybrids with this device's prices for their shapes; the others as they are.
+    """Hybrids with this device's prices for their shapes, measured behind a few prompts; the others as they are.
 
     head_cost: what the trained drafter takes to draft this shape alone; node_cost: what its nodes add to the target's forward, shared
     among them; both in forwards of one token.
@@ -104,9 +106,7 @@ def priced(
         return [*tried]
     alone = [one.decoder.runtime.model_copy(update={"hybrid": None}) for one in tried]
     bare = [SpeculativeDecoder(target, tried[place].drafter, alone[place]) for place in hybrids]
-    curve = score_curve(target, typical_context(prompts, answers), frozenset().union(*(tried[place].drafter.needs for place in hybrids)))
-    some = spread(midway(prompts, answers), PRICED)
-    plain, *costs = round_costs([SpeculativeDecoder(target), *bare], some, max_new_tokens, rounds=6)  # by turns: a busy machine hits all
+    plain, *costs = round_costs([SpeculativeDecoder(target), *bare], prompts, max_new_tokens, rounds=6)  # by turns: a busy machine hits all
     out = [*tried]
     for place, cost in zip(hybrids, costs, strict=True):
         runtime = out[place].recipe.runtime

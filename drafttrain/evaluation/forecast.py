@@ -137,16 +137,13 @@ def typical_context(prompts: Sequence[list[int]], answers: Sequence[list[int]]) 
 
 def forecasts(
     target: Target, decoders: Sequence[SpeculativeDecoder], prompts: Sequence[list[int]], answers: Sequence[list[int]],
-    max_new_tokens: int, timed: int = 4, texts: Sequence[Texts] | None = None,
+    max_new_tokens: int, curve: ScoreCurve, timed: int = 4,
 ) -> list[Forecast]:
-    """All of it, for decoders of one target, in their order.
+    """All the rest, for decoders of one target, in their order.
 
     answers: the target's own greedy ones. timed: prompts whose rounds are timed.
     """
-    drafters = [decoder.drafter for decoder in decoders if decoder.drafter is not None]
-    texts = texts_of(target, prompts, answers, drafters) if texts is None else texts
-    needs = frozenset().union(*(drafter.needs for drafter in drafters))
-    curve = score_curve(target, typical_context(prompts, answers), needs)
+    texts = texts_of(target, prompts, answers, [decoder.drafter for decoder in decoders if decoder.drafter is not None])
     plain, *costs = round_costs([SpeculativeDecoder(target), *decoders], spread(midway(prompts, answers), timed), max_new_tokens)
     return [forecast(replayed(decoder, texts).tau, cost, plain, curve) for decoder, cost in zip(decoders, costs, strict=True)]
 

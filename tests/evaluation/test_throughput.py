@@ -106,7 +106,7 @@ def test_a_forecast_holds_each_parts_of_its_own_decoder() -> None:
     drafter = contender().decoder.drafter
     decoders = [SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape)) for shape in SHAPES[:2]]
     answers = answer(target(), PROMPTS, 12)
-    one, three = forecasts(target(), decoders, PROMPTS, answers, 12, timed=2)
+    one, three = forecasts(target(), decoders, PROMPTS, answers, 12, score_curve(target(), 20, {"aux"}, passes=2), timed=2)
     assert drafter is not None
     assert [one.tau, three.tau] == [replayed(decoder, texts_of(target(), PROMPTS, answers, [drafter])).tau for decoder in decoders]
     assert one.plain == three.plain
