@@ -147,7 +147,7 @@ def evaluate(
 def decision(
     recipe: RecipePath,
     overrides: Overrides = None,
-    labels: Annotated[str, typer.Option(help="`soft`: from the drafter's state to p/q; `hard`: from its law to the argmax.")] = "hard",
+    labels: Annotated[str, typer.Option(help="`soft`: from drafter's law and state to p/q; `hard`: from law to argmax.")] = "hard",
     prompts: Annotated[int, typer.Option(min=2, help="Training prompts to log rounds on.")] = 200,
 ) -> None:
     """Train the model that ends drafting early (policy `decision`), from rounds that the drafter decodes.

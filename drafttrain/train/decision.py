@@ -84,7 +84,7 @@ def _examples(rounds: Rounds, laws: Laws, labels: Literal["soft", "hard"]) -> Ex
     else:
         q = torch.ones_like(rounds.p) if rounds.q is None else rounds.q
         label = (rounds.p[row, node] / q[row, node].clamp_min(1e-38)).clamp_max(1.0)
-    inputs = features if labels == "hard" else rounds.states.float()
+    inputs = features if labels == "hard" else torch.cat([features, rounds.states.float()], -1)
     return Examples(inputs[row, source].clone(), label.clone(), features[row, source, 0].clone(), rounds.prompt[row])
 
 
@@ -113,21 +113,23 @@ def fit(log: RoundLog, laws: Laws, config: DecisionTraining) -> Fitted:
     model.spread.copy_(train.inputs.std(0, correction=0).clamp_min(1e-6))
     loss = _train(model, train, held, config, generator)
     with torch.no_grad():
-        scores = model(held.inputs)
+        scores = model.eval()(held.inputs)
     prior = held.label.mean().clamp(1e-6, 1 - 1e-6).expand_as(held.label)
     return Fitted(
-        model.eval(), len(train.label), len(held.label), loss, float(F.binary_cross_entropy(prior, held.label)),
+        model, len(train.label), len(held.label), loss, float(F.binary_cross_entropy(prior, held.label)),
         auroc(scores.numpy(), held.label.numpy()), auroc(-held.entropy.numpy(), held.label.numpy()),
     )
 
 
 def _train(model: Decision, train: Examples, held: Examples, config: DecisionTraining, generator: torch.Generator) -> float:
     """Leaves the best epoch's weights in the model; its held-out loss."""
+    def loss(known: Examples) -> Tensor:
+        return F.binary_cross_entropy_with_logits(model.train(known is not held)(known.inputs), known.label)
+
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
     best = descend(
-        model, optimizer, lambda chosen: F.binary_cross_entropy_with_logits(model(train.inputs[chosen]), train.label[chosen]),
-        len(train.label), config.epochs, config.batch, generator,
-        held=lambda: float(F.binary_cross_entropy_with_logits(model(held.inputs), held.label)),
+        model, optimizer, lambda chosen: loss(train.at(chosen)), len(train.label), config.epochs, config.batch, generator,
+        held=lambda: float(loss(held)),
     )  # fmt: skip
     assert best is not None
     return best

@@ -55,7 +55,7 @@ def test_soft_labels_are_acceptance_probabilities_and_hard_ones_the_targets_argm
             law = own[row, source].softmax(-1)
             assert float(hard.inputs[at, 0]) == pytest.approx(float(-(law * law.log()).nansum()), abs=1e-4)
             assert float(hard.inputs[at, 1]) == pytest.approx(float(law.max()), abs=1e-5)
-            assert torch.equal(soft.inputs[at], rounds.states[row, source])
+            assert torch.equal(soft.inputs[at], torch.cat([hard.inputs[at], rounds.states[row, source]]))
             assert int(soft.prompt[at]) == int(rounds.prompt[row])
             at += 1
     assert at == len(soft.label) == len(hard.label)
