@@ -99,7 +99,7 @@ def table(lines: Sequence[Line], view: View = "summary") -> tuple[list[str], lis
 
 
 def columns(lines: Sequence[Line], view: View) -> list[Column]:
-    """Those of a view; baselines and qualities have one where any of the lines was measured so."""
+    """Those of a view; baselines, qualities and prefetching have one where any of the lines was measured so."""
     measured = [line.whole.measured for line in lines]
     named = [Column("contender", lambda line: plots.name_of(line.whole.measured), names=True)]
     if view == "tasks":
@@ -117,6 +117,8 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
         shared.append(Column("over generate [95%]", lambda line: _speedup(line.whole, GENERATE)))
     if any(quality(one) != NONE for one in measured):
         shared.append(Column("quality", lambda line: quality(line.whole.measured)))
+    if any(one.prefetch for one in measured):
+        shared.append(Column("prefetched drafts", lambda line: _prefetch(line.whole.measured)))
     if view == "tasks":
         return [*named, *shared, Column("looping", lambda line: f"{line.whole.measured.looping:.0%}", wide=True)]
     return [
@@ -317,6 +319,14 @@ def _differing(row: Measured) -> str:
 def interval(ratio: Interval) -> str:
     """`1.26 [1.19, 1.34]`."""
     return f"{ratio.value:.2f}" if ratio.low is None else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _prefetch(row: Measured) -> str:
+    """`hit in 41% of 732 rounds, 600 calls saved for 2,928`."""
+    if not row.prefetch:
+        return NONE
+    bets, calls = row.prefetch["bets"], row.prefetch["prefetch_calls"]
+    return f"hit in {row.prefetch['hits'] / bets:.0%} of {bets:,} rounds, {row.prefetch['calls_saved']:,} calls saved for {calls:,}"
 
 
 def _number(value: float | None) -> str:

@@ -89,6 +89,13 @@ def test_a_lossy_rule_is_called_so_and_shows_its_quality() -> None:
     assert "quality" not in results_table(ROWS)
 
 
+def test_prefetched_drafts_have_a_column_where_there_are_any() -> None:
+    bets = {"bets": 1200, "hits": 300, "prefetch_calls": 4800, "calls_saved": 900}
+    table = results_table([replace(row, measured=replace(row.measured, prefetch=bets)) for row in ROWS])
+    assert line(table, "mine")["prefetched drafts"] == "hit in 25% of 1,200 rounds, 900 calls saved for 4,800"
+    assert "prefetched" not in results_table(ROWS)
+
+
 @pytest.mark.parametrize("unmeasured", [None, {}, {"tokens": 50.0, "right": None}])
 def test_a_lossy_row_without_quality_is_refused_in_every_report(tmp_path: Path, unmeasured: dict[str, float | None] | None) -> None:
     path = page(tmp_path, lossy(unmeasured), PAGE.replace("results:quick -->\n<", "results:quick plots -->\n<"))
