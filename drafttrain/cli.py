@@ -135,7 +135,7 @@ def evaluate(
 
     resolved = _load(recipe, overrides)
     if replay_rules:
-        from drafttrain.evaluation.rules import rules_terminal
+        from drafttrain.evaluation.rule_tables import rules_terminal
 
         _print(rules_terminal(stages.compare_rules(resolved, chances)))
         return

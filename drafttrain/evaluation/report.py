@@ -30,7 +30,8 @@ from drafttrain.data.shards import write_whole
 from drafttrain.evaluation import plots
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
-from drafttrain.evaluation.rules import RuleRow, figures_table, read_rule_rows, rules_table
+from drafttrain.evaluation.rule_tables import figures_table, rules_table
+from drafttrain.evaluation.rules import RuleRow, read_rule_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 
 View = Literal["summary", "tasks"]

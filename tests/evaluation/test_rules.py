@@ -19,6 +19,7 @@ from drafttrain.core.types import Scored
 from drafttrain.evaluation import rules
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.report import render, stale
+from drafttrain.evaluation.rule_tables import figures_table, rules_table
 from drafttrain.evaluation.rules import (
     ACCEPTANCE,
     Judge,
@@ -26,12 +27,10 @@ from drafttrain.evaluation.rules import (
     Levels,
     RuleRow,
     compare,
-    figures_table,
     judge_rounds,
     judges,
     read_rule_rows,
     replay_rules,
-    rules_table,
 )
 from drafttrain.evaluation.runners import Contender
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
