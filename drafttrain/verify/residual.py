@@ -14,11 +14,12 @@ in fp64.
 from __future__ import annotations
 
 from functools import cached_property
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from drafttrain.core.sampling import normalise
+from drafttrain.core.sampling import BLOCK, normalise
 from drafttrain.core.tree import Draws
 
 MOST = 1e30
@@ -34,7 +35,7 @@ class Residual:
         self.P, self.Q, self.draws, self.tokens, self.count = P, Q, draws, tokens, 0
         self.c = torch.zeros(B, W, dtype=torch.float64, device=P.device)
         self.total = torch.ones_like(self.c)  # sum of max(P - c Q, 0)
-        self.rest = torch.ones_like(self.c) if Q is None or draws == "iid" else _sums(Q)  # what Q has left
+        self.rest = torch.ones_like(self.c) if Q is None or draws == "iid" else _sums(Q, tokens)  # what Q has left
         self.p = P.gather(-1, tokens).double()  # [B, W, F], as they were
         self.q = None if Q is None else Q.gather(-1, tokens).double()
         self.kept = self.p.new_full(tokens.shape, float("inf") if Q is None else 0.0)  # what each that fell kept; no bound for others
@@ -89,9 +90,13 @@ def what_is_left(P: Tensor, Q: Tensor, c: Tensor, fallen: tuple[Tensor, Tensor] 
     return left if fallen is None else left.scatter_reduce_(-1, *fallen, "amax")
 
 
-def _sums(Q: Tensor) -> Tensor:
-    """[B, W, V] -> [B, W] fp64; node by node, since a sum in fp64 makes a copy first."""
-    return torch.stack([law.sum(-1, dtype=torch.float64) for law in Q.unbind(1)], 1)
+def _sums(Q: Tensor, tokens: Tensor) -> Tensor:
+    """[B, W, V] -> [B, W] fp64, block by block: those of `tokens` in fp64, since of a law that is all but certain little is left once
+    its token falls; the others in fp32, off by rounding of what they hold themselves."""
+    blocks = Q.unflatten(-1, (-1, gcd(Q.shape[-1], BLOCK)))
+    own = tokens // blocks.shape[-1]  # [B, W, F]
+    exact = blocks.gather(-2, own[..., None].expand(*own.shape, blocks.shape[-1])).double().sum(-1)
+    return blocks.sum(-1).double().scatter_(-1, own, exact).sum(-1)
 
 
 def _renewed(whole: Tensor, first: Tensor) -> Tensor:

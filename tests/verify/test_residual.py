@@ -76,3 +76,15 @@ def test_what_did_not_fall_leaves_everything_as_it_was() -> None:
     left = Residual(P, Q, "without_replacement", drawn(Q, False, 1))
     left.fall(torch.zeros(B, W, dtype=torch.bool))
     torch.testing.assert_close(left.law(), P)
+
+
+@pytest.mark.parametrize("vocab", [512, 520, 521])
+def test_what_a_nearly_certain_draft_leaves_of_its_law_is_known_to_the_last_digits(vocab: int) -> None:
+    logits = torch.randn(1, 1, vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[..., 300] = 30.0
+    Q, P = logits.softmax(-1).float(), torch.full((1, 1, vocab), 1 / vocab)
+    left = Residual(P, Q, "without_replacement", torch.tensor([[[300, 7]]]))
+    left.fall(torch.ones(1, 1, dtype=torch.bool))
+    others = Q.double().sum() - Q[0, 0, 300].double()
+    assert 0 < float(others) < 1e-9
+    torch.testing.assert_close(left.rest[0, 0], others, rtol=1e-5, atol=0)
