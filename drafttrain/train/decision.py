@@ -113,7 +113,7 @@ def fit(log: RoundLog, laws: Laws, config: DecisionTraining) -> Fitted:
     model.spread.copy_(train.inputs.std(0, correction=0).clamp_min(1e-6))
     loss = _train(model, train, held, config, generator)
     with torch.no_grad():
-        scores = model.eval()(held.inputs)
+        scores = model(held.inputs)
     prior = held.label.mean().clamp(1e-6, 1 - 1e-6).expand_as(held.label)
     return Fitted(
         model, len(train.label), len(held.label), loss, float(F.binary_cross_entropy(prior, held.label)),
@@ -124,7 +124,7 @@ def fit(log: RoundLog, laws: Laws, config: DecisionTraining) -> Fitted:
 def _train(model: Decision, train: Examples, held: Examples, config: DecisionTraining, generator: torch.Generator) -> float:
     """Leaves the best epoch's weights in the model; its held-out loss."""
     def loss(known: Examples) -> Tensor:
-        return F.binary_cross_entropy_with_logits(model.train(known is not held)(known.inputs), known.label)
+        return F.binary_cross_entropy_with_logits(model(known.inputs), known.label)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
     best = descend(

@@ -33,14 +33,16 @@ def descend(
     """Trains on `count` examples in shuffled batches.
 
     loss: indices of examples [b] -> their mean loss. held: the loss on examples held out; the epoch in which it was lowest leaves its
-    weights in the head, and that loss is returned. Without it the last epoch's weights stay.
+    weights in the head, and that loss is returned. Without it the last epoch's weights stay. The head is in training mode for steps alone.
     """
     best, kept = float("inf"), _copy(head)
     for _ in range(epochs):
+        head.train()
         for chosen in torch.randperm(count, generator=generator).split(batch):
             optimizer.zero_grad()
             loss(chosen).backward()
             optimizer.step()
+        head.eval()
         if held is not None:
             with torch.no_grad():
                 here = held()

@@ -46,7 +46,7 @@ class JudgeTrainConfig(Config):
     """How a judge's head is trained: all examples every step."""
 
     steps: int = Field(default=500, ge=1)
-    """Steps of AdamW."""
+    """Steps of Adam."""
     lr: float = Field(default=0.01, gt=0)
     """Learning rate, on states scaled to mean 0 and deviation 1."""
     penalty: float | None = Field(default=None, ge=0)
@@ -86,7 +86,7 @@ class Examples:
     question: Tensor  # [M] int64
     random: Tensor  # [M] bool: a random token, not the drafter's
 
-    def where(self, chosen: Tensor) -> Examples:
+    def at(self, chosen: Tensor) -> Examples:
         """Some of them; chosen: [M] bool."""
         return Examples(self.last[chosen], self.good[chosen], self.question[chosen], self.random[chosen])
 
@@ -258,7 +258,7 @@ def fit(examples: Examples, fingerprint: str, config: JudgeTrainConfig) -> Judge
     Raises `UserError` where all examples to train on are good, or all bad.
     """
     held = apart(examples.question, config.held_out, torch.Generator().manual_seed(config.seed))
-    known, unseen = examples.where(~held), examples.where(held)
+    known, unseen = examples.at(~held), examples.at(held)
     if bool(known.good.all()) or not bool(known.good.any()):
         raise UserError(
             f"a judge needs good and bad mismatches to learn from, but {int(known.good.sum())} of the {len(known.good)} to train on are "
@@ -270,7 +270,7 @@ def fit(examples: Examples, fingerprint: str, config: JudgeTrainConfig) -> Judge
         scores = head(unseen.last)
     drafted = unseen.good[~unseen.random]
     let_through = float((scores[unseen.random] > 0).float().mean()) if bool(unseen.random.any()) else None
-    return JudgeResult(head.eval(), penalty, len(known.good), len(drafted), _auc(scores[~unseen.random], drafted), let_through)
+    return JudgeResult(head, penalty, len(known.good), len(drafted), _auc(scores[~unseen.random], drafted), let_through)
 
 
 def _best_penalty(known: Examples, config: JudgeTrainConfig) -> float:
@@ -282,7 +282,7 @@ def _best_penalty(known: Examples, config: JudgeTrainConfig) -> float:
         scores = torch.zeros(len(known.good))
         for some in questions[order].tensor_split(FOLDS):
             out = torch.isin(known.question, some)
-            scores[out] = _descended(known.where(~out), "", penalty, config)(known.last[out]).detach()
+            scores[out] = _descended(known.at(~out), "", penalty, config)(known.last[out]).detach()
         reached[penalty] = _auc(scores[~known.random], known.good[~known.random]) or 0.0
     return max(PENALTIES, key=lambda penalty: (reached[penalty], penalty))
 
