@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -27,12 +27,25 @@ class Frontier:
     level: int  # depth of these nodes; 0 is the root's
     tokens: Tensor  # [B, W]
     parent: Tensor  # [B, W] index of each node's parent in the previous frontier
-    mask: Tensor  # [B, W, F] bool over all nodes fed so far, these included: itself and what stands above it
+    previous: Frontier | None = None
+
+    @classmethod
+    def of(cls, roots: Tensor) -> Frontier:
+        """[B] roots -> the first frontier."""
+        return cls(0, roots[:, None], torch.zeros_like(roots)[:, None])
 
     def below(self, tokens: Tensor, parent: Tensor) -> Frontier:
         """The next frontier: `tokens` [B, W'] under the nodes `parent` [B, W'] of this one."""
-        above = self.mask.gather(1, parent[..., None].expand(-1, -1, self.mask.shape[-1]))
-        return Frontier(self.level + 1, tokens, parent, torch.cat([above, _itself(tokens)], -1))
+        return Frontier(self.level + 1, tokens, parent, self)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[B, W, F] bool over all nodes fed so far, these included: itself and what stands above it."""
+        itself = torch.eye(self.tokens.shape[1], dtype=torch.bool, device=self.tokens.device).expand(len(self.tokens), -1, -1)
+        if self.previous is None:
+            return itself
+        theirs = self.previous.mask
+        return torch.cat([theirs.gather(1, self.parent[..., None].expand(-1, -1, theirs.shape[-1])), itself], -1)
 
 
 @dataclass
@@ -97,7 +110,7 @@ def _static(
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
     laws: list[Tensor] = []
     ended = _Ended(plan, states)
-    frontier = Frontier(0, roots[:, None], torch.zeros(B, 1, dtype=torch.long, device=device), _itself(roots[:, None]))
+    frontier = Frontier.of(roots)
     for level, stage in enumerate(stages):
         if level:
             frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1))
@@ -139,7 +152,7 @@ def _best_first(
     step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Tensor | None, size: int, states: list[Tensor] | None
 ) -> Growth:
     B, device = len(roots), roots.device
-    frontier = Frontier(0, roots[:, None], torch.zeros(B, 1, dtype=torch.long, device=device), _itself(roots[:, None]))
+    frontier = Frontier.of(roots)
     number = torch.zeros(B, 1, dtype=torch.long, device=device)  # [B, W] the frontier's candidate numbers; the root is 0
     score = torch.zeros(B, 1, device=device)  # [B, W] log probability of the path
     tokens, scores, parents, fed = [roots[:, None]], [], [number], [number]
@@ -162,7 +175,7 @@ def _best_first(
         drawn = (best.indices if vocab is None else vocab[best.indices]).expand(-1, W, -1).flatten(1)  # [B, W * k]
         tokens.append(drawn)
         scores.append(reach.flatten(1))
-        parents.append(number.repeat_interleave(k, 1))
+        parents.append(number[..., None].expand(-1, -1, k).flatten(1))
         fed.append(torch.full_like(drawn, -1))
         if ended.after(level, shown):
             break
@@ -208,11 +221,6 @@ def widen(law: Tensor, vocab: Tensor | None, size: int) -> Tensor:
     wide = law.new_zeros(*law.shape[:-1], size)
     wide[..., vocab] = law
     return wide
-
-
-def _itself(tokens: Tensor) -> Tensor:
-    """[B, W] -> [B, W, W] bool: every node sees itself."""
-    return torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
 
 
 def _ranks(index: Tensor) -> Tensor:

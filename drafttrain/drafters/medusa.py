@@ -176,7 +176,8 @@ class Medusa(Drafter):
     @bare_forward
     def _hidden(self, last: Tensor, depth: int) -> Tensor:
         """[B, D] -> [B, depth, D] of the first heads."""
-        return torch.stack([block(last.to(self._dtype)) for block in self.blocks[:depth]], 1)
+        last = last.to(self._dtype)
+        return torch.stack([block(last) for block in self.blocks[:depth]], 1)
 
     @bare_forward
     def _logits(self, hidden: Tensor, head: TargetHead) -> Tensor:
