@@ -1,12 +1,14 @@
 """The only source of randomness while decoding.
 
 `Seeded` derives every number from (seed, row, how many were asked for before): a row's text depends neither on its batch nor on the
-device. `Scripted` walks every branch of the real code path, so that a test can add up the exact law of what comes out.
+device. `Spread` is for means over many runs. `Scripted` walks every branch of the real code path, so that a test can add up the exact law
+of what comes out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import permutations, product
 from typing import Protocol
 
@@ -74,6 +76,33 @@ class Seeded:
             drawn.append(inverse_cdf(law, self.uniform(*law.shape[1:-1], 1)))
             law = law.scatter(-1, drawn[-1], 0.0)
         return torch.cat(drawn, -1)
+
+
+class Spread(Seeded):
+    """Streams for means over many runs of one thing: each run alone is as random as `Seeded`, the runs of one row together cover the unit
+    interval, and the squares and cubes of their first numbers, evenly (scrambled Sobol points, shifted at random row by row: Cranley and
+    Patterson, 1976; Owen, 1997), so that their mean has far less noise and no bias."""
+
+    def __init__(self, seed: int, rows: Tensor, runs: Tensor, of: int) -> None:
+        """rows: [B] int64, one id for all runs of a thing; runs: [B] int64, which of its `of` runs each is."""
+        super().__init__(seed, rows)
+        self.points = _sobol(of).to(rows.device)[runs]  # [B, NUMBERS]
+        self.asked = 0
+
+    def uniform(self, *shape: int) -> Tensor:
+        shift = super().uniform(*shape)
+        first, self.asked = self.asked, self.asked + shift[0].numel()
+        return (shift + self.points[:, first : self.asked].view_as(shift)) % 1.0
+
+
+NUMBERS = 1024
+"""How many each run of `Spread` has."""
+
+
+@lru_cache(maxsize=8)
+def _sobol(count: int) -> Tensor:
+    """[count, NUMBERS] fp64 in [0, 1)."""
+    return torch.quasirandom.SobolEngine(NUMBERS, scramble=True, seed=0).draw(count, dtype=torch.float64)
 
 
 def inverse_cdf(law: Tensor, u: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Rules compared on the same trees: real rounds are logged once, and every rule judges each of them.
 
-The expected accepted length of a rule on a tree (its tokens and the laws p and q fixed) is a mean over `chances` independent runs of the
-rule itself, with the same random streams for every rule. Differences are paired round by round; intervals are bootstraps over prompts.
+The expected accepted length of a rule on a tree (its tokens and the laws p and q fixed) is a mean over `chances` runs of the rule
+itself, whose random numbers are spread evenly and the same for every rule. Differences are paired round by round; intervals are
+bootstraps over prompts.
 
 Where siblings were drawn iid, the probability that one of them stands has a limit for every rule, P* (Khisti et al., 2024,
 arXiv:2410.18234). At the nodes whose children the first rule tried it stands beside the probability that each top-down rule has there, both
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Seeded
+from drafttrain.core.chance import Spread
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import normalise
@@ -232,11 +233,10 @@ def _verdicts(judge: Judge, tree: Tree, scored: Scored, first: int, chances: int
     paths, lengths = [], []
     for begin in range(0, chances, together):
         runs = torch.arange(begin, min(begin + together, chances), device=device)
-        streams = ((first + torch.arange(C, device=device))[:, None] * chances + runs).flatten()
-        times = len(runs)
+        times, numbers = len(runs), first + torch.arange(C, device=device)
         shown = Scored(_repeat(scored.logits, times), scored.sampling, {name: _repeat(x, times) for name, x in scored.features.items()})
         shown.p = _repeat(scored.p, times)
-        verdict = judge.rule(_repeated(tree, times), shown, Seeded(seed, streams))
+        verdict = judge.rule(_repeated(tree, times), shown, Spread(seed, _repeat(numbers, times), runs.repeat(C), chances))
         paths.append(verdict.path.unflatten(0, (C, times)))
         lengths.append(verdict.length.view(C, times))
     return Verdict(torch.cat(paths, 1).flatten(0, 1), torch.cat(lengths, 1).flatten(), None)
