@@ -184,8 +184,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     result = training.train(drafter, store, recipe.train, head, recipe.folder, target, accelerator)
     if LEAD and not (recipe.folder / "drafter" / "config.json").exists():
         raise UserError(f"run '{recipe.folder}': its checkpoints are at the end of training, but the drafter is gone; delete them")
-    alpha = " ".join(f"{value:.2f}" for value in result.alpha)
-    console.print(f"{result.steps:,} steps, {result.tokens:,} tokens; held-out tau {result.best_tau:.2f} (alpha {alpha})")
+    judged = "nothing was held out to judge it by (train.held_out)"
+    if result.best_tau is not None:
+        judged = f"held-out tau {result.best_tau:.2f} (alpha {' '.join(f'{value:.2f}' for value in result.alpha)})"
+    console.print(f"{result.steps:,} steps, {result.tokens:,} tokens; {judged}")
     return {"steps": result.steps, "tokens": result.tokens, "held_out_tau": result.best_tau, "held_out_alpha": result.alpha}
 
 

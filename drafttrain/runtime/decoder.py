@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain, groupby
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +31,9 @@ from drafttrain.verify.base import Rule, RuleConfig
 
 Prompt = str | list[dict[str, str]] | list[int]
 """A user's message (wrapped in the chat template where there is one), a conversation, or token ids as they are."""
+
+HALF = "\ufffd"
+"""What a tokenizer shows for the bytes of a character that is not whole yet."""
 
 REFUSED = {
     "repetition_penalty": "it changes the target's law with every token, drafted ones included",
@@ -175,47 +179,63 @@ class SpeculativeDecoder:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int = 0, stop: Sequence[str] = (), n: int = 1, batch_size: int = 16, on_round: RoundHook | None = None, **refused: Any,
+        seed: int = 0, stop: str | Sequence[str] = (), n: int = 1, batch_size: int = 16, on_round: RoundHook | None = None, **refused: Any,
     ) -> list[Generation]:
         """`n` samples of each prompt, prompt after prompt.
 
-        The same seed gives the same texts, whatever the batch size. stop: strings that end a text, themselves left out. Raises `UserError`
-        for an empty or too long prompt, for options out of range, and for options that no rule can honour exactly.
+        The same seed gives the same texts, whatever the batch size. stop: a string, or several, that end a text, themselves left out.
+        Raises `UserError` for an empty or too long prompt, for options out of range, and for options that no rule can honour exactly.
         """
         _refuse(refused)
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: at least one row is decoded at a time")
+        stops = self._stops(stop)
         requests = self._requests(prompts, max_new_tokens, n)
         out: list[Generation] = []
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
-            batch = self.batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round)
+            batch = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
             origins: list[list[int]] = [[] for _ in group]
             for emissions in _run(batch, group):
                 for gained in emissions:
                     origins[gained.row] += _origins(gained)
             for written, origin, statistics in zip(batch.written, origins, batch.statistics(), strict=True):
-                out.append(self._generation(written, origin, tuple(stop), max_new_tokens, statistics))
+                out.append(self._generation(written, origin, stops, max_new_tokens, statistics))
         return out
 
     def stream(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-        stop: Sequence[str] = (), on_round: RoundHook | None = None, **refused: Any,
+        stop: str | Sequence[str] = (), on_round: RoundHook | None = None, **refused: Any,
     ) -> Iterator[Piece]:
-        """One sample as it is written. After the last piece, `statistics` holds what it took, and `round_seconds` each round's phases."""
+        """One sample as it is written: what may yet become a stop string, or half a character, waits. After the last piece, `statistics`
+        holds what it took, and `round_seconds` each round's phases."""
         _refuse(refused)
-        request = self._requests([prompt], max_new_tokens, 1)
-        batch = self.batch(Sampling(temperature, top_k, top_p), seed, tuple(stop), on_round)
+        stops, request = self._stops(stop), self._requests([prompt], max_new_tokens, 1)
+        batch = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
         tokens: list[int] = []
-        shown = ""
-        for emissions in _run(batch, request):
-            for gained in emissions:
-                for token, origin in zip(gained.tokens, _origins(gained), strict=True):
-                    tokens.append(token)
-                    text = self._text(tokens, tuple(stop))
-                    if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
-                        yield Piece(text[len(shown) :], origin)
-                        shown = text
+        origins: list[int] = []  # of each whole character
+        text = shown = ""
+        for gained in chain.from_iterable(_run(batch, request)):
+            for token, origin in zip(gained.tokens, _origins(gained), strict=True):
+                tokens.append(token)
+                text = self._text(tokens, stops)
+                whole = text.rstrip(HALF)
+                origins += [origin] * (len(whole) - len(origins))
+                sure = whole[: len(whole) - _undecided(whole, stops)]
+                if sure.startswith(shown):
+                    yield from _pieces(sure, origins, len(shown))
+                    shown = sure
+        yield from _pieces(text, origins + [0] * len(text), len(shown))
         self.round_seconds = batch.clock.runs()[1:]
         self.statistics = batch.statistics()[0]
+
+    def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise UserError("stop '': an empty string stands everywhere and would end every text; leave it out")
+        if stops and self.target.tokenizer is None:
+            raise UserError(f"stop {stops[0]!r}: this target has no tokenizer to read texts with; leave stop out")
+        return stops
 
     def _requests(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:
         if max_new_tokens < 1:
@@ -236,6 +256,10 @@ class SpeculativeDecoder:
         """The ids that stand in the cache before the first new token."""
         tokenizer = self.target.tokenizer
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            vocab_size = self.target.vocab_size
+            for token in prompt:
+                if not 0 <= int(token) < vocab_size:
+                    raise UserError(f"token id {token} in a prompt: the target's ids are 0 to {vocab_size - 1}")
             return [int(token) for token in prompt]
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise UserError("an empty prompt: give a message, a conversation or token ids")
@@ -309,6 +333,18 @@ def _run(batch: Batch, requests: list[Request]) -> Iterator[list[Emission]]:
     yield batch.start(requests)
     while not batch.done:
         yield batch.step()
+
+
+def _undecided(text: str, stops: tuple[str, ...]) -> int:
+    """How many of the last characters may be the beginning of a stop string."""
+    starts = (word[:size] for word in stops for size in range(1, len(word)))
+    return max((len(start) for start in starts if text.endswith(start)), default=0)
+
+
+def _pieces(text: str, origins: list[int], start: int) -> Iterator[Piece]:
+    """`text` from `start` on, cut where the origin of its characters changes."""
+    for origin, places in groupby(range(start, len(text)), key=lambda place: origins[place]):
+        yield Piece("".join(text[place] for place in places), origin)
 
 
 def _origins(gained: Emission) -> list[int]:

@@ -25,13 +25,15 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best: float = 0.0  # held-out accepted length
+    best: float | None = None  # held-out accepted length of the best drafter so far; None before the first
+    alpha: list[float] = field(default_factory=list)  # of the same drafter
     fingerprint: str = ""  # of what must not change between a run and its continuation
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256 of everything else in the checkpoint
 
 
 def save(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
-    """Writes `folder`/step-N beside the older ones, then removes all but the newest `keep`. All ranks call it."""
+    """Writes `folder`/step-N beside the older ones, then removes all but the newest `keep`; later ones too, which training passed over
+    as damaged. All ranks call it."""
     partial, final = folder / f".step-{progress.step}", folder / f"step-{progress.step:08d}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -47,17 +49,20 @@ def save(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) 
         write_whole(partial / STATE, lambda path: path.write_text(json.dumps(asdict(progress))))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        there = checkpoints(folder)
+        place = there.index(final) + 1
+        for gone in there[: max(0, place - keep)] + there[place:]:
+            shutil.rmtree(gone)
     accelerator.wait_for_everyone()
 
 
 def resume(accelerator: Accelerator, folder: Path, fingerprint: str) -> Progress:
     """Loads the newest whole checkpoint; a damaged one is passed over with a warning. A fresh `Progress` where there is none.
 
-    Raises `UserError` where the checkpoint belongs to other options.
+    Raises `UserError` where the checkpoint belongs to other options, or where all are damaged.
     """
-    for candidate in reversed(checkpoints(folder)):
+    there = checkpoints(folder)
+    for candidate in reversed(there):
         progress = _whole(candidate)
         if progress is None:
             warnings.warn(f"checkpoint '{candidate}' is damaged and passed over", stacklevel=2)
@@ -69,6 +74,8 @@ def resume(accelerator: Accelerator, folder: Path, fingerprint: str) -> Progress
             )
         accelerator.load_state(str(candidate))
         return progress
+    if there:
+        raise UserError(f"no checkpoint in '{folder}' is whole; delete that folder to train from the start, or bring one back")
     return Progress(fingerprint=fingerprint)
 
 

@@ -124,7 +124,8 @@ class TrainResult:
     steps: int
     tokens: int
     seconds: float
-    best_tau: float
+    best_tau: float | None
+    """Held-out accepted length of the drafter that was kept; None where nothing was held out."""
     alpha: list[float] = field(default_factory=list)
 
 
@@ -210,7 +211,6 @@ class Run:
         self._start(drafter)
         self.learner, self.optimizer = accelerator.prepare(Learner(drafter), self._optimizer(drafter))
         self.progress = resume(accelerator, output / "checkpoints", self._fingerprint())
-        self.alpha: list[float] = []
         self.signal: int | None = None
 
     @property
@@ -235,7 +235,7 @@ class Run:
             if self.config.tracker != "none":
                 self.accelerator.end_training()
         progress = self.progress
-        return TrainResult(progress.step, progress.tokens, progress.seconds, progress.best, self.alpha)
+        return TrainResult(progress.step, progress.tokens, progress.seconds, progress.best, progress.alpha)
 
     def _loop(self, bar: Bar) -> None:
         task = bar.add_task("training", total=1.0, note="")
@@ -286,17 +286,17 @@ class Run:
         return line | {name: float(summed[name] / summed[f"{name}_count"].clamp_min(1)) for name in names}
 
     def _evaluate(self) -> dict[str, float]:
-        """Held-out accepted length; the best drafter so far goes to output/drafter."""
+        """Held-out accepted length; the best drafter so far goes to output/drafter, or the newest where nothing is held out."""
         if not self.held_out:
-            self._keep_best(float(self.progress.step))
+            self._keep(None)
             return {}
         self.learner.eval()
         with torch.no_grad(), self.accelerator.autocast():
             found = self._replayed(self._ready(self.held_out))
         self.learner.train()
-        self.alpha = found.alpha
-        if found.tau > self.progress.best:
-            self._keep_best(found.tau, found)
+        if self.progress.best is None or found.tau > self.progress.best:
+            self.progress.best, self.progress.alpha = found.tau, found.alpha
+            self._keep(found)
         return {"tau": found.tau} | {f"held_out_alpha_{depth}": value for depth, value in enumerate(found.alpha)}
 
     def _replayed(self, batches: Iterator[Batch]) -> Statistics | Expected:
@@ -305,8 +305,7 @@ class Run:
             return replay(lambda batch, steps: self.learner(batch, self.head, steps), batches, self.config.eval_length)
         return expect(lambda batch, steps: self.learner(batch, self.head, steps, self.judged_at), batches, self.config.eval_length)
 
-    def _keep_best(self, tau: float, found: Statistics | Expected | None = None) -> None:
-        self.progress.best = tau
+    def _keep(self, found: Statistics | Expected | None) -> None:
         weights = self.accelerator.get_state_dict(self.learner)
         if self.lead:
             own = {name.removeprefix("drafter."): value for name, value in weights.items()}

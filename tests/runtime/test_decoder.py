@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -161,6 +162,60 @@ def test_streamed_pieces_join_to_the_generated_text_with_both_origins() -> None:
     assert "".join(piece.text for piece in pieces) == speculative.generate(PROMPTS[0], max_new_tokens=24)[0].text
     assert {piece.origin for piece in pieces} == {0, 1}
     assert speculative.statistics.tokens == 23
+
+
+def test_no_part_of_a_stop_string_is_ever_streamed() -> None:
+    speculative = decoder(Chain(length=4))
+    speculative.target.tokenizer = Letters()
+    whole = speculative.generate(PROMPTS[0], max_new_tokens=24)[0].text
+    for at in range(1, 20):
+        stop = [whole[at : at + 3], whole[-2:] + "never"]  # the second begins at the text's end and never comes
+        pieces = list(speculative.stream(PROMPTS[0], max_new_tokens=24, stop=stop))
+        assert "".join(piece.text for piece in pieces) == speculative.generate(PROMPTS[0], max_new_tokens=24, stop=stop)[0].text
+    assert "".join(piece.text for piece in speculative.stream(PROMPTS[0], max_new_tokens=24, stop=whole[-2:] + "never")) == whole
+
+
+class Halves(Letters):
+    """Each odd token is the first half of a letter, which the next token makes whole."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        text, half = "", False
+        for token in tokens:
+            text, half = text + ("" if not half and token % 2 else chr(ord("0") + token)), not half and token % 2 == 1
+        return text + ("\ufffd" if half else "")
+
+
+def test_streamed_text_is_the_generated_one_where_characters_span_tokens() -> None:
+    speculative = decoder(Chain(length=4))
+    speculative.target.tokenizer = Halves()
+    for count in range(1, 24):  # some of which end in half a character
+        pieces = list(speculative.stream(PROMPTS[0], max_new_tokens=count))
+        assert "".join(piece.text for piece in pieces) == speculative.generate(PROMPTS[0], max_new_tokens=count)[0].text
+        assert not any("\ufffd" in piece.text for piece in pieces[:-1])
+
+
+def test_a_lone_stop_string_is_one_and_not_its_letters() -> None:
+    speculative = decoder(Chain(length=4))
+    speculative.target.tokenizer = Letters()
+    whole = speculative.generate(PROMPTS[0], max_new_tokens=24)[0].text
+    parts = (whole[at : at + 3] for at in range(20))
+    stop = next(part for part in parts if min(map(whole.index, part)) < whole.index(part))  # its letters stand earlier, too
+    assert speculative.generate(PROMPTS[0], max_new_tokens=24, stop=stop)[0].text == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": ["x", ""]}, "stop '': an empty string"),
+        ({"batch_size": 0}, "batch_size 0: at least one row"),
+        ({"prompts": [[1, VOCAB]]}, f"token id {VOCAB} in a prompt: the target's ids are 0 to {VOCAB - 1}"),
+        ({"prompts": [[-1]]}, "token id -1 in a prompt"),
+        ({"stop": "x"}, "no tokenizer to read texts with"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        decoder(Chain(length=2)).generate(**{"prompts": PROMPTS, "max_new_tokens": 4, **options})
 
 
 def test_a_hook_sees_every_round_before_it_is_cut() -> None:

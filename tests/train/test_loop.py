@@ -27,6 +27,7 @@ from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter, DrafterConfig, Loss
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.replay import replay, replay_sampled
+from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
 from drafttrain.train import loop
@@ -116,6 +117,7 @@ def test_training_lowers_the_loss_and_raises_the_held_out_accepted_length(tmp_pa
     result = run("eagle3", store, target, tmp_path / "run", steps=60)
     curve = losses(tmp_path / "run")
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    assert result.best_tau is not None
     assert result.best_tau > 1.0
     assert result.steps == 60
 
@@ -143,17 +145,61 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_repeats_no_log_line(t
     assert losses(output) == losses(tmp_path / "whole")
 
 
+def damage(checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     target = tiny_target(14)
     store = tiny_store(target, tmp_path / "data")
     run("medusa", store, target, tmp_path / "run", steps=6)
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+    damage(newest)
     (tmp_path / "run" / "train.jsonl").write_text("")
     with pytest.warns(UserWarning, match=f"{newest.name}' is damaged"):
         run("medusa", store, target, tmp_path / "run", steps=6)
     assert len(losses(tmp_path / "run")) == 3  # steps 4 to 6 were done again
+
+
+def test_a_save_after_a_damaged_checkpoint_is_kept_and_the_damaged_one_is_not(tmp_path: Path) -> None:
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    run("medusa", store, target, tmp_path / "run", steps=9, keep=2)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints(folder)] == ["step-00000006", "step-00000009"]
+    damage(folder / "step-00000009")
+    with pytest.warns(UserWarning, match="damaged"), asked_to_stop_after(7):
+        run("medusa", store, target, tmp_path / "run", steps=9, keep=2)
+    assert [path.name for path in checkpoints(folder)] == ["step-00000006", "step-00000007"]
+
+
+def test_training_is_not_begun_anew_over_checkpoints_that_are_all_damaged(tmp_path: Path) -> None:
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    run("medusa", store, target, tmp_path / "run", steps=6)
+    log = (tmp_path / "run" / "train.jsonl").read_text()
+    for checkpoint in checkpoints(tmp_path / "run" / "checkpoints"):
+        damage(checkpoint)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="is whole; delete that folder"):
+        run("medusa", store, target, tmp_path / "run", steps=6)
+    assert (tmp_path / "run" / "train.jsonl").read_text() == log
+
+
+def test_without_a_held_out_part_no_accepted_length_is_claimed_and_the_newest_drafter_is_kept(tmp_path: Path) -> None:
+    target = tiny_target(14)
+    result = run("medusa", tiny_store(target, tmp_path / "data"), target, tmp_path / "run", steps=6, held_out=0.0)
+    assert result.best_tau is None
+    assert result.alpha == []
+    assert json.loads((tmp_path / "run" / "drafter" / "config.json").read_text())["notes"]["step"] == 6
+
+
+def test_the_reported_alpha_is_that_of_the_drafter_that_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_target(14)
+    found = iter([Statistics(rounds=2, tokens=4, attempts=[2], accepts=[1]), Statistics(rounds=2, tokens=3, attempts=[2], accepts=[0])])
+    monkeypatch.setattr(Run, "_replayed", lambda self, batches: next(found))
+    result = run("medusa", tiny_store(target, tmp_path / "data"), target, tmp_path / "run", steps=6, eval_every=3)
+    assert (result.best_tau, result.alpha) == (2.0, [0.5])
 
 
 def test_other_options_refuse_to_resume(tmp_path: Path) -> None:
