@@ -44,9 +44,9 @@ def mistakes_in_one_line() -> Iterator[None]:
 
 
 def cannot_write(error: Exception) -> bool:
-    """Whether the disk is full or closed to us."""
+    """Whether the disk is full or closed to us, or a file stands where a folder should."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
     return any(text in str(error) for text in DISK_FULL)
 
 
@@ -67,7 +67,7 @@ app = typer.Typer(
     cls=Commands, name="drafttrain", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="""Train draft models for speculative decoding from a frozen target's own outputs, and decode with them.
 
-    A recipe is one YAML file; every command takes [b]section.key=value[/b] to change it. Start with [b]drafttrain run
+    A recipe is one YAML file; every command that reads one takes [b]section.key=value[/b] to change it. Start with [b]drafttrain run
     recipes/quickstart.yaml[/b].""",
 )  # fmt: skip
 

@@ -449,6 +449,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_in_one_line_and_can_be_gone_on
     assert drafttrain(*overrides).exit_code == 0
 
 
+def test_an_output_that_is_a_file_ends_in_one_line(empty: Path) -> None:
+    Path("taken").write_text("mine")
+    assert "cannot write" in complaint("regenerate", "tiny.yaml", "output=taken")
+    assert Path("taken").read_text() == "mine"
+
+
 def test_an_error_of_ours_is_no_mistake_of_the_user(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise FileNotFoundError(errno.ENOENT, "lost")

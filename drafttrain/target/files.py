@@ -45,7 +45,13 @@ class TargetConfig(Config):
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise UserError(f"target.device '{self.device}' is no device; expected auto, cpu, cuda, cuda:1, ...") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"target.device '{self.device}': torch sees {torch.cuda.device_count()} CUDA devices here; use auto or cpu")
+        return device
 
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafttrain.core.errors import UserError
-from drafttrain.target.files import PUBLISHED, demo_folder, target_fingerprint
+from drafttrain.target.files import PUBLISHED, TargetConfig, demo_folder, target_fingerprint
 from tests.tiny import tiny_llama
 
 
@@ -83,3 +83,9 @@ def test_a_file_cut_in_its_header_is_refused(folder: Path, left: int) -> None:
 @pytest.mark.demo
 def test_the_demo_target_keeps_the_fingerprint_under_which_results_are_published() -> None:
     assert target_fingerprint(demo_folder()) in PUBLISHED.values()
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu0", "is no device; expected auto"), ("cuda:99", "CUDA devices here; use auto")])
+def test_a_device_that_is_not_there_is_refused_by_name(device: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"target.device '{device}'.*{message}"):
+        TargetConfig(device=device).torch_device()
