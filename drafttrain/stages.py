@@ -187,8 +187,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     judged = "nothing was held out to judge it by (train.held_out)"
     if result.best_tau is not None:
         judged = f"held-out tau {result.best_tau:.2f} (alpha {' '.join(f'{value:.2f}' for value in result.alpha)})"
-    console.print(f"{result.steps:,} steps, {result.tokens:,} tokens; {judged}")
-    return {"steps": result.steps, "tokens": result.tokens, "held_out_tau": result.best_tau, "held_out_alpha": result.alpha}
+    console.print(f"{result.steps:,} steps, {result.tokens:,} tokens, at most {result.peak_memory / 2**30:.2f} GiB of memory; {judged}")
+    return {
+        "steps": result.steps, "tokens": result.tokens, "held_out_tau": result.best_tau, "held_out_alpha": result.alpha,
+        "peak_memory": result.peak_memory,
+    }  # fmt: skip
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:

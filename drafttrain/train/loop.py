@@ -37,6 +37,7 @@ from drafttrain.data.shards import write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.files import save_drafter
+from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.runtime.replay import Expected, expect, replay, stands
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
@@ -127,6 +128,8 @@ class TrainResult:
     best_tau: float | None
     """Held-out accepted length of the drafter that was kept; None where nothing was held out."""
     alpha: list[float] = field(default_factory=list)
+    peak_memory: int = 0
+    """Bytes, of this process (`evaluation.memory.PeakMemory`)."""
 
 
 class Stopped(Exception):  # noqa: N818 (it is no mistake)
@@ -219,7 +222,7 @@ class Run:
 
     def run(self) -> TrainResult:
         """Trains to the end."""
-        output = self.output
+        output, memory = self.output, PeakMemory(self.accelerator.device)
         output.mkdir(parents=True, exist_ok=True)
         self._forget_after(self.progress.step)
         if self.config.tracker != "none":
@@ -235,7 +238,7 @@ class Run:
             if self.config.tracker != "none":
                 self.accelerator.end_training()
         progress = self.progress
-        return TrainResult(progress.step, progress.tokens, progress.seconds, progress.best, progress.alpha)
+        return TrainResult(progress.step, progress.tokens, progress.seconds, progress.best, progress.alpha, memory.read())
 
     def _loop(self, bar: Bar) -> None:
         task = bar.add_task("training", total=1.0, note="")

@@ -120,6 +120,7 @@ def test_training_lowers_the_loss_and_raises_the_held_out_accepted_length(tmp_pa
     assert result.best_tau is not None
     assert result.best_tau > 1.0
     assert result.steps == 60
+    assert result.peak_memory > sum(weight.nbytes for weight in target.model.parameters())
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_repeats_no_log_line(tmp_path: Path) -> None:
