@@ -50,7 +50,7 @@ class Emission:
     """What one row gained in a round."""
 
     row: int  # index of the request
-    tokens: list[int]
+    tokens: list[int]  # none where the row was finished before
     accepted: int  # the first so many are the drafter's, the rest is the target's
     done: bool
 
@@ -116,10 +116,10 @@ class Batch:
             self.state = self.drafter.begin(prompts[rows], lengths[rows], features, self.target.head, capacity)
         nothing = torch.zeros_like(self.roots)
         kept = self._limit(Verdict(nothing[:, None], nothing, self.roots), torch.stack([self.roots, nothing], 1))
-        fetched = self._fetch(kept)
+        gained = self._fetch(kept)
         if self.stopper:
-            kept = self._stop(kept, fetched)
-        out = self._hand_out(kept, fetched)
+            kept = self._stop(kept, gained)
+        out = self._hand_out(kept, gained)
         self._drop_finished()
         self.clock.lap("prefill")
         return out
@@ -144,22 +144,20 @@ class Batch:
             self.clock.pause()  # whoever looks on pays for it
         kept = self._cut(tree, verdict)
         self.clock.lap("verify")
-        fetched = self._fetch(kept) if self.stopper else None  # stop strings need the host before the commit
-        if fetched:
-            kept = self._stop(kept, fetched)
+        gained = self._fetch(kept) if self.stopper else None  # stop strings need the host before the commit
+        if gained:
+            kept = self._stop(kept, gained)
         committed = self.target.commit(self.cache, tree, scored, kept.verdict, kept.count > 0)
         if self.drafter and self.state and not (bets and self._won(bets, kept)):
             self.drafter.observe(self.state, committed)
         self._count(tree, kept)
         self.clock.lap("commit")
-        fetched = fetched or self._fetch(kept)
+        gained = gained or self._fetch(kept)
         root = int(kept.verdict.next is not None)  # it stays in the cache, even if a draft behind it ended the row
-        self.lengths = [
-            length + (accepted + root if count else 0) for length, (*_, count, accepted, _) in zip(self.lengths, fetched, strict=True)
-        ]
+        self.lengths = [length + (row.accepted + root if row.tokens else 0) for length, row in zip(self.lengths, gained, strict=True)]
         self._settle()
-        out = self._hand_out(kept, fetched)
-        self._remember(plan, fetched, begun)
+        out = self._hand_out(kept, gained)
+        self._remember(plan, gained, begun)
         self._drop_finished()
         self.rounds += 1
         self.clock.lap("other")
@@ -240,22 +238,27 @@ class Batch:
         alive = self.alive & ~ended & (self.left > count)
         return Kept(replace(verdict, length=torch.minimum(verdict.length, count)), tokens, count, alive)
 
-    def _stop(self, kept: Kept, fetched: list[list[int]]) -> Kept:
-        """Cuts at stop strings, which only the host can read; `fetched` is corrected in place."""
-        assert self.stopper is not None
-        for request, values in zip(self.row_ids, fetched, strict=True):
-            *tokens, count, accepted, alive = values
-            before = len(self.written[request])
-            allowed = max(0, self.stopper(request, self.written[request] + tokens[:count]) - before) if count else 0
-            values[-3:] = [min(count, allowed), min(accepted, allowed), int(alive and allowed >= count)]
-        counts, lengths, going = torch.tensor([values[-3:] for values in fetched], device=kept.count.device).unbind(1)
-        return replace(kept, count=counts, alive=going.bool(), verdict=replace(kept.verdict, length=lengths))
-
-    def _fetch(self, kept: Kept) -> list[list[int]]:
-        """The round's one wait for the device: each row's tokens, count, how many the drafter wrote, whether it goes on."""
+    def _fetch(self, kept: Kept) -> list[Emission]:
+        """The round's one wait for the device: what every row gained, finished ones too."""
         self.history.syncs += 1
         marks = torch.stack([kept.count, kept.verdict.length, kept.alive.long()], 1)
-        return torch.cat([kept.tokens, marks], 1).tolist()
+        rows = torch.cat([kept.tokens, marks], 1).tolist()
+        return [
+            Emission(request, tokens[:count], accepted, not alive)
+            for request, (*tokens, count, accepted, alive) in zip(self.row_ids, rows, strict=True)
+        ]
+
+    def _stop(self, kept: Kept, gained: list[Emission]) -> Kept:
+        """Cuts at stop strings, which only the host can read; `gained` is cut in place."""
+        assert self.stopper is not None
+        for row in gained:
+            before = len(self.written[row.row])
+            allowed = max(0, self.stopper(row.row, self.written[row.row] + row.tokens) - before) if row.tokens else 0
+            row.done = row.done or allowed < len(row.tokens)
+            row.tokens, row.accepted = row.tokens[:allowed], min(row.accepted, allowed)
+        cut = torch.tensor([[len(row.tokens), row.accepted, not row.done] for row in gained], device=kept.count.device)
+        count, length, alive = cut.unbind(1)
+        return replace(kept, count=count, alive=alive.bool(), verdict=replace(kept.verdict, length=length))
 
     def _count(self, tree: Tree, kept: Kept) -> None:
         """alpha's attempts: every depth reached, and one more where the last node had a child that could have stood."""
@@ -267,23 +270,20 @@ class Batch:
         tried = accepted + (below.any(1) & (kept.count > accepted))
         self.tally.add(self.request_of, kept.count, accepted, tried, tree.max_depth)
 
-    def _hand_out(self, kept: Kept, fetched: list[list[int]]) -> list[Emission]:
-        """Moves the rows on and says what each gained."""
+    def _hand_out(self, kept: Kept, gained: list[Emission]) -> list[Emission]:
+        """Moves the rows on; what they gained, and that finished ones are done."""
         last = (kept.count - 1).clamp_min(0)[:, None]
         self.roots = torch.where(kept.count > 0, kept.tokens.gather(1, last)[:, 0], self.roots)
         self.left, self.alive = self.left - kept.count, kept.alive
-        out = []
-        for request, (*tokens, count, accepted, alive) in zip(self.row_ids, fetched, strict=True):
-            self.written[request] += tokens[:count]
-            out.append(Emission(request, tokens[:count], accepted, not alive))
-        self.running = [bool(values[-1]) for values in fetched]
-        return [emission for emission, (*_, count, _, alive) in zip(out, fetched, strict=True) if count or not alive]
+        for row in gained:
+            self.written[row.row] += row.tokens
+        self.running = [not row.done for row in gained]
+        return [row for row in gained if row.tokens or row.done]
 
-    def _remember(self, plan: Plan, fetched: list[list[int]], begun: float) -> None:
+    def _remember(self, plan: Plan, gained: list[Emission], begun: float) -> None:
         """What the next plan may be made from."""
-        counts = [count for *_, count, _, _ in fetched]
-        going, drafted = sum(count > 0 for count in counts), plan.draft and self.drafter is not None
-        self.history.add(Round(len(counts), going, sum(counts), drafted, self.now() - begun))
+        counts, drafted = [len(row.tokens) for row in gained], plan.draft and self.drafter is not None
+        self.history.add(Round(len(counts), sum(map(bool, counts)), sum(counts), drafted, self.now() - begun))
 
     def _settle(self) -> None:
         self.cache.settle(self.lengths)
