@@ -77,7 +77,7 @@ class Patient:
 
     @property
     def context(self) -> int:
-        return int(self.shape.text_config["max_position_embeddings"])
+        return self.shape.max_context
 
     @property
     def tokens(self) -> int:

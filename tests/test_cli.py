@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner, Result
 
 from drafttrain import doctor, terminal
@@ -710,3 +711,12 @@ def test_questions_that_a_judge_cannot_learn_from_are_refused_by_name(workplace:
     line = complaint("judge", "tiny.yaml", "--questions", "questions.jsonl")
     assert "item 'q3'" in line and said in line
     assert not Path("runs/tiny/judge-labels").exists()
+
+
+def test_doctor_passes_a_target_that_names_its_sizes_in_its_own_way(empty: Path) -> None:
+    made = make_target()
+    sizes = GPT2Config(vocab_size=made.vocab_size, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=None, eos_token_id=2)
+    AutoModelForCausalLM.from_config(sizes).save_pretrained("target")
+    result = drafttrain("doctor", "tiny.yaml")
+    assert result.exit_code == 0, result.output
+    assert "gpt2, 3 layers of 32, vocabulary 64, context 96" in result.stdout

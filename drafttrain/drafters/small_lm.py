@@ -375,7 +375,7 @@ def narrow_config(target: TargetShape, layers: int, size: int) -> PretrainedConf
     head_dim = 64 if size % 64 == 0 else size // 4
     return LlamaConfig(
         vocab_size=target.vocab_size, hidden_size=size, intermediate_size=4 * size, num_hidden_layers=layers,
-        num_attention_heads=size // head_dim, max_position_embeddings=int(target.text_config["max_position_embeddings"]),
+        num_attention_heads=size // head_dim, max_position_embeddings=target.max_context,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta(target.text_config)}, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=list(target.eos_ids) or None, pad_token_id=None,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from drafttrain.target.cache import KVShape, TreeCache
 from drafttrain.target.files import (
     TargetConfig,
     TargetShape,
+    config_values,
     default_aux_layers,
     load_config,
     resolve,
@@ -85,7 +86,7 @@ class Target:
         config = self.config
         return TargetShape(
             config.hidden_size, self.vocab_size, config.num_hidden_layers, tuple(self.aux_layers), self.eos_ids,
-            config.to_dict(), self.fingerprint,
+            config_values(config), self.fingerprint,
         )
 
     @property
@@ -265,7 +266,7 @@ def read_shape(config: TargetConfig) -> TargetShape:
     layers = text.num_hidden_layers
     aux_layers = checked_aux_layers(config.aux_layers, layers)
     return TargetShape(
-        text.hidden_size, text.vocab_size, layers, aux_layers, eos_ids, text.to_dict(), target_fingerprint(folder)
+        text.hidden_size, text.vocab_size, layers, aux_layers, eos_ids, config_values(text), target_fingerprint(folder)
     )  # fmt: skip
 
 

@@ -137,6 +137,15 @@ def text_config(config: AutoConfig) -> AutoConfig:
     return config.get_text_config(decoder=True)
 
 
+SHARED_NAMES = ("max_position_embeddings", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
+"""What drafters and `doctor` read of a configuration, by the names that most of transformers' models share."""
+
+
+def config_values(config: AutoConfig) -> dict[str, Any]:
+    """A configuration as JSON holds it, also under `SHARED_NAMES` where its own are others (GPT-2: `n_head`)."""
+    return config.to_dict() | {name: getattr(config, name) for name in SHARED_NAMES if name in config.attribute_map}
+
+
 BOOKKEEPING = frozenset(
     {
         "_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache", "initializer_range",
@@ -209,8 +218,13 @@ class TargetShape:
     num_layers: int
     aux_layers: tuple[int, ...]  # indices into `hidden_states`: 0 the embeddings, k the output of layer k - 1
     eos_ids: tuple[int, ...]
-    text_config: dict[str, Any]  # the target's own (text) configuration
+    text_config: dict[str, Any]  # the target's own (text) configuration, see `config_values`
     fingerprint: str
+
+    @property
+    def max_context(self) -> int:
+        """Positions the target was made for."""
+        return int(self.text_config["max_position_embeddings"])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
