@@ -20,11 +20,11 @@ from pydantic import Field
 from rich.console import Console
 
 from drafttrain.core.config import Config, fingerprint, parse
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.data import capture as capturing
 from drafttrain.data import regenerate as regenerating
 from drafttrain.data.origin import Origin
-from drafttrain.data.shards import INDEX, first_line, read_index, write_whole
+from drafttrain.data.shards import INDEX, read_index, write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter

@@ -10,6 +10,11 @@ class UserError(Exception):
     """Names the value, what was expected and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """Of a library's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -19,7 +19,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from drafttrain.core.config import Config, parse
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.data.origin import Origin
 
 FORMAT = 1
@@ -138,8 +138,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def first_line(error: Exception) -> str:
-    """Of a library's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

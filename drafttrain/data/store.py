@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.types import Features
 from drafttrain.data.origin import Origin, check_probe
 from drafttrain.data.shards import (
@@ -26,7 +26,6 @@ from drafttrain.data.shards import (
     Index,
     ShardEntry,
     check_shard,
-    first_line,
     open_shard,
     read_index,
     sha256,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from drafttrain.core.chance import Chance
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import document_mask, rope_theta
 from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
@@ -357,7 +357,7 @@ def existing_model(path: str) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"drafter.path '{path}': not a causal LM that can be loaded ({reason}); give a folder or a Hub id") from error
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drafttrain.core.config import Config, parse
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
-from drafttrain.data.shards import first_line, write_whole
+from drafttrain.data.shards import write_whole
 
 LIKELIEST = 10
 LAW = LIKELIEST + 1

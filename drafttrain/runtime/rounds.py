@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafttrain.core.config import Config, parse
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.data.shards import first_line, write_whole, writing
+from drafttrain.data.shards import write_whole, writing
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.grow import widen
 from drafttrain.runtime.decoder import SpeculativeDecoder

