@@ -57,12 +57,21 @@ class Target:
         self.config = text_config(model.config)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.windows = mask_windows(self.config)  # refuses layers that cannot roll back
+        self.max_context = context_of(self.config)
         self.aux_layers = checked_aux_layers(aux_layers, self.config.num_hidden_layers)
         self.head = TargetHead.from_model(model)
-        self.windows = mask_windows(self.config)  # refuses layers that cannot roll back
         self.eos_ids = end_ids(model.generation_config, tokenizer)
         self.forwards = 0  # target passes so far: tests count them
-        self.kv_shapes = self._probe()
+        try:
+            self.kv_shapes = self._probe()
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model's own code fails in its own ways
+            raise UserError(
+                f"target '{name}' ({type(model).__name__}): cannot be run with our masks and our cache ({first_line(error)}); "
+                f"this architecture is not supported"
+            ) from error
 
     @classmethod
     def load(cls, config: TargetConfig) -> Target:
@@ -88,11 +97,6 @@ class Target:
             config.hidden_size, self.vocab_size, config.num_hidden_layers, tuple(self.aux_layers), self.eos_ids,
             config_values(config), self.fingerprint,
         )
-
-    @property
-    def max_context(self) -> int:
-        """Positions the target was made for."""
-        return int(self.config.max_position_embeddings)
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """An empty cache; capacity counts committed tokens and one round's nodes."""
@@ -258,6 +262,7 @@ def read_shape(config: TargetConfig) -> TargetShape:
     whole = load_config(folder, config.trust_remote_code)
     text = text_config(whole)
     mask_windows(text)  # refuses layers that cannot roll back
+    context_of(text)
     try:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:  # no generation_config.json
@@ -292,10 +297,11 @@ def mask_windows(config: Any) -> dict[str, int | None]:
 
     Raises `UserError` for a layer whose state cannot be rolled back, by its number.
     """
-    known = config.to_dict()
-    window = known.get("sliding_window")
-    kinds = known.get("layer_types")
-    if kinds is None:
+    window = config.to_dict().get("sliding_window")
+    kinds = getattr(config, "layer_types", None)  # no entry of its own in the models that work it out from other ones
+    if kinds is None and not hasattr(config, "num_attention_heads"):
+        kinds = [config.model_type] * config.num_hidden_layers
+    elif kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     for index, kind in enumerate(kinds):
         if kind not in ATTENTION_KINDS:
@@ -304,6 +310,20 @@ def mask_windows(config: Any) -> dict[str, int | None]:
                 f"only {' and '.join(ATTENTION_KINDS)} layers can be verified"
             )
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def context_of(config: Any) -> int:
+    """Positions a model was made for.
+
+    Raises `UserError` where it places tokens by their distance in the cache (ALiBi), or states no such number, as those models do.
+    """
+    if getattr(config, "alibi", False) or not hasattr(config, "max_position_embeddings"):
+        stated = "places tokens by ALiBi" if hasattr(config, "max_position_embeddings") else "has no max_position_embeddings (ALiBi?)"
+        raise UserError(
+            f"a '{config.model_type}' target whose configuration {stated} does not follow position_ids, which the nodes of a tree need; "
+            f"choose a model with rotary or learned positions"
+        )
+    return int(config.max_position_embeddings)
 
 
 def kv_shapes(cache: object, layers: int) -> list[KVShape]:

@@ -9,25 +9,35 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    BloomConfig,
     CohereConfig,
+    FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    JambaConfig,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     Phi3Config,
     Qwen3Config,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.target.adapter import Target
+from drafttrain.target.adapter import Target, read_shape
+from drafttrain.target.files import TargetConfig
 from drafttrain.target.head import TargetHead
 
 VOCAB = 48
@@ -184,7 +194,43 @@ def test_linear_attention_layers_are_refused_by_number() -> None:
         Target(AutoModelForCausalLM.from_config(config).eval())
 
 
-def test_recurrent_models_are_refused() -> None:
-    config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, expand=2)
-    with pytest.raises(UserError, match=r"layer|cache"):
-        Target(AutoModelForCausalLM.from_config(config).eval())
+SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+STATE: dict[str, Any] = {**COMMON, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "mamba": (MambaConfig(**SMALL, state_size=4), "target layer 0 is of type 'linear_attention'"),
+    "mamba2": (Mamba2Config(**SMALL, num_heads=8, head_dim=8, state_size=8, n_groups=1), "target layer 0 is of type 'linear_attention'"),
+    "rwkv": (RwkvConfig(**SMALL, attention_hidden_size=32), "target layer 0 is of type 'rwkv'"),
+    "recurrent-gemma": (RecurrentGemmaConfig(**COMMON, attention_window_size=8), "target layer 0 is of type 'linear_attention'"),
+    "falcon-h1": (FalconH1Config(**STATE, mamba_d_ssm=64), "target layer 0 is of type 'hybrid'"),
+    "jamba": (
+        JambaConfig(**COMMON, use_mamba_kernels=False, num_experts=2, attn_layer_period=2, attn_layer_offset=0),
+        "target layer 1 is of type 'linear_attention'",
+    ),
+    "bamba": (BambaConfig(**STATE, attn_layer_indices=[1]), "target layer 0 is of type 'linear_attention'"),
+    "bloom": (BloomConfig(**GPT, hidden_size=32, n_layer=2, n_head=4), "a 'bloom' target .*ALiBi"),
+    "mpt": (MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=256), "a 'mpt' target .*ALiBi"),
+    "falcon-alibi": (FalconConfig(**SMALL, num_attention_heads=4, alibi=True), "a 'falcon' target .*ALiBi"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_target_that_no_tree_can_follow_is_refused_at_load_and_without_its_weights(name: str, tmp_path: Path) -> None:
+    config, message = UNSUPPORTED[name]
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=message):
+        Target(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_shape(TargetConfig(model=str(tmp_path), device="cpu"))
+
+
+def test_a_target_whose_own_code_fails_under_our_masks_is_refused_in_one_line() -> None:
+    model = build("llama-tied")
+    model.model.layers[1].register_forward_pre_hook(lambda *_: fail())
+    with pytest.raises(UserError, match=r"'in-memory' \(LlamaForCausalLM\): cannot be run .* \(first line\)") as caught:
+        Target(model)
+    assert "\n" not in str(caught.value)
+
+
+def fail() -> None:
+    raise TypeError("first line\nsecond line")
