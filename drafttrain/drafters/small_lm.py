@@ -26,7 +26,7 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features, appended
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
-from drafttrain.target.adapter import kv_shapes, layer_masks, mask_windows, text_config, tree_mask
+from drafttrain.target.adapter import context_of, kv_shapes, layer_masks, mask_windows, text_config, tree_mask
 from drafttrain.target.cache import Aim, KVShape, TreeCache
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead, final_norm, finisher, layer_list
@@ -146,9 +146,9 @@ class SmallLM(Drafter):
                 f"a drafter needs the target's own tokenizer"
             )
         try:
-            self.windows = mask_windows(self.lm_config)
+            self.windows, self.last_position = mask_windows(self.lm_config), context_of(self.lm_config) - 1
         except UserError as error:
-            raise UserError(f"drafter.path '{origin}' cannot be rolled back, like a target: {error}") from error
+            raise UserError(f"drafter.path '{origin}' cannot draft a tree, as it could not be a target: {error}") from error
 
     @torch.no_grad()
     def _probe(self) -> list[KVShape]:
@@ -203,7 +203,7 @@ class SmallLM(Drafter):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._dtype
         masks = layer_masks(self.windows, dtype, document_mask(batch.document), batch.position, batch.position)
         return self._backbone()(
-            inputs_embeds=self._embed(batch.tokens, head), position_ids=batch.position, attention_mask=masks, use_cache=False
+            inputs_embeds=self._embed(batch.tokens, head), position_ids=self._within(batch.position), attention_mask=masks, use_cache=False
         ).last_hidden_state
 
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
@@ -300,8 +300,8 @@ class SmallLM(Drafter):
         self.calls += 1
         state.cache.aim_as(aim)
         return self._backbone()(
-            inputs_embeds=self._embed(tokens, state.head), position_ids=positions, attention_mask=masks, past_key_values=state.cache,
-            use_cache=True,
+            inputs_embeds=self._embed(tokens, state.head), position_ids=self._within(positions), attention_mask=masks,
+            past_key_values=state.cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
 
     @bare_forward
@@ -317,6 +317,10 @@ class SmallLM(Drafter):
 
     def _backbone(self) -> nn.Module:
         return self.lm if self.borrows else self._own().base_model
+
+    def _within(self, positions: Tensor) -> Tensor:
+        """Positions that its context has. Nodes past the target's end are cut anyway, and past its own, if that is shorter, it guesses."""
+        return positions.clamp_max(self.last_position)
 
     def _embed(self, tokens: Tensor, head: TargetHead) -> Tensor:
         if not self.borrows:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
@@ -391,7 +393,9 @@ def test_adapters_alone_are_trained_saved_and_merged(tmp_path: Path) -> None:
 
 def test_models_that_cannot_draft_for_the_target_are_refused_with_what_to_do(tmp_path: Path) -> None:
     shape = tiny_target().shape
+    AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "bloom")
     refusals = [
+        ({"path": str(tmp_path / "bloom")}, "bloom' cannot draft a tree, as it could not be a target: .*ALiBi"),
         ({"path": narrow_path(tmp_path, vocab_size=50)}, "has a vocabulary of 50, the target 64"),
         ({"path": str(tmp_path / "nothing")}, "not a causal LM that can be loaded"),
         ({"layers": 4}, "drafter.layers 4: the target has 3 layers"),
@@ -402,3 +406,36 @@ def test_models_that_cannot_draft_for_the_target_are_refused_with_what_to_do(tmp
     for options, message in (({"lora_rank": 4}, "give its `path`"), ({"hidden_size": 16, "path": "x"}, "give one of them")):
         with pytest.raises(ValueError, match=message):
             SmallLMConfig(**options)  # type: ignore[arg-type]
+
+
+# -- the context's end ----------------------------------------------------------------------------------------------------------------
+
+
+def gpt2(positions: int, **changes: Any) -> torch.nn.Module:
+    """A model with a learned position each, and none beyond."""
+    torch.manual_seed(3)
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None}
+    return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=VOCAB, n_positions=positions, **{**sizes, **changes})).eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
+@pytest.mark.parametrize("own_context", [None, 20])
+def test_decoding_up_to_the_last_learned_position_gives_the_target_own_text(
+    shape: Shape, own_context: int | None, tmp_path: Path
+) -> None:
+    target = Target(gpt2(48))
+    if own_context is not None:
+        gpt2(own_context, n_layer=1).save_pretrained(tmp_path)
+    drafter = small_lm(target, layers=1) if own_context is None else small_lm(target, path=str(tmp_path))
+    prompts = texts(10, 7, 24)  # the last is longer than the shorter context
+    written = [greedy_text(target.model, prompt, 24) for prompt in prompts]
+    made = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=shape)).generate(prompts, max_new_tokens=24)
+    assert [generation.tokens for generation in made] == written
+
+
+def test_texts_longer_than_an_existing_models_context_are_trained_on(tmp_path: Path) -> None:
+    gpt2(20, n_layer=1).save_pretrained(tmp_path)
+    target = Target(gpt2(48))
+    loss = small_lm(target, path=str(tmp_path)).loss(packed(target, texts(40), [4]), target.head)
+    loss.sum.backward()
+    assert loss.sum.isfinite()
