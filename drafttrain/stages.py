@@ -142,6 +142,7 @@ def regenerate(recipe: Recipe) -> dict[str, Any]:
     if not DRAFTERS[recipe.drafter.name].trainable:
         console.print(f"a {recipe.drafter.name} drafter learns nothing: no conversations are needed")
         return {}
+    new_drafter(recipe, read_shape(recipe.target))  # one that cannot be built stops here, before anything is written for it
     if recipe.data.existing is not None:
         store = Store.open(recipe.data.existing)
         store.check_target(Origin.of_config(recipe.target))
@@ -176,7 +177,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     store.check_target(Origin.of_config(recipe.target))
     target = None
     if features_of(drafter) <= set(store.feature_names):
-        head = TargetHead.from_folder(resolve(recipe.target), dtype=recipe.target.torch_dtype())
+        options = recipe.target
+        head = TargetHead.from_folder(resolve(options), dtype=options.torch_dtype(), trust_remote_code=options.trust_remote_code)
         store.check_head(head)
     else:
         target = Target.load(recipe.target.model_copy(update={"device": str(accelerator.device)}))

@@ -720,3 +720,47 @@ def test_doctor_passes_a_target_that_names_its_sizes_in_its_own_way(empty: Path)
     result = drafttrain("doctor", "tiny.yaml")
     assert result.exit_code == 0, result.output
     assert "gpt2, 3 layers of 32, vocabulary 64, context 96" in result.stdout
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+@pytest.fixture
+def own_code(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target brings its modeling code with it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(empty / "modules"))
+    monkeypatch.syspath_prepend(str(empty / "modules"))
+    Path("target/modeling_mine.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    edit_json("target/config.json", model_type="mine", architectures=["MineForCausalLM"], auto_map=auto_map)
+
+
+TRUSTED = "target.trust_remote_code=true"
+
+
+@pytest.mark.usefixtures("own_code")
+@pytest.mark.parametrize("drafter", ["{name: eagle3, unroll: 2}", "{name: small_lm, hidden_size: 16, layers: 1}"])
+def test_a_target_that_brings_its_own_code_is_served_from_data_to_export(drafter: str) -> None:
+    assert "trust_remote_code" in complaint("run", "tiny.yaml")
+    formats = "export.formats=[native, plain]" if "small_lm" in drafter else "export.formats=[native]"
+    assert drafttrain("doctor", "tiny.yaml", TRUSTED, f"drafter={drafter}").exit_code == 0
+    for command in ("run", "export"):
+        result = drafttrain(command, "tiny.yaml", TRUSTED, f"drafter={drafter}", formats)
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.usefixtures("own_code")
+def test_a_drafter_that_cannot_be_built_is_refused_before_any_data_is_written() -> None:
+    line = complaint("run", "tiny.yaml", TRUSTED, "drafter={name: small_lm}")
+    assert "'mine'" in line
+    assert "drafter.hidden_size" in line
+    assert "drafter.layers 9: the target has 3 layers" in complaint("run", "tiny.yaml", TRUSTED, "drafter={name: small_lm, layers: 9}")
+    assert not Path("runs/tiny/data").exists()

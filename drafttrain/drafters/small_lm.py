@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError, first_line
@@ -366,7 +366,13 @@ def existing_model(path: str) -> PreTrainedModel:
 
 
 def shallow_config(target: TargetShape, sources: list[int]) -> PretrainedConfig:
-    """The target's own configuration, with only the layers `sources`."""
+    """The target's own configuration, with only the layers `sources`; a `UserError` where transformers lacks its architecture."""
+    kind = target.text_config["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"drafter small_lm: a new one has the target's architecture, and '{kind}' is the code of the target's repository, not "
+            f"of transformers; set drafter.hidden_size (a Llama-shaped one), or drafter.path"
+        )
     known = {**target.text_config, "num_hidden_layers": len(sources)}
     for key in PER_LAYER:
         if known.get(key):

@@ -23,7 +23,7 @@ def export_plain(source: Path, folder: Path, target: TargetConfig) -> None:
     """
     home = resolve(target)
     drafter = language_model(load_drafter(source, target_fingerprint(home)))
-    model = drafter.to_causal_lm(TargetHead.from_folder(home))
+    model = drafter.to_causal_lm(TargetHead.from_folder(home, trust_remote_code=target.trust_remote_code))
     model.to(target.torch_dtype()).save_pretrained(folder)
     load_tokenizer(home, target.trust_remote_code).save_pretrained(folder)
 

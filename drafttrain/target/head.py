@@ -79,14 +79,16 @@ class TargetHead:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TargetHead:
+    def from_folder(
+        cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    ) -> TargetHead:
         """Reads only the embedding, the head and the final norm; a layer's weights when asked for them.
 
         Raises `UserError` where a file is truncated or a tensor is missing.
         """
-        config = load_config(folder)
+        config = load_config(folder, trust_remote_code)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         names = {id(p): name for name, p in skeleton.named_parameters()}
         output, norm = skeleton.get_output_embeddings(), final_norm(skeleton.base_model)
         files = SafetensorsFolder(folder)
