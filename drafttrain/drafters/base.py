@@ -7,7 +7,7 @@ none. Borrowed weights (the target's embedding and head) come in as `head` and n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import ClassVar, Concatenate, ParamSpec, TypeVar
@@ -116,6 +116,15 @@ class Drafter(nn.Module, ABC):
     def teacher_needs(self) -> frozenset[str]:
         """Features that only `loss` reads; `last` wherever the teacher's law is."""
         return frozenset({"last"})
+
+    def check_layers(self, aux_layers: Sequence[int]) -> None:
+        """A `UserError` where the target's feature `aux` is of other layers than this was trained on."""
+        trained = list(self.target.aux_layers)
+        if "aux" in self.needs and list(aux_layers) != trained:
+            raise UserError(
+                f"this {self.config.name} drafter was trained on the target's layers {trained}, but this one hands over "
+                f"{list(aux_layers)}; load it with aux_layers={trained} (target.aux_layers in recipes), or train a drafter on those"
+            )
 
     def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """Initialise from the frozen target before training.

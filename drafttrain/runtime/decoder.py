@@ -145,6 +145,8 @@ class SpeculativeDecoder:
     def __init__(self, target: Target, drafter: Drafter | None = None, runtime: RuntimeConfig | None = None) -> None:
         self.target = target
         self.runtime = runtime or RuntimeConfig()
+        if drafter is not None:
+            drafter.check_layers(target.aux_layers)
         if drafter is not None and self.runtime.prefetch and drafter.needs:
             raise UserError(
                 f"runtime.prefetch {self.runtime.prefetch}: a {drafter.config.name} drafter reads the target's features "
@@ -169,13 +171,16 @@ class SpeculativeDecoder:
         """Loads both.
 
         target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter or of the
-        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`. Raises `UserError` where the drafter was
-        trained on another target.
+        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`; without `aux_layers`, the target hands over the
+        layers that the drafter was trained on. Raises `UserError` where the drafter was trained on another target, or on other layers.
         """
         if isinstance(target, str):
             target = TargetConfig(model=target, **options)
         loaded = Target.load(target) if isinstance(target, TargetConfig) else target
-        return cls(loaded, None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint), runtime)
+        made = None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint)
+        if made is not None and isinstance(target, TargetConfig) and target.aux_layers is None:
+            loaded.aux_layers = made.target.aux_layers
+        return cls(loaded, made, runtime)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

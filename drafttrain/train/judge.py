@@ -188,8 +188,10 @@ def labelled(
     """Asks, finds the mismatches and labels them, `PART` questions at a time; every part is written whole, and one that stands in
     `folder` already is read instead of made again.
 
-    right: sees the numbers of `prompts`. Raises `UserError` where no mismatch can be labelled, or a part cannot be read.
+    right: sees the numbers of `prompts`. Raises `UserError` where no mismatch can be labelled, a part cannot be read, or the drafter was
+    trained on other layers of the target.
     """
+    drafter.check_layers(target.aux_layers)
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
