@@ -5,6 +5,7 @@ p target's law, q drafter's law; both are what stands after this file, in fp32.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class Sampling(NamedTuple):
 
     def check(self) -> Sampling:
         """Itself, or a `UserError` that names the value out of range."""
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature} is negative; use 0 for greedy decoding, or a positive value")
+        if not 0 <= self.temperature < math.inf:  # also where it is no number
+            raise UserError(f"temperature {self.temperature} is not 0 or a finite positive number; use 0 for greedy decoding, or 0.7")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} is negative; use 0 to keep every token")
         if not 0 < self.top_p <= 1:
@@ -42,13 +43,16 @@ class Sampling(NamedTuple):
         """[..., V] logits -> [..., V] probabilities in fp32 that sum to 1."""
         if self.greedy:
             return one_hot(likeliest(logits), logits.shape[-1])
-        logits = logits.to(torch.float32, copy=True).div_(self.temperature)
+        logits = logits.to(torch.float32, copy=True).div_(max(self.temperature, COLDEST))
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
         law = logits.softmax(-1)
         return law if self.top_p >= 1 else nucleus(law, self.top_p)
 
+
+COLDEST = 1e-30
+"""Temperatures below it give its law, greedy but for ties and differences below 1e-28: dividing by less would overflow."""
 
 BLOCK = 256  # logits looked at together
 

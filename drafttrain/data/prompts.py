@@ -58,7 +58,7 @@ class SelfPrompts(Config):
     """Domains to go through in turn, each with its openings."""
     openings: str | None = None
     """A JSONL file with `domain` and `opening` (may be empty) a line, in place of those that come with the package."""
-    temperature: float = Field(default=0.9, gt=0)
+    temperature: float = Field(default=0.9, gt=0, allow_inf_nan=False)
     """At which the turns are drawn."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus from which they are drawn."""

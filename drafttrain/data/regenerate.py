@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from rich.console import Console
@@ -27,13 +27,15 @@ from drafttrain.data.turns import Turn, all_openings, kept_prompts, openings, tu
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Finished, Job, Sampler
 
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
 
 class DataConfig(Config):
     """Training conversations and how they are made."""
 
     sources: tuple[Source, ...] = Field(default=(SelfPrompts(),), min_length=1)
     """Where prompts come from; several are taken one after another."""
-    temperatures: tuple[float, ...] = Field(default=(0.0, 0.7), min_length=1)
+    temperatures: tuple[Temperature, ...] = Field(default=(0.0, 0.7), min_length=1)
     """Answers are drawn at these temperatures in turn; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus of the answers that are not greedy."""

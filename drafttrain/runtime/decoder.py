@@ -71,7 +71,7 @@ class RuntimeConfig(Config):
     stay the same, and sampled ones keep the target's law, but as it goes by measured times, the same seed may give another sample."""
     treat_as: Literal["point"] | None = None
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
-    drafter_temperature: float | None = Field(default=None, gt=0)
+    drafter_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """The drafter's own temperature; by default the target's."""
     hybrid: HybridConfig | None = None
     """Draft beside the trained drafter with a lookup that costs nothing, under one budget of nodes; None drafts with the drafter alone."""

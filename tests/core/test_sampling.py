@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import SMALL, Sampling, nucleus
 
 
@@ -35,3 +36,18 @@ def test_a_law_cut_already_stays_cut(vocab: int) -> None:
     """Tokens of probability 0 are no part of a nucleus, even where rounding leaves the rest short of `top_p`."""
     law = Sampling(1.0, top_k=7).law(torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)))
     assert ((nucleus(law, 1 - 1e-12) > 0) == (law > 0)).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-30, 1e-40, 5e-324])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tiny_temperature_is_greedy_and_shares_between_ties(temperature: float, cut: dict[str, float], dtype: torch.dtype) -> None:
+    logits = torch.tensor([[-30.0, 21.0, 21.5, 0.0], [-3.0, -1.0, -2.0, -4.0], [2.0, float("-inf"), 2.0, 1.0]], dtype=dtype)
+    law = Sampling(temperature, **cut).law(logits)  # type: ignore[arg-type]
+    assert torch.equal(law, torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf"), float("-inf")])
+def test_a_temperature_that_no_law_has_is_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match=f"temperature {temperature} is not 0 or a finite positive number"):
+        Sampling(temperature).check()

@@ -164,3 +164,11 @@ def test_the_configuration_names_kinds_and_unknown_keys() -> None:
         parse(DataConfig, {"sources": [{"kind": "self", "max_token": 3}]}, "recipe")
     with pytest.raises(UserError, match="recipe: sources"):
         parse(DataConfig, {"sources": [{"kind": "csv"}]}, "recipe")
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_no_answer_is_drawn_at_is_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match=r"recipe: temperatures\.1: "):
+        parse(DataConfig, {"temperatures": [0.0, temperature]}, "recipe")
+    with pytest.raises(UserError, match=r"recipe: sources\.0\.temperature: "):
+        parse(DataConfig, {"sources": [{"kind": "self", "temperature": temperature}]}, "recipe")
