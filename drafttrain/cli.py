@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,20 +24,46 @@ if TYPE_CHECKING:
     from drafttrain.evaluation.rows import Row
     from drafttrain.recipe import Recipe
 
-BAD_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 DISK_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
 """What safetensors and torch say when the disk is full."""
 
 
+class Terminated(BaseException):
+    """To SIGTERM what KeyboardInterrupt is to Ctrl-C."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `Terminated`, so that what is open saves and closes; training listens itself while it steps. Who handles the signal
+    already keeps it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice, and the second would stop the saving
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """A user's mistake, a full disk and an interruption end with one line on stderr and their exit code, never with a traceback."""
+    """A user's mistake, a full disk, an interruption and a termination end with one line on stderr and their exit code, never with a
+    traceback."""
     try:
         yield
     except UserError as error:
         _end(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt:
         _end("interrupted; what was finished is saved, run the same command to go on", INTERRUPTED)
+    except Terminated:
+        _end("terminated; what was finished is saved, run the same command to go on", TERMINATED)
     except Exception as error:
         if not cannot_write(error):
             raise
@@ -59,7 +86,7 @@ class Commands(TyperGroup):
     """All commands behind one guard."""
 
     def invoke(self, ctx: Any) -> Any:
-        with mistakes_in_one_line():
+        with mistakes_in_one_line(), sigterm_raises():
             return super().invoke(ctx)
 
 

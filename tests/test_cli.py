@@ -171,20 +171,22 @@ def test_a_larger_budget_grows_the_data_and_then_refuses_to_overwrite_the_drafte
     assert snapshot("runs/tiny/drafter") == before
 
 
-def test_an_interrupted_training_exits_130_and_goes_on_to_the_same_drafter(
-    finished: tuple[Path, Result], empty: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_training_exits_with_its_signals_code_and_goes_on_to_the_same_drafter(
+    finished: tuple[Path, Result], empty: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     step = loop.Run._step
 
     def interrupted(run: loop.Run, batches: Any) -> dict[str, float]:
         if run.progress.step == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return step(run, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "_step", interrupted)
         result = drafttrain("run", "tiny.yaml")
-    assert result.exit_code == 130
+    assert result.exit_code == code
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert "progress is saved" in result.stderr.splitlines()[-1]
     assert drafttrain("run", "tiny.yaml").exit_code == 0
     weights = "runs/tiny/drafter/model.safetensors"
@@ -199,6 +201,34 @@ def test_ctrl_c_elsewhere_exits_130_in_one_line(empty: Path, monkeypatch: pytest
     result = drafttrain("regenerate", "tiny.yaml")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("interrupted; ")
+
+
+TERMINATED = """
+import signal, sys
+from drafttrain.cli import main
+from drafttrain.data.store import StoreWriter
+from drafttrain.target.sample import Sampler
+run, flush = Sampler.run, StoreWriter.flush
+def terminated(*args):
+    for count, one in enumerate(run(*args)):
+        if count == 9:
+            signal.raise_signal(signal.SIGTERM)
+        yield one
+def again(writer):
+    signal.raise_signal(signal.SIGTERM)
+    flush(writer)
+Sampler.run, StoreWriter.flush = terminated, again
+main()
+"""
+
+
+def test_a_termination_saves_what_is_finished_and_exits_143_in_one_line(empty: Path) -> None:
+    """Also where the signal comes twice, as from `timeout`. In a process of its own, which the signal may end."""
+    done = subprocess.run([sys.executable, "-c", TERMINATED, "regenerate", "tiny.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1].startswith("terminated; ")
+    assert "Traceback" not in done.stderr
+    assert len(Store.open("runs/tiny/data")) == 9
 
 
 def test_training_online_gives_the_drafter_of_captured_features(finished: tuple[Path, Result], workplace: Path) -> None:
