@@ -109,7 +109,7 @@ def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTok
 def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file, line n`, object) for each line that is not blank."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold what `splitlines` takes for a line's end
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts '{path}': cannot be read ({error}); give a JSONL file in UTF-8") from error
     for number, line in enumerate(lines, 1):

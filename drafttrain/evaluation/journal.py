@@ -44,7 +44,7 @@ class Journal:
 def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
     """JSON lines; `path` is what an error names."""
     entries = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):  # `splitlines` would cut within strings
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError as error:

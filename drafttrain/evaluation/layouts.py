@@ -172,7 +172,7 @@ def _file(name: str, path: Path) -> Iterable[Any]:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = data.decode("utf-8")
         if ".jsonl" in path.suffixes:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
     except (OSError, ValueError, EOFError) as error:  # ValueError: not UTF-8, not JSON
         raise UserError(f"suite '{name}': '{path}' cannot be read ({error}); is the file whole?") from error

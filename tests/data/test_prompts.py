@@ -47,6 +47,15 @@ def test_turns_before_the_last_user_turn_are_context_and_later_ones_are_dropped(
     assert text(prompt.tokens) == "<s> <user> w0 <end> <assistant> w1 <end> <user> w2 <end> <assistant>"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_may_hold_every_character_that_json_strings_may(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    words = [f"w1{separator}w2" for separator in ("\u2028", "\u2029", "\x85")]
+    path.write_bytes(end.join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in [*words, "w3"]).encode())
+    prompts = read_prompts(JsonlPrompts(path=str(path)), TOKENIZER)
+    assert [text(prompt.tokens) for prompt in prompts] == [USER.format("w1 w2")] * 3 + [USER.format("w3")]
+
+
 def test_a_limit_takes_the_first_prompts(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *[{"prompt": f"w{at}"} for at in range(9)])
     prompts = read_prompts(JsonlPrompts(path=path, limit=3), TOKENIZER)

@@ -83,6 +83,17 @@ def test_a_missing_or_empty_file_is_refused(tmp_path: Path, content: str | None,
         load_suite(str(path))
 
 
+@pytest.mark.parametrize("name", ["{}", "gsm8k:{}"])
+def test_a_line_may_hold_every_character_that_json_strings_may(tmp_path: Path, name: str) -> None:
+    questions = [f"one{separator}two" for separator in ("\u2028", "\u2029", "\x85")]
+    common = {"task": "t", "answer": "#### 1"}
+    key = "question" if name.startswith("gsm8k") else "prompt"
+    lines = [json.dumps({"id": str(at), **common, key: question}, ensure_ascii=False) for at, question in enumerate(questions)]
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes("\r\n".join(lines).encode())
+    assert all(question in item.turns[0] for item, question in zip(load_suite(name.format(path)).items, questions, strict=True))
+
+
 def test_a_misspelt_suite_or_task_is_answered_with_the_nearest_one() -> None:
     with pytest.raises(UserError, match="did you mean 'builtin'"):
         load_suite("buildin")
