@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError, nearest
+from drafttrain.target.template import render
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DOMAINS = ("chat", "code", "math", "qa", "translation", "summarization", "rag")
 
@@ -22,7 +28,8 @@ Messages = list[dict[str, Any]]
 class JsonlPrompts(Config):
     """A file of one JSON object a line, with `prompt` (text) or `messages`, and optionally `domain`.
 
-    What follows the last user turn of `messages` is dropped, what stands before it is context.
+    What follows the last user turn of `messages` is dropped, what stands before it is context. Parts of type `text` are joined; a line with
+    anything but text before its end (a tool call, an image) is refused, as is every line that cannot be used.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -33,15 +40,15 @@ class JsonlPrompts(Config):
 
 
 class DatasetPrompts(Config):
-    """A data set by its Hub name or local folder."""
+    """A data set by its Hub name or local folder. Rows that cannot be prompts are left out and counted."""
 
     kind: Literal["dataset"] = "dataset"
     name: str
-    """What `datasets.load_dataset` takes."""
+    """What `datasets.load_dataset` takes, or a folder that its `save_to_disk` wrote."""
     subset: str | None = None
     """The data set's configuration, where it has several."""
     split: str = "train"
-    """Which split."""
+    """Which split. A saved folder may hold a single one, which is then taken."""
     column: str = "messages"
     """Column with the prompt: text, or a list of messages with `role` and `content` (also `from` and `value`)."""
     limit: int | None = Field(default=None, ge=1)
@@ -89,20 +96,33 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where: 
             return list(tokenizer(prompt)["input_ids"])
         raise UserError(f"{where}: `messages` need a chat template, which this target lacks; give `prompt` texts")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(render(tokenizer, messages, where), add_special_tokens=False)["input_ids"])
 
 
 def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """All prompts of a file or data set. Raises `UserError` naming the line or row that cannot be used."""
+    """All prompts of a file or data set.
+
+    Raises `UserError` for a line of a file that cannot be used. Such rows of a data set, which others wrote, are left out; a line on stderr
+    says how many, and why the first. Raises too where no prompt is left.
+    """
     records = jsonl_records(Path(source.path)) if isinstance(source, JsonlPrompts) else dataset_records(source)
     out: list[Prompt] = []
+    unfit: list[str] = []
     for where, record in records:
         if source.limit is not None and len(out) == source.limit:
             break
-        out.append(Prompt(tokenize(tokenizer, _content(record, where), where), str(record.get("domain", ""))))
+        try:
+            out.append(Prompt(tokenize(tokenizer, _content(record, where), where), str(record.get("domain", ""))))
+        except UserError as error:
+            if isinstance(source, JsonlPrompts):
+                raise
+            unfit.append(str(error))
     if not out:
-        raise UserError(f"prompt source '{source.kind}' holds no prompts; give at least one")
+        found = f"no prompts ({len(unfit):,} rows cannot be used, the first: {unfit[0]})" if unfit else "no prompts"
+        raise UserError(f"prompt source '{source.kind}' holds {found}; give at least one")
+    if unfit:
+        said = f"{len(unfit):,} of {len(out) + len(unfit):,} rows left out, the first: {unfit[0]}"
+        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
     return out
 
 
@@ -126,21 +146,35 @@ def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def dataset_records(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`data set, row n`, {prompt or messages}) for each row; rows that hold no text are passed over."""
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(source.name, source.subset, split=source.split)
-    except Exception as error:  # the library raises errors of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data set '{source.name}': cannot be loaded ({reason}); check its name and split") from error
+    """(`data set, row n`, {prompt or messages}) for each row."""
+    rows = _rows(source)
     if source.column not in rows.column_names:
         hint = nearest(source.column, rows.column_names)
         names = ", ".join(rows.column_names)
         raise UserError(f"data set '{source.name}': no column '{source.column}'{hint}; it has {names}")
     for number, value in enumerate(rows[source.column]):
-        if value:
-            yield f"data set '{source.name}', row {number}", {"prompt" if isinstance(value, str) else "messages": value}
+        yield f"data set '{source.name}', row {number}", {"messages": value} if isinstance(value, list) else {"prompt": value or ""}
+
+
+def _rows(source: DatasetPrompts) -> Dataset:
+    """One split of a data set."""
+    from datasets import load_dataset, load_from_disk
+
+    saved = any((Path(source.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))  # by `save_to_disk`
+    if saved and source.subset is not None:
+        raise UserError(f"data set '{source.name}' was saved by `save_to_disk`, which knows no subsets; leave `subset` out")
+    try:
+        rows = load_from_disk(source.name) if saved else load_dataset(source.name, source.subset, split=source.split)
+    except Exception as error:  # the library raises errors of many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"data set '{source.name}': cannot be loaded ({reason}); check its name and split") from error
+    if not saved or (not isinstance(rows, dict) and source.split == "train"):  # a lone split is what the default means
+        return rows
+    splits = dict(rows) if isinstance(rows, dict) else {str(rows.split or "train"): rows}
+    if source.split not in splits:
+        hint, known = nearest(source.split, splits), ", ".join(splits)
+        raise UserError(f"data set '{source.name}': no split '{source.split}'{hint}; it has {known} (`limit` takes the first rows)")
+    return splits[source.split]
 
 
 def _content(record: dict[str, Any], where: str) -> str | Messages:
@@ -151,15 +185,30 @@ def _content(record: dict[str, Any], where: str) -> str | Messages:
         raise UserError(f"{where}: neither `prompt` (text) nor `messages` (a list) in {sorted(record)}; give one")
     turns = [_turn(message, where) for message in messages]
     last = max((at for at, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
-    if last < 0 or not str(turns[last]["content"]).strip():
+    asked = [{**turn, "content": _text(turn, where)} for turn in turns[: last + 1]]
+    if not asked or not asked[-1]["content"].strip():
         raise UserError(f"{where}: no user turn with text in `messages`; the target would have nothing to answer")
-    return turns[: last + 1]
+    return asked
 
 
 def _turn(message: Any, where: str) -> dict[str, Any]:
     names = {"human": "user", "gpt": "assistant"}
-    if isinstance(message, dict) and "from" in message and "value" in message:
+    if isinstance(message, dict) and isinstance(message.get("from"), str) and "value" in message:
         return {"role": names.get(message["from"], message["from"]), "content": message["value"]}
-    if isinstance(message, dict) and "role" in message and "content" in message:
+    if isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message:
         return {"role": message["role"], "content": message["content"]}
     raise UserError(f"{where}: a message without `role` and `content`: {str(message)[:80]}")
+
+
+def _text(turn: dict[str, Any], where: str) -> str:
+    """The words of a turn: its content, or the text parts of it, one below the other."""
+    content = turn["content"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            shown = reprlib.repr(part if isinstance(content, list) else content)
+            raise UserError(
+                f"{where}: the turn of '{turn['role']}' holds {shown}, not text (a tool call, an image?), which a prompt cannot; "
+                "leave the turn out, or the conversation"
+            )
+    return "\n".join(part["text"] for part in parts)

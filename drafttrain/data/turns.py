@@ -16,6 +16,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.data.prompts import Prompt, SelfPrompts, jsonl_records, tokenize
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Job
+from drafttrain.target.template import render
 
 OPENINGS = Path(__file__).with_name("openings.jsonl")
 MARK = "\u2063USERTURN\u2063"  # stands for the user's words while a template is rendered
@@ -50,8 +51,7 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise UserError("prompt source 'self' needs a chat template, which this target lacks; use 'jsonl' or 'dataset'")
     turn = [{"role": "user", "content": MARK}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    prefix, found, suffix = text.partition(MARK)
+    prefix, found, suffix = render(tokenizer, turn, "prompt source 'self'").partition(MARK)
     if not found:
         raise UserError("prompt source 'self': the chat template changes the user's words; use 'jsonl' or 'dataset'")
     return prefix, suffix

@@ -26,6 +26,7 @@ from drafttrain.runtime.policy import POLICIES, Fixed, Policy, PolicyConfig
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
+from drafttrain.target.template import render
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
 
@@ -273,8 +274,7 @@ class SpeculativeDecoder:
         if isinstance(prompt, str) and not tokenizer.chat_template:
             return list(tokenizer(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(render(tokenizer, messages, "prompt"), add_special_tokens=False)["input_ids"])
 
     def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> Batch:
         """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, Split
 
 from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
@@ -17,6 +17,7 @@ from drafttrain.target.adapter import Target
 from tests.data.stores import make_tokenizer
 
 TOKENIZER = make_tokenizer()
+ASKED = {"role": "user", "content": "w1"}
 USER = "<s> <user> {} <end> <assistant>"
 
 
@@ -69,6 +70,12 @@ def test_a_limit_takes_the_first_prompts(tmp_path: Path) -> None:
         ({"messages": []}, "line 2: no user turn with text"),
         ({"messages": [{"role": "user", "content": " "}]}, "line 2: no user turn with text"),
         ({"messages": [{"role": "user"}]}, "line 2: a message without `role` and `content`"),
+        ({"messages": [{"role": 5, "content": "w1"}]}, "line 2: a message without `role` and `content`"),
+        ({"messages": [{"role": "user", "content": None}]}, "line 2: the turn of 'user' holds None, not text"),
+        ({"messages": [{"role": "user", "content": 7}]}, "line 2: the turn of 'user' holds 7, not text"),
+        ({"messages": [{"role": "assistant", "content": None}, ASKED]}, "line 2: the turn of 'assistant' holds None, not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2: the turn of 'user' holds {'type': 'image'}, not text"),
+        ({"messages": [{"role": "user", "content": []}]}, "line 2: no user turn with text"),
         ({"text": "w1"}, r"line 2: neither `prompt` \(text\) nor `messages`"),
         ("{", "line 2: not JSON"),
         ([1], "line 2: a list; expected an object"),
@@ -78,6 +85,27 @@ def test_a_bad_line_is_named(tmp_path: Path, record: object, words: str) -> None
     with pytest.raises(UserError, match=words) as caught:
         read_prompts(JsonlPrompts(path=jsonl(tmp_path, {"prompt": "w1"}, record)), TOKENIZER)
     assert "\n" not in str(caught.value)
+
+
+def test_text_parts_are_joined_and_what_stands_behind_the_last_user_turn_is_not_read(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": word} for word in ("w1", "w2")]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    [prompt] = read_prompts(JsonlPrompts(path=jsonl(tmp_path, {"messages": chat})), TOKENIZER)
+    assert text(prompt.tokens) == USER.format("w1 w2")
+
+
+def test_what_a_template_says_when_it_refuses_a_prompt_is_said_with_the_line(tmp_path: Path) -> None:
+    strict = make_tokenizer()
+    strict.chat_template = "{{ raise_exception('Roles must\nalternate') if messages[0]['role'] == 'system' }}{{ messages[0]['content'] }}"
+    chat = [{"role": "system", "content": "w1"}, ASKED]
+    path = jsonl(tmp_path, {"prompt": "w1"}, {"messages": chat})
+    with pytest.raises(UserError, match=r"line 2: .*template refuses turns of system, user \(Roles must alternate\)"):
+        read_prompts(JsonlPrompts(path=path), strict)
+    strict.chat_template = "{{ nothing.at.all }}"
+    with pytest.raises(UserError, match=r"line 1: .*template refuses turns of user \('nothing' is undefined\)"):
+        read_prompts(JsonlPrompts(path=path), strict)
+    with pytest.raises(UserError, match=r"'self': .*template refuses turns of user \('nothing' is undefined\)"):
+        frame(strict)
 
 
 def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
@@ -99,6 +127,40 @@ def test_data_sets_give_texts_messages_and_shared_conversations(tmp_path: Path) 
         for prompt in read_prompts(DatasetPrompts(name=str(tmp_path / folder), column=column), TOKENIZER)
     ]
     assert found == [USER.format(word) for word in ("w1", "w5", "w2", "w4")]
+
+
+def test_rows_of_a_data_set_that_are_no_prompts_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = {"role": "assistant", "content": "w2"}
+    rows = [[ASKED], [answer], None, [ASKED, {"role": "assistant", "content": None}, ASKED], [ASKED, answer]]
+    Dataset.from_dict({"talk": rows}).to_parquet(tmp_path / "a" / "train.parquet")
+    source = DatasetPrompts(name=str(tmp_path / "a"), column="talk")
+    assert [text(prompt.tokens) for prompt in read_prompts(source, TOKENIZER)] == [USER.format("w1")] * 2
+    said = capsys.readouterr().err.splitlines()[-1]  # before it, bars of the library
+    assert said.startswith("3 of 5 rows left out, the first: data set ")
+    assert "row 1: no user turn with text" in said
+    Dataset.from_dict({"talk": [[answer], [answer]]}).to_parquet(tmp_path / "b" / "train.parquet")
+    with pytest.raises(UserError, match=r"holds no prompts \(2 rows cannot be used, the first: data set .* row 0: no user turn"):
+        read_prompts(DatasetPrompts(name=str(tmp_path / "b"), column="talk"), TOKENIZER)
+
+
+def test_a_data_set_that_was_saved_to_disk_is_loaded(tmp_path: Path) -> None:
+    one, other = Dataset.from_dict({"ask": ["w1"]}), Dataset.from_dict({"ask": ["w2"]}, split=Split.TEST)
+    one.save_to_disk(tmp_path / "one")
+    other.save_to_disk(tmp_path / "other")
+    DatasetDict({"train": one, "test": other}).save_to_disk(tmp_path / "both")
+
+    def read(folder: str, **options: str) -> list[str]:
+        source = DatasetPrompts(name=str(tmp_path / folder), column="ask", **options)  # type: ignore[arg-type]
+        return [text(prompt.tokens) for prompt in read_prompts(source, TOKENIZER)]
+
+    assert read("one") == read("both") == [USER.format("w1")]
+    assert read("other") == read("other", split="test") == read("both", split="test") == [USER.format("w2")]
+    with pytest.raises(UserError, match=r"no split 'tests' \(did you mean 'test'\?\); it has test"):
+        read("other", split="tests")
+    with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
+        read("both", split="dev")
+    with pytest.raises(UserError, match="knows no subsets; leave `subset` out"):
+        read("one", subset="en")
 
 
 def test_a_wrong_column_or_data_set_is_named(tmp_path: Path) -> None:
