@@ -85,13 +85,11 @@ class Patient:
         data = self.recipe.data
         if self.store is not None:
             return self.store.tokens
-        if data.tokens is not None:
-            return data.tokens
         written = [source for source in data.sources if isinstance(source, SelfPrompts)]
         longest = [source.max_tokens for source in written for _ in range(source.count)]
         lengths = [len(prompt.tokens) for prompt in self.prompts] + longest
-        count = data.conversations or len(lengths)
-        return round(count * (sum(lengths) / len(lengths) + data.max_new_tokens))
+        most = round(data.count(len(lengths)) * (sum(lengths) / len(lengths) + data.max_new_tokens))
+        return most if data.tokens is None else min(data.tokens, most)
 
 
 def target(patient: Patient) -> str:

@@ -594,6 +594,12 @@ def test_doctor_finds_too_little_memory(empty: Path, monkeypatch: pytest.MonkeyP
     assert "lower data.batch_size" in doctor_finds("memory")
 
 
+@pytest.mark.parametrize("asked", ["data.tokens=1000000", "data.conversations=1000000"])
+def test_doctor_counts_no_more_tokens_than_the_prompts_can_give(empty: Path, asked: str) -> None:
+    (line,) = [line for line in drafttrain("doctor", "tiny.yaml", asked).stdout.splitlines() if " disk: " in line]
+    assert int(line.split("disk: ")[1].split(" tokens")[0].replace(",", "")) == 40 * (7 + 24)  # a prompt of 7, an answer of 24
+
+
 def test_doctor_finds_a_suite_beyond_the_context(empty: Path) -> None:
     assert "evaluation.max_new_tokens" in doctor_finds("suite", "evaluation.max_new_tokens=95")
 

@@ -42,9 +42,9 @@ class DataConfig(Config):
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer."""
     conversations: int | None = Field(default=None, ge=1)
-    """How many to write; by default each prompt once."""
+    """How many to write; by default each prompt once. At most each prompt at each temperature: 30 prompts and 2 temperatures give 60."""
     tokens: int | None = Field(default=None, ge=1)
-    """How many tokens to write, prompts included; the last conversation may exceed it."""
+    """How many tokens to write, prompts included; the last conversation may exceed it. Each prompt at each temperature is all there is."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longer prompts are dropped; without it, one that does not fit the target's context is an error."""
     batch_size: int = Field(default=64, ge=1)
@@ -57,6 +57,11 @@ class DataConfig(Config):
     """Of all draws."""
     existing: str | None = None
     """Folder of a finished store to use as it is."""
+
+    def count(self, prompts: int) -> int:
+        """How many conversations so many prompts give, unless `tokens` are reached before."""
+        most = prompts * len(self.temperatures)
+        return min(self.conversations or (prompts if self.tokens is None else most), most)
 
     def job(self, prompts: list[Prompt], id: int) -> Job:
         """Conversation `id`: every prompt at one temperature, then every prompt at the next."""
@@ -165,9 +170,7 @@ class Regeneration:
         self, target: Target, config: DataConfig, prompts: list[Prompt], folder: Path, flush_seconds: float
     ) -> None:
         self.target, self.config, self.prompts, self.flush_seconds = target, config, prompts, flush_seconds
-        most = len(prompts) * len(config.temperatures)  # every prompt at every temperature
-        once = len(prompts) if config.tokens is None else most
-        self.budget = Budget(min(config.conversations or once, most), config.tokens)
+        self.budget = Budget(config.count(len(prompts)), config.tokens)
         shape = target.shape
         widths = feature_widths(config.capture, shape.hidden_size, len(shape.aux_layers))
         self.writer = StoreWriter(folder, Origin.of_target(target), widths, self.stage(), take_probe(target))
@@ -185,7 +188,25 @@ class Regeneration:
         limit = self.budget.limit(self.writer.lengths)
         if limit is None:
             limit = self._write()
-        return self.writer.finish(limit)
+        store = self.writer.finish(limit)
+        if short := self.shortage(store.tokens):
+            Console(stderr=True).print(short, highlight=False, soft_wrap=True)
+        return store
+
+    def shortage(self, written: int) -> str | None:
+        """What to say where the prompts gave less than was asked for. written: tokens in all."""
+        config, prompts, laws = self.config, len(self.prompts), len(self.config.temperatures)
+        most = prompts * laws
+        if config.tokens is not None and written >= config.tokens:
+            return None
+        if config.conversations is not None and config.conversations > most:
+            asked = f"data.conversations={config.conversations:,}"
+        elif config.conversations is None and config.tokens is not None:
+            asked = f"data.tokens={config.tokens:,}"
+        else:
+            return None
+        source = f"{prompts:,} prompt{'s'[: prompts > 1]} at {laws} temperature{'s'[: laws > 1]}"
+        return f"{asked} not reached: {source} give {most:,} conversations ({written:,} tokens), no more; add prompts or data.temperatures"
 
     def _write(self) -> int:
         longest = max(len(prompt.tokens) for prompt in self.prompts) + self.config.max_new_tokens

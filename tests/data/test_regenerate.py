@@ -67,6 +67,29 @@ def test_more_conversations_than_prompts_take_the_other_temperatures(tmp_path: P
     assert len(regenerate(target, config(tmp_path, conversations=99), tmp_path / "s")) == 40  # all there are
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"conversations": 99}, "data.conversations=99 not reached: 20 prompts at 2 temperatures give 40 conversations ("),
+        ({"tokens": 9000}, "data.tokens=9,000 not reached: 20 prompts at 2 temperatures give 40 conversations ("),
+        ({"tokens": 9000, "conversations": 99}, "data.conversations=99 not reached: 20 prompts at 2 temperatures give 40 conversations ("),
+        ({"tokens": 9000, "temperatures": (0.0,)}, "data.tokens=9,000 not reached: 20 prompts at 1 temperature give 20 conversations ("),
+        ({"tokens": 9000, "conversations": 40}, None),  # both are as many as were asked for at most
+        ({"tokens": 9000, "conversations": 5}, None),
+        ({"tokens": 100, "conversations": 99}, None),
+        ({"conversations": 40}, None),
+        ({}, None),
+    ],
+)
+def test_prompts_that_give_less_than_was_asked_for_are_said_in_one_line(
+    tmp_path: Path, target: Target, capsys: pytest.CaptureFixture[str], asked: dict[str, object], said: str | None
+) -> None:
+    store = regenerate(target, config(tmp_path, **asked), tmp_path / "s")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not reached" in line]
+    assert [line.startswith(str(said)) for line in lines] == [True] * (said is not None)
+    assert all(f"({store.tokens:,} tokens), no more; add prompts or data.temperatures" in line for line in lines)
+
+
 def test_a_token_budget_takes_the_fewest_conversations_that_fill_it(tmp_path: Path, target: Target) -> None:
     full = regenerate(target, config(tmp_path, conversations=40), tmp_path / "full")
     store = regenerate(target, config(tmp_path, tokens=200), tmp_path / "s")
