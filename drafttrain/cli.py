@@ -243,7 +243,8 @@ def generate(
     [dim]drafttrain generate runs/quickstart "Count to ten." runtime.shape='{shape: chain, length: 3}'[/dim]
     [dim]drafttrain generate runs/quickstart "Count to ten." --trace trace.html[/dim]
     """
-    resolved = _load(run, overrides)
+    sampling = [f"evaluation.{name}={value}" for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))]
+    resolved = _load(run, [*(overrides or ()), *sampling])  # rules and policies are checked against what is decoded with
     asked = sys.stdin.read() if prompt == "-" else prompt
     _stream(
         resolved, asked, plain, trace,

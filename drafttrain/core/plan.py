@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from drafttrain.core.config import Config
@@ -45,15 +45,23 @@ class Static(Config):
     """The same tree every round, as a list of paths or as children per level."""
 
     shape: Literal["static"] = "static"
-    children: tuple[int, ...] = ()
+    children: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Children of every node, level by level: [4, 2, 2] drafts 4 + 8 + 16 nodes."""
     choices: tuple[Path, ...] = ()
     """Explicit nodes: [1, 0] is the likeliest child of the second likeliest first token. Every prefix must be listed too."""
+
+    @model_validator(mode="after")
+    def _given_once(self) -> Static:
+        if bool(self.children) == bool(self.choices):
+            raise ValueError("give children (a number a level, as [4, 2, 2]) or choices (a list of paths), one of them")
+        return self
 
     @field_validator("choices")
     @classmethod
     def _closed(cls, choices: tuple[Path, ...]) -> tuple[Path, ...]:
         for path in choices:
+            if any(rank < 0 for rank in path):
+                raise ValueError(f"path {list(path)}: ranks count from 0")
             if len(path) == 0 or (len(path) > 1 and path[:-1] not in choices):
                 raise ValueError(f"path {list(path)} has no parent in the list; add {list(path[:-1])}")
             if path[-1] > 0 and (*path[:-1], path[-1] - 1) not in choices:
@@ -129,5 +137,7 @@ class Plan:
     """(level, the drafter's logits [B, W, Vd] at the nodes the level hangs from, and its states [B, W, D] there if the family hands them
     over) -> [B] bool: rows that draw nothing BELOW this level. Asked once a level, in order. Where no row goes on, the next level is not
     even fed and the tree ends there: this waits for the host once a level."""
+    reach: bool = False
+    """Trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.reach`), as best-first ones always do."""
     keep_states: bool = False
     """Trees keep the drafter's states that their laws were read from (`Tree.law_states`)."""

@@ -18,6 +18,8 @@ from torch import Tensor
 Draws = Literal["point", "iid", "without_replacement"]
 """How siblings were drawn, hence how they must be verified. `point`: chosen with certainty (top-k, argmax, lookup)."""
 
+Topology = Literal["chain", "tree"]
+
 
 @dataclass
 class Layout:
@@ -66,7 +68,7 @@ class Tree:
     skeleton: Skeleton | None = None  # of a static shape; where a drawn tree lacks it, `families` waits for the host to read it
 
     @property
-    def topology(self) -> Literal["chain", "tree"]:
+    def topology(self) -> Topology:
         return "chain" if self.max_children <= 1 else "tree"
 
     @cached_property

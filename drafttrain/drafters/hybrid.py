@@ -102,7 +102,7 @@ class Hybrid(Around):
         wanted = [self.wants_head(nodes, gain, plan.shape.nodes) for nodes, gain in zip(found, state.gain, strict=True)]
         rows = found
         if any(wanted):
-            drafted = as_nodes(self.inner_tree(state.trained, roots, plan, sampling, chance), TRAINED)
+            drafted = as_nodes(self.inner_tree(state.trained, roots, replace(plan, reach=True), sampling, chance), TRAINED)
             rows = [merged(two, one) if wants else one for one, two, wants in zip(found, drafted, wanted, strict=True)]
         chosen = [self.worth(nodes, wants, plan.shape.nodes) for nodes, wants in zip(rows, wanted, strict=True)]
         state.drafted = [

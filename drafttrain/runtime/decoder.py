@@ -16,7 +16,7 @@ from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError, nearest
 from drafttrain.core.plan import Chain, Plan, Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Draws
+from drafttrain.core.tree import Draws, Topology
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.files import load_drafter
@@ -85,6 +85,11 @@ class RuntimeConfig(Config):
     prefill_chunk: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward."""
 
+    @property
+    def topology(self) -> Topology:
+        """What rules are shown: beside a lookup even a chain branches."""
+        return "chain" if self.shape.shape == "chain" and self.hybrid is None else "tree"
+
     def fitted(self, sampling: Sampling, drafter: type[Drafter] | None = None) -> tuple[Rule, Plan]:
         """The rule and the plan for these sampling options, or a `UserError` where they would not be exact.
 
@@ -101,13 +106,13 @@ class RuntimeConfig(Config):
         if not isinstance(self.policy, str):
             self.policy.check(sampling)
         rule = self._rule(sampling)
-        rule.check(self.shape, self.treat_as or draws, sampling)
+        rule.check(self.topology, self.treat_as or draws, sampling)
         return rule, Plan(self.shape, draws, self.drafter_temperature, laws=rule.reads_laws)
 
     def _rule(self, sampling: Sampling) -> Rule:
         if not isinstance(self.rule, str):
             return build(self.rule)
-        name = _auto_rule(self.shape.shape, sampling) if self.rule == "auto" else self.rule
+        name = _auto_rule(self.topology, sampling) if self.rule == "auto" else self.rule
         return build(RULES[name].Config(name=name))
 
     def planner(self, plan: Plan) -> Policy:
@@ -148,11 +153,8 @@ class SpeculativeDecoder:
         self.runtime = runtime or RuntimeConfig()
         if drafter is not None:
             drafter.check_layers(target.aux_layers)
-        if drafter is not None and self.runtime.prefetch and drafter.needs:
-            raise UserError(
-                f"runtime.prefetch {self.runtime.prefetch}: a {drafter.config.name} drafter reads the target's features "
-                f"({', '.join(sorted(drafter.needs))}) at tokens that are only bets yet; set it to 0, or use a small_lm drafter"
-            )
+        if drafter is not None and self.runtime.prefetch:
+            self._check_prefetch(drafter)
         if drafter is not None and self.runtime.hybrid is not None:
             drafter = Hybrid(self.runtime.hybrid, drafter)
         if drafter is not None and self.runtime.corrupt:
@@ -164,6 +166,21 @@ class SpeculativeDecoder:
                 f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "
                 f"{drafter.max_depth} heads; choose a shallower shape, or train more heads"
             )
+
+    def _check_prefetch(self, drafter: Drafter) -> None:
+        """A `UserError` where no bet can be drafted on, or where bets would change a text."""
+        runtime, name = self.runtime, drafter.config.name
+        policy = runtime.policy if isinstance(runtime.policy, str) else runtime.policy.name
+        reasons = {
+            f"a {name} drafter reads the target's features ({', '.join(sorted(drafter.needs))}) at tokens that are bets": drafter.needs,
+            f"a {name} drafter takes no time to save": not drafter.trainable,
+            "beside a lookup (runtime.hybrid) there are no laws to bet by": runtime.hybrid is not None,
+            "swapped tokens (runtime.corrupt) have no law to bet by": runtime.corrupt,
+            f"policy '{policy}' plans a round from the one before, which is not known yet": policy != "fixed",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(f"runtime.prefetch {runtime.prefetch}: {reason}; set it to 0, or use small_lm alone, policy fixed")
 
     @classmethod
     def from_pretrained(
@@ -371,7 +388,7 @@ def _auto_draws(shape: str, sampling: Sampling, able: frozenset[str]) -> Draws:
     return "iid" if shape == "chain" else "without_replacement"
 
 
-def _auto_rule(shape: str, sampling: Sampling) -> str:
+def _auto_rule(topology: Topology, sampling: Sampling) -> str:
     if sampling.greedy:
         return "greedy"
-    return "rejection" if shape == "chain" else "recursive"
+    return "rejection" if topology == "chain" else "recursive"

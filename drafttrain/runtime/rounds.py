@@ -116,6 +116,7 @@ class Recorder:
     def __init__(self, first_prompt: int, states: bool = False) -> None:
         """first_prompt: the number of the batch's first request; states: of `point` trees too."""
         self.first_prompt, self.states, self.parts = first_prompt, states, list[Rounds]()
+        self.depth = self.children = 1  # the most that a tree had
         self.batch: Batch | None = None  # set by whoever made both
 
     def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
@@ -132,6 +133,8 @@ class Recorder:
         whole = Rounds(
             tree.tokens, tree.parents, tree.live, scored.features["last"], p, verdict.length, numbers, tree.law_of, tree.law_states, q
         )
+        self.depth = max(self.depth, int(tree.depth.masked_fill(~tree.live, 0).max()))
+        self.children = max(self.children, int((tree.children >= 0).sum(-1).max()))
         alive = self.batch.alive.cpu()
         self.parts.append(Rounds(**{name: value.cpu()[alive] for name, value in whole.tensors().items()}))
 
@@ -152,21 +155,20 @@ def log_rounds(
     `UserError` where the family cannot hand over the states of drawn tokens, or the disk is full.
     """
     rule, plan = decoder.runtime.fitted(sampling.check())
-    shape = plan.shape
-    children = 1 if shape.shape == "chain" else _most_children(shape.paths) if shape.shape == "static" else shape.top_k
     draws: Draws = decoder.runtime.treat_as or plan.draws
     info = RoundsInfo(
         target=decoder.target.fingerprint, drafter=drafter, **sampling._asdict(), drafter_temperature=plan.temperature,
-        draws=draws, states=states or draws != "point", max_depth=shape.depth, max_children=children, rule=rule.config.name,
+        draws=draws, states=states or draws != "point", max_depth=1, max_children=1, rule=rule.config.name,
         dtype=str(decoder.target.dtype).removeprefix("torch."), seed=seed, max_new_tokens=max_new_tokens, prompts=len(prompts),
         made_from=made_from or {},
     )  # fmt: skip
     if (folder / INDEX).exists():
         held = RoundLog.open(folder)
-        if held.info.model_copy(update={"rounds": 0, "shards": ()}) == info:
+        if held.info.model_copy(update={"rounds": 0, "shards": (), "max_depth": 1, "max_children": 1}) == info:
             return held
     writer = RoundWriter(folder)
     policy = Fixed(replace(plan, keep_states=info.states))
+    depth = children = 1  # as the trees have them: a lookup's may be deeper and wider than the plan's shape
     for start in range(0, len(prompts), batch_size):
         recorder = Recorder(start, info.states)
         batch = Batch(
@@ -181,7 +183,8 @@ def log_rounds(
             batch.step()
         if recorder.parts:
             writer.add(recorder.take())
-    return writer.finish(info)
+        depth, children = max(depth, recorder.depth), max(children, recorder.children)
+    return writer.finish(info.model_copy(update={"max_depth": depth, "max_children": children}))
 
 
 class RoundWriter:
@@ -222,10 +225,6 @@ class RoundWriter:
 def joined(parts: Sequence[Rounds]) -> Rounds:
     """All rounds of the parts, in order."""
     return Rounds(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
-
-
-def _most_children(paths: Sequence[tuple[int, ...]]) -> int:
-    return max((path[-1] + 1 for path in paths), default=0)
 
 
 class RoundLog:

@@ -13,7 +13,7 @@ from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Draws, Layout, Tree
+from drafttrain.core.tree import Draws, Layout, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.target.adapter import Target
 
@@ -62,9 +62,8 @@ class Rule(ABC):
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         """The nodes that stand, batch-first, without waiting for the host."""
 
-    def check(self, shape: Shape, draws: Draws, sampling: Sampling) -> None:
+    def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
         """A `UserError` where this rule would not keep the target's law on such trees."""
-        topology = "chain" if shape.shape == "chain" else "tree"
         name = self.config.name
         if self.temperatures == "zero" and not sampling.greedy:
             raise UserError(f"rule '{name}' decodes greedily, but temperature is {sampling.temperature}; use 'rejection' or 'recursive'")

@@ -17,9 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from drafttrain.core.chance import Chance
-from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Draws, Tree
+from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import ANY, Rule, RuleConfig
 from drafttrain.verify.lossy import Inner, check_inner, chosen, drafter_laws, lossless_rule, plain_law, pushed
@@ -46,9 +45,9 @@ class Divergence(Rule):
     accepts = ANY
     reads_laws = True
 
-    def check(self, shape: Shape, draws: Draws, sampling: Sampling) -> None:
-        super().check(shape, draws, sampling)
-        check_inner(self.config.inner, shape, draws, sampling)
+    def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
+        super().check(topology, draws, sampling)
+        check_inner(self.config.inner, topology, draws, sampling)
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         inner = lossless_rule(self.config.inner, tree, scored)

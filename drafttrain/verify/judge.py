@@ -24,9 +24,8 @@ from torch.nn import functional as F
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
-from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Draws, Tree
+from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.target.adapter import Target
 from drafttrain.verify.base import ANY, Rule, RuleConfig
@@ -67,9 +66,9 @@ class Judge(Rule):
     def needs(self) -> frozenset[str]:
         return frozenset({"last"}) if self.on else frozenset()
 
-    def check(self, shape: Shape, draws: Draws, sampling: Sampling) -> None:
-        super().check(shape, draws, sampling)
-        check_inner(self.config.inner, shape, draws, sampling)
+    def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
+        super().check(topology, draws, sampling)
+        check_inner(self.config.inner, topology, draws, sampling)
         if self.on and self.config.head is None:
             raise UserError("rule 'judge' has no head; give the folder of a trained one as runtime.rule.head, or a threshold of 1 (off)")
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
-from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Draws, Tree
+from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import Rule
 from drafttrain.verify.greedy import Greedy, GreedyConfig
@@ -38,10 +37,10 @@ def lossless_rule(name: Inner, tree: Tree, scored: Scored) -> Rule:
     return INNER["rejection" if tree.topology == "chain" else "recursive"]
 
 
-def check_inner(name: Inner, shape: Shape, draws: Draws, sampling: Sampling) -> None:
+def check_inner(name: Inner, topology: Topology, draws: Draws, sampling: Sampling) -> None:
     """A `UserError` where the inner rule does not take such trees; `auto` takes all."""
     if name != "auto":
-        INNER[name].check(shape, draws, sampling)
+        INNER[name].check(topology, draws, sampling)
 
 
 def plain_law(tree: Tree, scored: Scored, raw: bool = False) -> Tensor:

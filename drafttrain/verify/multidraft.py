@@ -15,6 +15,7 @@ p the target's law, q the drafts'. B rows, C children at most, K of them real, V
 from __future__ import annotations
 
 from itertools import combinations
+from math import comb
 from typing import Literal, Protocol
 
 import numpy as np
@@ -233,9 +234,10 @@ class Optimal:
 def best_choice(p: list[float], q: list[float], K: int) -> tuple[np.ndarray, dict[frozenset[int], dict[int, float]]]:
     """pI [V] of the choice that makes a draft stand as often as possible, and for every set of drafted tokens whom it chooses."""
     V = len(p)
+    count = sum(comb(V, size) for size in range(1, min(K, V) + 1))
+    if count > MOST_SETS:
+        raise UserError(f"rule 'multidraft', scheme 'optimal': {K} drafts of {V} tokens make {count} sets; use scheme 'priority'")
     sets = [frozenset(members) for size in range(1, min(K, V) + 1) for members in combinations(range(V), size)]
-    if len(sets) > MOST_SETS:
-        raise UserError(f"rule 'multidraft', scheme 'optimal': {K} drafts of {V} tokens make {len(sets)} sets; use scheme 'priority'")
     chances = np.array([_drawn_exactly(q, members, K) for members in sets])
     columns = [(index, token) for index, members in enumerate(sets) for token in sorted(members)]
     reach = np.zeros((V, len(columns)))  # pI = reach @ beta

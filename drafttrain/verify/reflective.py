@@ -22,7 +22,7 @@ from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Draws, Layout, Tree
+from drafttrain.core.tree import Draws, Layout, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.target.adapter import Target
 from drafttrain.verify.base import ANY, Rule, RuleConfig
@@ -60,9 +60,9 @@ class Reflective(Rule):
         super().__init__(config)
         self.reflection = torch.zeros(0, dtype=torch.long)  # [L]; known after `prepare`
 
-    def check(self, shape: Shape, draws: Draws, sampling: Sampling) -> None:
-        super().check(shape, draws, sampling)
-        check_inner(self.config.inner, shape, draws, sampling)
+    def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
+        super().check(topology, draws, sampling)
+        check_inner(self.config.inner, topology, draws, sampling)
 
     def prepare(self, target: Target) -> None:
         if self.config.alpha > 0:

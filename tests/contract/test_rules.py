@@ -347,9 +347,9 @@ def test_one_draft_a_level_is_speculative_sampling(name: str, draws: Draws, leng
 def test_rules_refuse_what_they_would_not_keep_exact() -> None:
     rejection, greedy = (RULES[name](RULES[name].Config(name=name)) for name in ("rejection", "greedy"))
     with pytest.raises(UserError, match=r"rule 'rejection' is not exact for iid draws in a tree.*treat_as"):
-        rejection.check(TREES["2-2"], "iid", Sampling(1.0))
+        rejection.check("tree", "iid", Sampling(1.0))
     with pytest.raises(UserError, match=r"rule 'greedy' decodes greedily, but temperature is 0\.7"):
-        greedy.check(TREES["1-1"], "point", Sampling(0.7))
+        greedy.check("chain", "point", Sampling(0.7))
 
 
 def test_scripted_branches_cover_every_outcome_once() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from drafttrain.core.plan import Chain, Dynamic
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Nodes, Tree
 from drafttrain.drafters.hybrid import FREE, TRAINED, Hybrid, HybridConfig, merged
@@ -60,11 +63,15 @@ def test_a_drafter_that_is_never_right_is_soon_left_alone() -> None:
     assert out.tokens == alone.tokens
 
 
-def test_what_the_lookup_finds_adds_to_what_the_trained_drafter_finds() -> None:
+@pytest.mark.parametrize("shape", [SHAPE, Chain(length=5), Static(children=(2, 2, 1))], ids=lambda shape: shape.shape)
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_the_lookup_finds_stands_beside_what_the_trained_drafter_finds(shape: Any, trained: bool) -> None:
     target, prompt = tiny_target(), PROMPT * 2
-    drafter = trained_drafter("eagle3", target, [prompt])
+    if trained and shape.shape == "static":
+        pytest.skip("its head finds all that the lookup does")
+    drafter = trained_drafter("eagle3", target, [prompt]) if trained else tiny_drafter("eagle3", target)
     trees: list[Tree] = []
-    runtime = RuntimeConfig(shape=SHAPE, hybrid=HybridConfig(head_cost=0.01, node_cost=0.0))
+    runtime = RuntimeConfig(shape=shape, hybrid=HybridConfig(head_cost=0.01, node_cost=0.0))
     SpeculativeDecoder(target, drafter, runtime).generate([prompt], 24, on_round=lambda tree, *rest: trees.append(tree))
     origins = [set(tree.origin[tree.live].tolist()) for tree in trees if tree.origin is not None]
     assert any({TRAINED, FREE} <= origin for origin in origins)
@@ -76,3 +83,12 @@ def test_any_draws_but_point_are_refused_beside_a_lookup() -> None:
         RuntimeConfig(shape=Chain(), draws="iid", hybrid=HybridConfig()).fitted(Sampling(1.0))
 
 
+
+
+def test_a_chain_beside_a_lookup_is_verified_as_the_tree_it_may_become() -> None:
+    """Rejection would take a node for the child of the one before it, whichever it hangs from."""
+    beside = HybridConfig()
+    rule, _ = RuntimeConfig(shape=Chain(length=3), hybrid=beside).fitted(Sampling(0.8))
+    assert rule.config.name == "recursive"
+    with pytest.raises(UserError, match="rule 'rejection' is not exact for point draws in a tree"):
+        RuntimeConfig(shape=Chain(length=3), hybrid=beside, rule="rejection").fitted(Sampling(0.8))

@@ -12,6 +12,7 @@ from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
+from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.generate import Batch, Request
 from drafttrain.runtime.prefetch import Prefetcher
@@ -149,3 +150,16 @@ def test_a_row_that_ends_throws_its_bets_away() -> None:
 def test_a_drafter_that_reads_the_target_cannot_bet() -> None:
     with pytest.raises(UserError, match=r"runtime.prefetch 2: a eagle3 drafter reads the target's features \(aux\)"):
         SpeculativeDecoder(target(), drafter("eagle3"), RuntimeConfig(shape=Chain(length=2), prefetch=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"hybrid": HybridConfig()}, "no laws to bet by"),
+        ({"corrupt": 0.5}, "no law to bet by"),
+        ({"policy": "adaptive"}, "policy 'adaptive' plans a round from the one before"),
+    ],
+)
+def test_what_leaves_nothing_to_bet_on_is_refused_before_decoding(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=f"runtime.prefetch 2: .*{reason}"):
+        SpeculativeDecoder(target(), drafter("small_lm"), RuntimeConfig(shape=Chain(length=2), prefetch=2, **options))

@@ -18,6 +18,7 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime import rounds as logging
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, Recorder, RoundLog, joined, log_rounds
@@ -52,6 +53,20 @@ def drafter(name: str) -> Drafter:
 
 def decoder(name: str, shape: Any, **runtime: Any) -> SpeculativeDecoder:
     return SpeculativeDecoder(target(), drafter(name), RuntimeConfig(shape=shape, **runtime))
+
+
+def test_trees_beside_a_lookup_are_logged_with_their_own_depth_and_width(tmp_path: Path) -> None:
+    """A lookup's branch may be as deep as the plan has nodes, however shallow the plan's shape."""
+    beside = decoder("medusa", Dynamic(depth=2, beam=2, top_k=2, nodes=9), hybrid=HybridConfig(head_cost=0.0, node_cost=0.0))
+    prompts = [(prompt * 6)[:30] for prompt in PROMPTS]
+    log = log_rounds(beside, prompts, Sampling(0.7), 24, tmp_path, "d")
+    rounds = joined(list(log.parts()))
+    depth = torch.zeros_like(rounds.parents)
+    for node in range(1, rounds.parents.shape[1]):
+        depth[:, node] = depth.gather(1, rounds.parents[:, node : node + 1])[:, 0] + 1
+    assert log.info.max_depth == int(depth.masked_fill(~rounds.live, 0).max()) > 2
+    again = log_rounds(beside, prompts, Sampling(0.7), 24, tmp_path, "d")
+    assert again.info == log.info
 
 
 class Spy(Recorder):
