@@ -179,7 +179,7 @@ def decision(
 ) -> None:
     """Train the model that ends drafting early (policy `decision`), from rounds that the drafter decodes.
 
-    [dim]drafttrain decision runs/quickstart --labels hard evaluation.temperature=0.7[/dim]
+    [dim]drafttrain decision runs/quickstart --labels hard runtime.hybrid=null evaluation.temperature=0.7[/dim]
     """
     from drafttrain import stages
     from drafttrain.core.config import parse
@@ -381,7 +381,7 @@ def tune(
     _print_cells(*tuning.table(tuned))
     path = tuning.destination(tuned.recipe, write)
     kept = further[tuned.number - 1] if tuned.number else _load(recipe, None)
-    write_recipe(tuned.recipe.model_copy(update={"evaluation": kept.evaluation}), path)  # overrides said what to tune on, no more
+    write_recipe(kept.model_copy(update={"runtime": tuned.recipe.runtime}), path)  # overrides said what to tune on, no more
     slower = "; slower than plain decoding by forecast, so policy is adaptive" if tuned.forecasts[tuned.chosen].speedup < 1 else ""
     print(f"{tuned.labels[tuned.chosen]}{slower}: written to {path}")
 

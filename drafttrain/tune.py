@@ -55,6 +55,8 @@ def tune(recipes: Sequence[Recipe]) -> Tuned:
     `UserError` where a drafter is missing or another target's.
     """
     first = recipes[0]
+    if first.evaluation.temperature > 0:
+        raise UserError(f"evaluation.temperature {first.evaluation.temperature}: tune forecasts greedy decoding; set it to 0")
     target = Target.load(first.target)
     tried = [candidate for recipe in recipes for candidate in candidates(target, recipe)]
     suite, reader = first.evaluation.chosen(load_suite(first.evaluation.suite)), SpeculativeDecoder(target)

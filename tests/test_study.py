@@ -175,16 +175,23 @@ def test_tune_measures_every_candidate_and_writes_the_fastest_into_the_run(workp
     monkeypatch.setattr(tuning, "TREES", ((8, 3),))
     monkeypatch.setattr(tuning, "CHAINS", (1, 3))
     run = tunable(workplace)
-    before = load_recipe(run).evaluation
-    result = drafttrain("tune", run, "evaluation.limit=2", "evaluation.max_new_tokens=10")
+    before = load_recipe(run)
+    result = drafttrain("tune", run, "evaluation.limit=2", "evaluation.max_new_tokens=10", "train.lr=0.5")
     assert result.exit_code == 0, result.output
     for label in ("chain-1", "chain-2", "chain-3", "tree-8, 2 deep", "tree-8, 4 deep", "tree-8, 6 deep"):
         assert label in result.stdout
     best = next(line for line in result.stdout.splitlines() if f"{run.name}: eagle3" in line)
-    assert load_recipe(run).evaluation == before  # what it was tuned on is nobody else's affair
+    kept = load_recipe(run).model_copy(update={"runtime": before.runtime})
+    assert kept == before  # what it was tuned on is nobody else's affair
     shape = load_recipe(run).runtime.shape
     assert f"eagle3 {tuning.named(shape)} " in best
     assert drafttrain("generate", run, "w3 w4", "--max-new-tokens", 6).exit_code == 0
+
+
+def test_tune_refuses_a_temperature_that_its_forecasts_would_not_know(workplace: Path) -> None:
+    result = drafttrain("tune", tunable(workplace), "evaluation.temperature=0.7")
+    assert result.exit_code == 2
+    assert "tune forecasts greedy decoding; set it to 0" in result.stderr
 
 
 def test_tune_takes_the_most_tokens_a_second_not_the_best_tau_and_leaves_the_run_when_told_where_to_write(

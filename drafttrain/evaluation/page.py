@@ -87,10 +87,15 @@ def open_run(path: Path) -> Run:
 
 
 def together(runs: Sequence[Run]) -> list[Row]:
-    """The rows of several runs; a contender that stands in more than one of them gets its run's name before its own."""
+    """The rows of several runs; a contender that stands in more than one of them gets its run's name before its own, numbered where runs
+    share one."""
     found = [{row.measured.label for row in run.rows} for run in runs]
     twice = {label for labels in found for label in labels if label != PLAIN and sum(label in other for other in found) > 1}
-    return [_named(row, run.name) if row.measured.label in twice else row for run in runs for row in run.rows]
+    before = [[other.name for other in runs[:place]].count(run.name) for place, run in enumerate(runs)]
+    names = [f"{run.name} ({shared + 1})" if shared else run.name for run, shared in zip(runs, before, strict=True)]
+    return [
+        _named(row, name) if row.measured.label in twice else row for run, name in zip(runs, names, strict=True) for row in run.rows
+    ]
 
 
 def write_report(runs: Sequence[Run], folder: Path, name: str) -> list[Path]:

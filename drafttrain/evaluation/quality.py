@@ -44,7 +44,7 @@ class Judged:
     agreed: int  # of them the target's argmax
     excess: float  # nats, summed over them
     right: bool | None = None  # the answer; None where it cannot be checked
-    same: bool | None = None  # the final answer is plain decoding's; None where none can be read
+    same: bool | None = None  # the final answer is plain decoding's; None where neither text gives one
 
 
 def judge(
@@ -62,7 +62,8 @@ def judge(
         judged.right = passes(program(check, text)) if execute else None
     elif check is not None:
         judged.right = right(check, text)
-        judged.same = final_answer(check, text) == final_answer(check, plain)
+        ours, theirs = final_answer(check, text), final_answer(check, plain)
+        judged.same = None if ours is theirs is None else ours == theirs
     return judged
 
 
@@ -70,7 +71,7 @@ def pooled(judged: Sequence[Judged]) -> Quality | None:
     """Over all committed tokens and all checkable answers; None where nothing was judged.
 
     `tokens`, `argmax_agreement`, `excess_kl` (nats a token), `checked` (answers that could be checked), `right` (share of them),
-    `compared` (answers that could be read), `same_answer` (share of them that are plain decoding's). Shares of nothing are None.
+    `compared` (answers read in either text), `same_answer` (share of them that are plain decoding's). Shares of nothing are None.
     """
     if not judged:
         return None

@@ -79,9 +79,14 @@ def test_shares_are_pooled_over_tokens_and_over_the_answers_that_could_be_checke
 
 
 @pytest.mark.parametrize(
-    ("text", "plain", "right", "same"), [("so 4", "is 4", True, True), ("so 5", "is 4", False, False), ("so 5", "5 it is", False, True)]
+    ("text", "plain", "right", "same"),
+    [
+        ("so 4", "is 4", True, True), ("so 5", "is 4", False, False), ("so 5", "5 it is", False, True),
+        ("so what", "is 4", False, False), ("so 4", "what", True, False),
+        ("so", "what", False, None),  # two texts without an answer do not agree on one
+    ],
 )
-def test_an_answer_is_compared_with_the_right_one_and_with_plain_decodings(text: str, plain: str, right: bool, same: bool) -> None:
+def test_an_answer_is_compared_with_the_right_one_and_with_plain_decodings(text: str, plain: str, right: bool, same: bool | None) -> None:
     judged = judge(target(), PROMPT, [4, 5], text, plain, Check("number", ("4",)), Sampling())
     assert (judged.right, judged.same) == (right, same)
 

@@ -241,6 +241,14 @@ def test_contenders_of_the_same_name_in_two_runs_are_told_apart(tmp_path: Path) 
     assert {row.measured.label for row in latest(rows)} == {PLAIN, "one: mine", "two: mine"}
 
 
+def test_runs_of_one_name_are_told_apart_by_number(tmp_path: Path) -> None:
+    folders = [tmp_path / place / "quick" for place in "ab"]
+    for folder in folders:
+        append_whole(folder / "results.jsonl", [row.to_json() for row in ROWS])
+    rows = together([open_run(folder) for folder in folders])
+    assert {row.measured.label for row in latest(rows)} == {PLAIN, "quick: mine", "quick (2): mine"}
+
+
 def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         open_run(tmp_path / "gone")

@@ -79,7 +79,7 @@ class Corrupted:
     def __init__(self, inner: Drafter, probability: float) -> None:
         self.inner, self.probability = inner, probability
         self.needs, self.config, self.max_depth, self.calls = inner.needs, inner.config, inner.max_depth, 0
-        self.begin, self.observe = inner.begin, inner.observe
+        self.begin, self.observe, self.check_layers = inner.begin, inner.observe, inner.check_layers
         self.generator = torch.Generator().manual_seed(0)
 
     def to(self, *where: Any) -> Corrupted:
