@@ -60,6 +60,8 @@ def mistakes_in_one_line() -> Iterator[None]:
         yield
     except UserError as error:
         _end(f"error: {error}", BAD_INPUT)
+    except UnicodeDecodeError as error:
+        _end(f"error: a file given as text is not UTF-8 ({error}); save it as UTF-8, or give another", BAD_INPUT)
     except KeyboardInterrupt:
         _end("interrupted; what was finished is saved, run the same command to go on", INTERRUPTED)
     except Terminated:
@@ -325,11 +327,11 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     from drafttrain.evaluation.suites import load_suite
 
     resolved = _load(recipe, overrides)
+    config = resolved.evaluation
+    first = config.chosen(load_suite(config.suite)).items[0]  # a wrong name is told before any long work
     with stopped_training_exits():
         records = {stage: stages.perform(stage, resolved) for stage in stages.STAGES}
     _print_table(stages.rows_of(resolved, records["eval"]))
-    config = resolved.evaluation
-    first = config.chosen(load_suite(config.suite)).items[0]
     stages.console.print(f"\n[bold]{first.turns[0]}[/]")
     _stream(resolved, first.opening(), max_new_tokens=config.max_new_tokens, seed=config.seed, **config.sampling._asdict())
 

@@ -73,6 +73,7 @@ def study(recipe: Recipe) -> list[Finding]:
     """Brings the study to its end, or goes on where it stopped. Raises `UserError` for a grid that makes no sense."""
     if not recipe.evaluation.sampling.greedy:
         raise UserError(f"evaluation.temperature {recipe.evaluation.temperature}: a study forecasts greedy decoding; set it to 0")
+    load_suite(recipe.evaluation.suite)  # a wrong name is told before anything is trained
     folder = recipe.folder / "study"
     check(recipe, cells(recipe, folder))
     for stage in ("regenerate", "capture"):

@@ -480,6 +480,16 @@ def test_a_checkpoint_that_cannot_be_written_ends_in_one_line_and_can_be_gone_on
     assert drafttrain(*overrides).exit_code == 0
 
 
+def test_a_suite_that_is_not_there_is_told_before_any_stage_begins(empty: Path) -> None:
+    assert "suite 'nope'" in complaint("run", "tiny.yaml", "evaluation.suite=nope")
+    assert not Path("runs/tiny/data").exists()
+
+
+def test_a_suite_that_is_not_utf8_ends_in_one_line(empty: Path) -> None:
+    Path("latin.jsonl").write_bytes('{"id": "a", "task": "chat", "prompt": "café"}'.encode("latin-1"))
+    assert "is not UTF-8" in complaint("run", "tiny.yaml", "evaluation.suite=latin.jsonl")
+
+
 def test_an_output_that_is_a_file_ends_in_one_line(empty: Path) -> None:
     Path("taken").write_text("mine")
     assert "cannot write" in complaint("regenerate", "tiny.yaml", "output=taken")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from drafttrain.core.config import fingerprint
 from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
@@ -84,7 +85,8 @@ class Contender:
     label: str
     decoder: SpeculativeDecoder
     files: Path | None = None
-    """The drafter's folder, whose files the fingerprint is made from; without it the drafter counts as `in-memory`."""
+    """The drafter's folder, whose files the fingerprint is made from. Without it a trained drafter counts as `in-memory`, a lookup by its
+    options."""
 
     def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
         live: list[Tensor] = []
@@ -121,7 +123,10 @@ class Contender:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return "in-memory" if self.files is None else folder_fingerprint(self.files)
+        if self.files is not None:
+            return folder_fingerprint(self.files)
+        drafter = self.decoder.drafter
+        return "in-memory" if drafter is None or drafter.trainable else fingerprint(drafter.config)  # its options are all it is
 
 
 def kept_tokens(verdicts: Sequence[Verdict], total: int) -> list[int]:

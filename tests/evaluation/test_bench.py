@@ -13,12 +13,14 @@ import torch
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic
 from drafttrain.core.sampling import Sampling
+from drafttrain.drafters import build
 from drafttrain.drafters.files import save_drafter
+from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.evaluation.bench import ContenderConfig, contenders, evaluate, in_turn, read_rows
 from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.runners import PLAIN, Contender, Facts, Outcome
 from drafttrain.evaluation.suites import Item, Suite, load_suite
-from drafttrain.runtime.decoder import RuntimeConfig
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from tests.evaluation.toys import CONFIG, SUITE, Letters, contender, lines, target
 from tests.tiny import tiny_eagle3
 
@@ -281,3 +283,11 @@ def test_efficiency_is_measured_once_and_kept_over_an_interruption(
     assert journaled(tmp_path) == before
     assert set(before[-1]["efficiency"]) == {PLAIN, contender().label}
     assert pick(rows, contender().label).measured.loop_efficiency is not None
+
+
+def test_two_lookups_with_other_options_are_told_apart_and_equal_ones_are_not() -> None:
+    def mark(longest: int) -> str | None:
+        lookup = build(NgramConfig(longest=longest), target().shape)
+        return Contender("lookup", SpeculativeDecoder(target(), lookup)).facts(Sampling()).drafter_fingerprint
+
+    assert mark(3) == mark(3) != mark(1)
