@@ -55,6 +55,17 @@ def test_peers_get_rows_of_their_own(tmp_path: Path) -> None:
     assert row.measured.exactness.different == 0
 
 
+def test_what_a_checkpoint_would_have_generate_do_does_not_change_a_peer() -> None:
+    peer, own = make_peer(target(), PeerConfig(kind="generate")), target().model.generation_config
+    plain = peer.run(PROMPT, 24, Sampling(), 0).tokens
+    before = own.repetition_penalty, own.no_repeat_ngram_size
+    try:
+        own.repetition_penalty, own.no_repeat_ngram_size = 1.5, 2
+        assert peer.run(PROMPT, 24, Sampling(), 0).tokens == plain
+    finally:
+        own.repetition_penalty, own.no_repeat_ngram_size = before
+
+
 def test_sampled_texts_of_equal_seeds_are_equal() -> None:
     peer = make_peer(target(), PeerConfig(kind="generate"))
     one, same, other = (peer.run(PROMPT, 16, Sampling(1.0), seed).tokens for seed in (1, 1, 2))

@@ -277,3 +277,4 @@ def test_this_repositorys_pages_agree_with_their_results_files() -> None:
     pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("model_cards/**/*.md")]
     wrong = {path.name: stale(path, REPOSITORY / "docs" / "results") for path in pages}
     assert wrong == {path.name: [] for path in pages}
+    assert "<!-- results:quickstart" in (REPOSITORY / "README.md").read_text()  # its figures are rendered, not typed
