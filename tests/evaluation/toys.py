@@ -74,7 +74,7 @@ class Corrupted:
     For point draws: the swapped tokens were drawn from no law that the tree knows.
     """
 
-    draws = frozenset({"point"})
+    draws, trainable = frozenset({"point"}), True
 
     def __init__(self, inner: Drafter, probability: float) -> None:
         self.inner, self.probability = inner, probability
