@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field
 
 from drafttrain.core.config import Config, fingerprint, parse
-from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.data.regenerate import DataConfig
 from drafttrain.data.shards import INDEX, write_whole
 from drafttrain.drafters import DRAFTERS
@@ -184,7 +184,7 @@ def _number(place: list[Any], key: str, override: str) -> int:
 
 def _yaml_reason(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError):
-        return str(error).splitlines()[0]
+        return first_line(error)
     mark = error.problem_mark or error.context_mark
     return f"{error.problem or error.context}{f', line {mark.line + 1}' if mark else ''}"
 

@@ -138,6 +138,7 @@ class Plan:
     over) -> [B] bool: rows that draw nothing BELOW this level. Asked once a level, in order. Where no row goes on, the next level is not
     even fed and the tree ends there: this waits for the host once a level."""
     reach: bool = False
-    """Trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.reach`), as best-first ones always do."""
+    """`point` trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.reach`), as best-first ones always
+    do."""
     keep_states: bool = False
     """Trees keep the drafter's states that their laws were read from (`Tree.law_states`)."""

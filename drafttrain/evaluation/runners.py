@@ -118,7 +118,7 @@ class Contender:
             drafter.config.name, self._fingerprint, rule.config.name, rule.lossless, runtime.treat_as or plan.draws,
             shape.model_dump(mode="json"), shape.depth, shape.nodes,
             options | ({"rule": knobs} if knobs else {}),
-            runtime.policy if isinstance(runtime.policy, str) else runtime.policy.name,
+            runtime.policy_name,
         )
 
     @cached_property

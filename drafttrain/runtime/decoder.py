@@ -86,6 +86,10 @@ class RuntimeConfig(Config):
     """Prompt tokens read in one forward."""
 
     @property
+    def policy_name(self) -> str:
+        return self.policy if isinstance(self.policy, str) else self.policy.name
+
+    @property
     def topology(self) -> Topology:
         """What rules are shown: beside a lookup even a chain branches."""
         return "chain" if self.shape.shape == "chain" and self.hybrid is None else "tree"
@@ -170,13 +174,12 @@ class SpeculativeDecoder:
     def _check_prefetch(self, drafter: Drafter) -> None:
         """A `UserError` where no bet can be drafted on, or where bets would change a text."""
         runtime, name = self.runtime, drafter.config.name
-        policy = runtime.policy if isinstance(runtime.policy, str) else runtime.policy.name
         reasons = {
             f"a {name} drafter reads the target's features ({', '.join(sorted(drafter.needs))}) at tokens that are bets": drafter.needs,
             f"a {name} drafter takes no time to save": not drafter.trainable,
             "beside a lookup (runtime.hybrid) there are no laws to bet by": runtime.hybrid is not None,
             "swapped tokens (runtime.corrupt) have no law to bet by": runtime.corrupt,
-            f"policy '{policy}' plans a round from the one before, which is not known yet": policy != "fixed",
+            f"policy '{runtime.policy_name}' plans a round from the one before, which is not known yet": runtime.policy_name != "fixed",
         }
         for reason, holds in reasons.items():
             if holds:

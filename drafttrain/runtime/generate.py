@@ -154,7 +154,7 @@ class Batch:
         self.clock.lap("commit")
         gained = gained or self._fetch(kept)
         root = int(kept.verdict.next is not None)  # it stays in the cache, even if a draft behind it ended the row
-        self.lengths = [length + (row.accepted + root if row.tokens else 0) for length, row in zip(self.lengths, gained, strict=True)]
+        self.lengths = [length + (one.accepted + root if one.tokens else 0) for length, one in zip(self.lengths, gained, strict=True)]
         self._settle()
         out = self._hand_out(kept, gained)
         self._remember(plan, gained, begun)
@@ -251,12 +251,12 @@ class Batch:
     def _stop(self, kept: Kept, gained: list[Emission]) -> Kept:
         """Cuts at stop strings, which only the host can read; `gained` is cut in place."""
         assert self.stopper is not None
-        for row in gained:
-            before = len(self.written[row.row])
-            allowed = max(0, self.stopper(row.row, self.written[row.row] + row.tokens) - before) if row.tokens else 0
-            row.done = row.done or allowed < len(row.tokens)
-            row.tokens, row.accepted = row.tokens[:allowed], min(row.accepted, allowed)
-        cut = torch.tensor([[len(row.tokens), row.accepted, not row.done] for row in gained], device=kept.count.device)
+        for one in gained:
+            before = self.written[one.row]
+            allowed = max(0, self.stopper(one.row, before + one.tokens) - len(before)) if one.tokens else 0
+            one.done = one.done or allowed < len(one.tokens)
+            one.tokens, one.accepted = one.tokens[:allowed], min(one.accepted, allowed)
+        cut = torch.tensor([[len(one.tokens), one.accepted, not one.done] for one in gained], device=kept.count.device)
         count, length, alive = cut.unbind(1)
         return replace(kept, count=count, alive=alive.bool(), verdict=replace(kept.verdict, length=length))
 
@@ -275,14 +275,14 @@ class Batch:
         last = (kept.count - 1).clamp_min(0)[:, None]
         self.roots = torch.where(kept.count > 0, kept.tokens.gather(1, last)[:, 0], self.roots)
         self.left, self.alive = self.left - kept.count, kept.alive
-        for row in gained:
-            self.written[row.row] += row.tokens
-        self.running = [not row.done for row in gained]
-        return [row for row in gained if row.tokens or row.done]
+        for one in gained:
+            self.written[one.row] += one.tokens
+        self.running = [not one.done for one in gained]
+        return [one for one in gained if one.tokens or one.done]
 
     def _remember(self, plan: Plan, gained: list[Emission], begun: float) -> None:
         """What the next plan may be made from."""
-        counts, drafted = [len(row.tokens) for row in gained], plan.draft and self.drafter is not None
+        counts, drafted = [len(one.tokens) for one in gained], plan.draft and self.drafter is not None
         self.history.add(Round(len(counts), sum(map(bool, counts)), sum(counts), drafted, self.now() - begun))
 
     def _settle(self) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafttrain.core.config import Config
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.types import Batch
 from drafttrain.data.shards import write_whole
 from drafttrain.drafters.base import Drafter
@@ -235,7 +235,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         part = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"labels '{path}': truncated or corrupt ({str(error).splitlines()[0]}); delete it and run again") from error
+        raise UserError(f"labels '{path}': truncated or corrupt ({first_line(error)}); delete it and run again") from error
     if part.keys() != set(PART_NAMES):
         raise UserError(f"labels '{path}': not a judge's labels (it holds {', '.join(sorted(part))}); delete it and run again")
     return part

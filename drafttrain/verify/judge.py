@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drafttrain.core.chance import Chance
-from drafttrain.core.errors import UserError
+from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
@@ -137,6 +137,6 @@ class JudgeHead(nn.Module):
         try:
             head.load_state_dict(load_file(folder / "model.safetensors"))
         except (SafetensorError, RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"judge '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
         return head.eval()

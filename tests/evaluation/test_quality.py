@@ -21,7 +21,7 @@ from drafttrain.evaluation.rows import Row, Sample
 from drafttrain.evaluation.runners import PLAIN, Contender, Facts
 from drafttrain.evaluation.suites import Suite
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from tests.evaluation.toys import CONFIG, SUITE, Corrupted, Letters, TrustingRuntime, contender, sample, target
+from tests.evaluation.toys import CONFIG, SUITE, Letters, TrustingRuntime, contender, sample, target
 
 PROMPT = [5, 10, 12, 30, 3]
 OPTIONS = [Sampling(), Sampling(1.0), Sampling(0.7), Sampling(1.3, top_k=5), Sampling(0.7, top_p=0.8), Sampling(1.0, 7, 0.9)]
@@ -115,7 +115,7 @@ def test_programs_are_refused_where_they_could_not_be_limited(tmp_path: Path, mo
 def spoilt(label: str, runtime: RuntimeConfig, probability: float) -> Contender:
     drafter = contender().decoder.drafter
     assert drafter is not None
-    return Contender(label, SpeculativeDecoder(target(), Corrupted(drafter, probability), runtime))  # type: ignore[arg-type]
+    return Contender(label, SpeculativeDecoder(target(), drafter, runtime.model_copy(update={"corrupt": probability})))
 
 
 @lru_cache

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.drafters.base import Drafter, DrafterState
+from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.rows import Sample
 from drafttrain.evaluation.runners import Contender, Outcome
@@ -66,35 +64,6 @@ def contender(label: str = "eagle3 chain-3", length: int = 3) -> Contender:
     prompts = [Letters()(item.turns[0])["input_ids"] for item in SUITE.items]
     drafter = fitted(tiny_eagle3(target(), unroll=3), target(), prompts, new_tokens=20, steps=30)
     return Contender(label, SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=Chain(length=length))))
-
-
-class Corrupted:
-    """A drafter whose proposed tokens are swapped for random ones with a given probability: the control for lossy rules.
-
-    For point draws: the swapped tokens were drawn from no law that the tree knows.
-    """
-
-    draws, trainable = frozenset({"point"}), True
-
-    def __init__(self, inner: Drafter, probability: float) -> None:
-        self.inner, self.probability = inner, probability
-        self.needs, self.config, self.max_depth, self.calls = inner.needs, inner.config, inner.max_depth, 0
-        self.begin, self.observe, self.check_layers = inner.begin, inner.observe, inner.check_layers
-        self.generator = torch.Generator().manual_seed(0)
-
-    def to(self, *where: Any) -> Corrupted:
-        return self
-
-    def eval(self) -> Corrupted:
-        return self
-
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
-        assert plan.draws == "point"
-        tree = self.inner.propose(state, roots, plan, sampling, chance)
-        swapped = torch.rand(tree.tokens.shape, generator=self.generator) < self.probability
-        swapped[:, 0] = False
-        random = torch.randint(self.inner.target.vocab_size, tree.tokens.shape, generator=self.generator)
-        return replace(tree, tokens=torch.where(swapped, random, tree.tokens))
 
 
 class TrustingConfig(RuleConfig):
