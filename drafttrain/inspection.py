@@ -37,7 +37,7 @@ LOOKED_AT = 2000
 KINDS = 12
 """Different values of a note at most for its counts to be shown."""
 PERCENTILES = (0, 10, 50, 90, 100)
-KNOWN = {"format", "origin", "features", "shards", "stage", "limit", "complete", "probe"}
+KNOWN = {"format", "origin", "features", "shards", "stage", "limit", "complete", "probe", "licences"}
 """Of the index; whatever else it holds is shown as it is."""
 
 
@@ -143,7 +143,7 @@ def of_store(folder: Path, samples: int, held_out: float, seed: int) -> Iterator
     yield _facts("Provenance", {
         "written by": f"{origin.name} ({origin.target})", "tokenizer": origin.tokenizer, "chat template": origin.template,
         "layers of aux": ", ".join(map(str, origin.aux_layers)), "stage": index.stage or "unknown",
-        "licence": "none recorded; that of the prompts and of the target holds", **extra,
+        "licences": "; ".join(f"{part}: {name}" for part, name in index.licences.items()) or "none recorded", **extra,
     })  # fmt: skip
     for key, counts in found.notes.items():
         if len(counts) <= KINDS:

@@ -23,6 +23,7 @@ from drafttrain.core.config import Config, fingerprint, parse
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.data import capture as capturing
 from drafttrain.data import regenerate as regenerating
+from drafttrain.data.licences import licences
 from drafttrain.data.origin import Origin
 from drafttrain.data.shards import INDEX, read_index, write_whole
 from drafttrain.data.store import Store
@@ -147,7 +148,8 @@ def regenerate(recipe: Recipe) -> dict[str, Any]:
         store = Store.open(recipe.data.existing)
         store.check_target(Origin.of_config(recipe.target))
     else:
-        store = regenerating.regenerate(Target.load(recipe.target), recipe.data, recipe.folder / "data")
+        known = licences(recipe.target, recipe.data.sources)
+        store = regenerating.regenerate(Target.load(recipe.target), recipe.data, recipe.folder / "data", licences=known)
     console.print(f"{len(store):,} conversations, {store.tokens:,} tokens in {store.folder}")
     return {"conversations": len(store), "tokens": store.tokens}
 
@@ -302,7 +304,8 @@ def _told(recipe: Recipe) -> str:
     if not (conversations_folder(recipe) / INDEX).exists():
         return origin
     store = Store.open(conversations_folder(recipe))
-    return f"{len(store):,} conversations of {store.tokens:,} tokens, {origin}"
+    stated = "".join(f"; licence of {part}: {name}" for part, name in store.index.licences.items())
+    return f"{len(store):,} conversations of {store.tokens:,} tokens, {origin}{stated}"
 
 
 STAGES: dict[str, Callable[[Recipe], dict[str, Any]]] = {

@@ -24,6 +24,7 @@ from rich.progress import track
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.data.collate import shuffled
+from drafttrain.data.licences import UNSTATED, licences
 from drafttrain.data.origin import Origin
 from drafttrain.data.store import Conversation, Store, StoreWriter
 from drafttrain.target.files import DEMO, TargetConfig
@@ -68,7 +69,9 @@ def run(out: Path, paths: list[Path], target: TargetConfig, limit: int | None, f
     count = min(round(total * fraction), total if limit is None else limit)
     chosen = set(shuffled(total, seed)[:count])
     sources = [[path.name, path.stat().st_size] for path in paths]
-    writer = StoreWriter(out, Origin.of_config(target), stage=fingerprint("import", sources, count, seed))
+    stage = fingerprint("import", sources, count, seed)
+    known = licences(target, ()) | {path.name: UNSTATED for path in paths}
+    writer = StoreWriter(out, Origin.of_config(target), stage=stage, licences=known)
     for conversation in track(conversations(files), total=total, description="importing"):
         if conversation.id in chosen and conversation.id not in writer.lengths:
             writer.append(conversation)

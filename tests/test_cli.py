@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate import Accelerator
+from huggingface_hub.repocard import metadata_save
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -45,7 +46,7 @@ RECIPE: dict[str, Any] = {
         "eval_length": 2,
     },
     "runtime": {"shape": {"shape": "chain", "length": 2}},
-    "evaluation": {"suite": "suite.jsonl", "max_new_tokens": 16, "warmup": 1, "efficiency": False},
+    "evaluation": {"suite": "suite.jsonl", "max_new_tokens": 16, "warmup": 1, "efficiency": False, "peers": []},
 }  # fmt: skip
 PROMPTS = [{"prompt": f"w{i} w{i + 1} w{i * 7 % 50}"} for i in range(40)]
 SUITE = [{"id": str(i), "task": "ab"[i % 2], "prompt": f"w{i + 3} w{i * 2} w5"} for i in range(4)]
@@ -64,6 +65,7 @@ def write_lines(path: str, records: list[dict[str, Any]]) -> None:
 def write_inputs() -> None:
     """A target, prompts, a suite and a recipe of seconds in the current folder."""
     save_target("target")
+    metadata_save(Path("target/README.md"), {"license": "mit"})
     write_lines("prompts.jsonl", PROMPTS)
     write_lines("suite.jsonl", SUITE)
     Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE))
@@ -272,6 +274,7 @@ def test_export_leaves_a_card_with_the_measured_table(finished: tuple[Path, Resu
     (line,) = [line for line in card.splitlines() if line.startswith("| eagle3 chain-2 |")]
     assert f"| {own.tau:.2f} |" in line
     assert "40 conversations of" in card
+    assert "licence of target target: mit" in card
     assert "8 steps over" in card
     config = Path("runs/tiny/drafter/config.json")  # other files: what was measured is another drafter's
     config.write_text(config.read_text().replace('"step": 8', '"step": 9'))
@@ -693,6 +696,7 @@ def test_inspect_says_what_is_in_a_store_and_in_a_run(workplace: Path) -> None:
     assert f"{len(store)}, {store.tokens:,} tokens in {len(store.index.shards)} shards" in said
     assert all(f"{name} {width} numbers a token" in said for name, width in store.index.features.items())
     assert store.index.origin.target in said
+    assert "target target: mit; prompts prompts.jsonl: not stated" in said
     assert "<assistant>" in said  # a sample in words
     assert "temperature: 0.0 40" in said
     run = drafttrain("inspect", "runs/tiny", "--samples", 0).stdout

@@ -43,7 +43,7 @@ def capture(
     widths = feature_widths(names, target.shape.hidden_size, len(target.aux_layers))
     shards = [(shard.sha256, shard.conversations) for shard in source.index.shards]
     stage = fingerprint("capture", shards, source.index.limit, names, rows, row_length)
-    writer = StoreWriter(folder, origin, widths, stage, take_probe(target))
+    writer = StoreWriter(folder, origin, widths, stage, take_probe(target), licences=source.index.licences)
     ids = [source[i].id for i in range(len(source))]
     row_length = max(row_length, longest)
     packed = pack(source.lengths.tolist(), row_length)

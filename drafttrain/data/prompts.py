@@ -147,7 +147,7 @@ def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def dataset_records(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`data set, row n`, {prompt or messages}) for each row."""
-    rows = _rows(source)
+    rows = dataset_rows(source)
     if source.column not in rows.column_names:
         hint = nearest(source.column, rows.column_names)
         names = ", ".join(rows.column_names)
@@ -156,8 +156,8 @@ def dataset_records(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any
         yield f"data set '{source.name}', row {number}", {"messages": value} if isinstance(value, list) else {"prompt": value or ""}
 
 
-def _rows(source: DatasetPrompts) -> Dataset:
-    """One split of a data set."""
+def dataset_rows(source: DatasetPrompts) -> Dataset:
+    """One split of a data set, or a `UserError`."""
     from datasets import load_dataset, load_from_disk
 
     saved = any((Path(source.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))  # by `save_to_disk`

@@ -7,7 +7,7 @@ answer may differ by the rounding of another batch shape, and is a sample of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,8 +71,10 @@ class DataConfig(Config):
         return Job(id, prompts[at].tokens, self.max_new_tokens, sampling)
 
 
-def regenerate(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> Store:
-    """Conversations of `config` in `folder`, which may hold a part of them or all.
+def regenerate(
+    target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS, licences: Mapping[str, str] | None = None
+) -> Store:
+    """Conversations of `config` in `folder`, which may hold a part of them or all. licences: to be kept with them, by part.
 
     Raises `UserError` for bad prompts, a target without an end token, another run's folder, a full disk. On Ctrl-C
     what is finished is saved.
@@ -86,7 +88,7 @@ def regenerate(target: Target, config: DataConfig, folder: Path, flush_seconds: 
             f"target '{target.name}': no end token, so no answer could end; set eos_token_id in generation_config.json"
         )
     prompts = collect(target, config, folder / "prompts", flush_seconds)
-    return Regeneration(target, config, prompts, folder, flush_seconds).run()
+    return Regeneration(target, config, prompts, folder, flush_seconds, licences).run()
 
 
 def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> list[Prompt]:
@@ -167,13 +169,14 @@ class Regeneration:
     """One run over fixed prompts."""
 
     def __init__(
-        self, target: Target, config: DataConfig, prompts: list[Prompt], folder: Path, flush_seconds: float
+        self, target: Target, config: DataConfig, prompts: list[Prompt], folder: Path, flush_seconds: float,
+        licences: Mapping[str, str] | None = None,
     ) -> None:
         self.target, self.config, self.prompts, self.flush_seconds = target, config, prompts, flush_seconds
         self.budget = Budget(config.count(len(prompts)), config.tokens)
         shape = target.shape
         widths = feature_widths(config.capture, shape.hidden_size, len(shape.aux_layers))
-        self.writer = StoreWriter(folder, Origin.of_target(target), widths, self.stage(), take_probe(target))
+        self.writer = StoreWriter(folder, Origin.of_target(target), widths, self.stage(), take_probe(target), licences=licences)
         self.issued: set[int] = set()  # conversations begun in this run
 
     def stage(self) -> str:

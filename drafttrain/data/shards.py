@@ -51,6 +51,8 @@ class Index(Config):
     """Conversations with this id and above are left over from a larger batch and not part of the store."""
     complete: bool = False
     """Whether the stage that writes this store has finished."""
+    licences: dict[str, str] = Field(default_factory=dict)
+    """What the target and the sources of the prompts stand under; empty in stores of earlier versions."""
     probe: bool = False
     """Whether hidden states with the target's own logits stand beside the shards."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -182,8 +182,9 @@ class StoreWriter:
         stage: str = "",
         probe: Features | None = None,
         shard_bytes: int = SHARD_BYTES,
+        licences: Mapping[str, str] | None = None,
     ) -> None:
-        """features: names and numbers a token (`feature_widths`). stage: fingerprint of what the content depends on.
+        """features: names and numbers a token (`feature_widths`). stage: fingerprint of what the content depends on. licences: by part.
 
         Raises `UserError` where the folder holds a store of another target, stage or feature set.
         """
@@ -191,7 +192,7 @@ class StoreWriter:
         self.lengths: dict[int, int] = {}  # tokens of each conversation by id, safe on disk or waiting in memory
         self.pending: list[tuple[Conversation, Features]] = []
         self.pending_bytes = 0
-        self.index = Index(origin=origin, features=features or {}, stage=stage, probe=probe is not None)
+        self.index = Index(origin=origin, features=features or {}, stage=stage, probe=probe is not None, licences=dict(licences or {}))
         if (self.folder / INDEX).exists():
             self._resume()
         else:

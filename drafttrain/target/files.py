@@ -75,7 +75,7 @@ def resolve(config: TargetConfig) -> Path:
         return Path(config.model)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "README.md"]
     try:
         return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=patterns))
     except Exception as error:
@@ -112,6 +112,7 @@ def convert_gguf(source: Path, folder: Path) -> Path:
             where, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
         model.save_pretrained(partial)
+        _write_card(source, partial)
         try:
             os.replace(partial, folder)
         except OSError:  # another process was faster
@@ -121,6 +122,16 @@ def convert_gguf(source: Path, folder: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         logging.enable_progress_bar()
     return folder
+
+
+def _write_card(source: Path, folder: Path) -> None:
+    """A model card with the licence that a GGUF file states."""
+    from gguf import GGUFReader
+    from huggingface_hub.repocard import metadata_save
+
+    licence = GGUFReader(source).get_field("general.license")
+    if licence is not None:
+        metadata_save(folder / "README.md", {"license": licence.contents()})
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> AutoConfig:
