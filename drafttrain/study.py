@@ -24,7 +24,7 @@ from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import INDEX, write_whole
 from drafttrain.drafters.files import load_drafter
-from drafttrain.evaluation import bench
+from drafttrain.evaluation import bench, plots
 from drafttrain.evaluation.forecast import (
     RoundCost,
     answer,
@@ -37,7 +37,7 @@ from drafttrain.evaluation.forecast import (
     texts_of,
     typical_context,
 )
-from drafttrain.evaluation.frontier import Finding, Measurement, draw, markdown
+from drafttrain.evaluation.frontier import Finding, Measurement, draw, page_of, write_findings
 from drafttrain.evaluation.journal import Journal
 from drafttrain.evaluation.machine import device_name, versions
 from drafttrain.evaluation.rows import ALL
@@ -82,7 +82,7 @@ def study(recipe: Recipe) -> list[Finding]:
     train(made)
     found = Study(Target.load(recipe.target), recipe, made, folder).run()
     for suffix in ("png", "svg"):
-        draw(found, folder / f"study.{suffix}")
+        draw(found, folder / f"study.{suffix}", plots.source_of(folder / "study.jsonl"))
     return found
 
 
@@ -190,9 +190,8 @@ class Study:
         found = self._findings()
         self._confirm(found)
         found = self._findings()
-        lines = "".join(json.dumps(finding.to_json()) + "\n" for finding in found)
-        write_whole(self.folder / "study.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-        text = markdown(found, self._measured_on())
+        write_findings(found, self._measured_on(), self.folder / "study.jsonl")
+        text = page_of(self.folder / "study.jsonl")
         write_whole(self.folder / "study.md", lambda path: path.write_text(text, encoding="utf-8"))
         return found
 

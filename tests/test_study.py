@@ -12,12 +12,14 @@ import pytest
 import yaml
 
 from drafttrain import tune as tuning
+from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.forecast import RoundCost
 from drafttrain.evaluation.frontier import Finding, Measurement, markdown
+from drafttrain.evaluation.report import render, stale
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve
 from drafttrain.recipe import RESOLVED, load_recipe
 from drafttrain.train import loop
@@ -82,12 +84,20 @@ def test_table_and_plots_show_every_cell(workplace: Path) -> None:
     assert all(f"| {label} |" in table for label in LABELS)
     assert "trained for 4 steps each" in table
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
-    assert "eagle3 chain-2" in _svg_text((folder / "study.svg").read_text())
+    assert "eagle3 chain-2" in (folder / "study.svg").read_text()
 
 
-def _svg_text(svg: str) -> str:
-    """Text that matplotlib drew as paths stands in comments beside them."""
-    return "\n".join(line.strip() for line in svg.splitlines() if line.strip().startswith("<!--"))
+def test_a_page_can_show_a_studys_cells_from_its_file(workplace: Path) -> None:
+    folder, page = Path("runs/tiny/study"), Path("page.md")
+    page.write_text("<!-- results:study study -->\n<!-- /results:study -->\n")
+    render(page, folder)
+    assert page.read_text().split("-->\n", 1)[1].startswith((folder / "study.md").read_text())
+    assert stale(page, folder) == []
+    page.write_text(page.read_text().replace("trained for 4 steps", "trained for 5 steps"))
+    assert stale(page, folder) == ["study"]
+    (folder / "study.jsonl").write_text('{"label": "no cell"}\n')
+    with pytest.raises(UserError, match="not the cells of a study"):
+        render(page, folder)
 
 
 def test_a_finished_study_trains_replays_and_decodes_nothing_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ that a run that was stopped goes on where it was; its rows enter results.jsonl t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.peers import Peer, PeerConfig, make_peer
 from drafttrain.evaluation.quality import judge
 from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows
-from drafttrain.evaluation.runners import PLAIN, Contender, Facts, Runner, shape_name
+from drafttrain.evaluation.runners import GENERATE, PLAIN, Contender, Facts, Runner, shape_name
 from drafttrain.evaluation.suites import Item, Suite
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
@@ -64,8 +64,9 @@ class EvaluationConfig(Config):
     """Tasks of the suite to run; none named: all."""
     limit: int | None = Field(default=None, ge=1)
     """Items of each task to run; by default all."""
-    turns: int = Field(default=1, ge=1)
-    """Turns of each item to run, with plain decoding's answers in between."""
+    turns: int | None = Field(default=None, ge=1)
+    """Turns of each item to run at most, with plain decoding's answers in between; by default all. An answer that can be checked is the
+    one to the last turn."""
     max_new_tokens: int = Field(default=128, ge=2)
     """Tokens written for each prompt at most."""
     temperature: float = Field(default=0.0, ge=0)
@@ -83,8 +84,9 @@ class EvaluationConfig(Config):
     """Prompts decoded untimed by every contender before the first one counts."""
     contenders: tuple[ContenderConfig, ...] = ()
     """More drafters and settings to compare."""
-    peers: tuple[PeerConfig, ...] = ()
-    """Modes of transformers' own `generate` to compare with."""
+    peers: tuple[PeerConfig, ...] = (PeerConfig(kind="generate"),)
+    """Modes of transformers' own `generate` to compare with. Plain `generate` is the second baseline: where it is left out, rows have
+    the speed-up over our own plain decoding alone."""
     efficiency: bool = True
     """Measure the loop efficiency too: a few prompts are decoded again while bare forwards are replayed."""
     quality: bool = False
@@ -143,30 +145,17 @@ def evaluate(
     if len(facts) < len(runners):
         given = ", ".join(run.label for run in runs)
         raise UserError(f"labels of contenders must differ, and none is '{PLAIN}': got {given}")
+    if any(runner.label == GENERATE and not isinstance(runner, Peer) for runner in runs):
+        raise UserError(f"the label '{GENERATE}' means transformers' own decoding (evaluation.peers); give the contender another")
     if config.execute_code and not can_execute():
         raise UserError("evaluation.execute_code: this system lacks the limits that programs are run under (POSIX); leave it off")
     bench = Bench(target, runners, config, judged_labels(facts, config))
     bench.check(suite)
     setting = bench.setting(suite, out_path, facts)
     journal = Journal(out_path.parent / "measurements" / f"{setting.run}.jsonl")
-    done = {(entry["repeat"], entry["item"]) for entry in journal.entries if "item" in entry}
-    units = [(repeat, place, item) for repeat in range(config.repeats) for place, item in enumerate(suite.items)]
-    waiting = [unit for unit in units if (unit[0], unit[2].id) not in done]
-    entries = [*journal.entries]
-    if waiting:
-        bench.warm_up(suite)
-    with _progress() as progress:
-        what = f"{suite.name}: {len(runners)} runners"
-        bar = progress.add_task(what, total=len(units), completed=len(units) - len(waiting))
-        for repeat, place, item in waiting:
-            samples = bench.hold(item, repeat, place)
-            entries.append({"repeat": repeat, "item": item.id, "samples": [sample.to_json() for sample in samples]})
-            journal.append(entries[-1])
-            progress.advance(bar)
-    if config.efficiency and not any("efficiency" in entry for entry in entries):
-        entries.append({"efficiency": bench.efficiencies(suite)})
-        journal.append(entries[-1])
-    rows = make_rows(_samples(entries), facts, _efficiencies(entries), setting)
+    with journal.alone():
+        entries = bench.measure(suite, journal, setting.commit)
+    rows = make_rows(_samples(entries), facts, _efficiencies(entries), replace(setting, commit=_commits(entries)))
     append_whole(out_path, [row.to_json() for row in rows])
     return rows
 
@@ -236,6 +225,27 @@ class Bench:
             for runner in self.runners:
                 runner.run(prompt, tokens, self.config.sampling, self.config.seed)
 
+    def measure(self, suite: Suite, journal: Journal, commit: str | None) -> list[dict[str, Any]]:
+        """Decodes what the journal lacks; everything that then stands in it. commit: of the code that decodes."""
+        entries, config = [*journal.entries], self.config
+        done = {(entry["repeat"], entry["item"]) for entry in entries if "item" in entry}
+        units = [(repeat, place, item) for repeat in range(config.repeats) for place, item in enumerate(suite.items)]
+        waiting = [unit for unit in units if (unit[0], unit[2].id) not in done]
+        if waiting:
+            self.warm_up(suite)
+        with _progress() as progress:
+            what = f"{suite.name}: {len(self.runners)} runners"
+            bar = progress.add_task(what, total=len(units), completed=len(units) - len(waiting))
+            for repeat, place, item in waiting:
+                samples = [sample.to_json() for sample in self.hold(item, repeat, place)]
+                entries.append({"repeat": repeat, "item": item.id, "commit": commit, "samples": samples})
+                journal.append(entries[-1])
+                progress.advance(bar)
+        if config.efficiency and not any("efficiency" in entry for entry in entries):
+            entries.append({"efficiency": self.efficiencies(suite)})
+            journal.append(entries[-1])
+        return entries
+
     def hold(self, item: Item, repeat: int, place: int) -> list[Sample]:
         """One item, turn by turn, by every runner."""
         samples: list[Sample] = []
@@ -300,6 +310,11 @@ def in_turn(runners: Sequence[Runner], place: int) -> list[Runner]:
 
 def _samples(entries: Sequence[dict[str, Any]]) -> list[Sample]:
     return [Sample.from_json(sample) for entry in entries for sample in entry.get("samples", [])]
+
+
+def _commits(entries: Sequence[dict[str, Any]]) -> str | None:
+    """Those that decoded; a run that went on after the code had changed names both."""
+    return ", ".join(dict.fromkeys(entry["commit"] for entry in entries if entry.get("commit"))) or None
 
 
 def _efficiencies(entries: Sequence[dict[str, Any]]) -> dict[str, Efficiency]:

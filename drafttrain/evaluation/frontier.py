@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import Field
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
+from drafttrain.evaluation import plots
+from drafttrain.evaluation.journal import parse_lines
 from drafttrain.evaluation.throughput import Forecast, best, frontier
 
 TOLERANCE = 0.15
@@ -69,6 +72,30 @@ class Finding:
         made = {"round": known.round, "tokens_per_second": known.tokens_per_second, "speedup": known.speedup}
         return {**asdict(self), "forecast": {**asdict(known), **made}, "error": self.error, "speedup_error": self.speedup_error}
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Finding:
+        """What `to_json` gave. Raises `KeyError` or `TypeError` for anything else."""
+        known = Forecast(**{name: data["forecast"][name] for name in ("tau", "draft", "score", "other", "plain")})
+        measured = None if data["measured"] is None else Measurement(**data["measured"])
+        return cls(data["label"], data["values"], data["drafter"], data["budget"], known, tuple(data["alpha"]), measured)
+
+
+def write_findings(findings: Sequence[Finding], measured_on: str, file: Path) -> None:
+    """A line of JSON a cell."""
+    lines = [json.dumps({**finding.to_json(), "measured_on": measured_on}) + "\n" for finding in findings]
+    write_whole(file, lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+
+
+def page_of(file: Path) -> str:
+    """`markdown` of a file that `write_findings` wrote, or a `UserError`."""
+    if not file.is_file():
+        raise UserError(f"study '{file}': no such file; `drafttrain study` writes it")
+    lines = parse_lines(file.read_text(encoding="utf-8"), file)
+    try:
+        return markdown([Finding.from_json(line) for line in lines], lines[0]["measured_on"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"study '{file}': not the cells of a study ({error}); `drafttrain study` writes them anew") from error
+
 
 HEAD = (
     "cell", "tau", "alpha_1 ..", "draft ms", "score ms", "other ms", "round ms", "tokens/s", "speed-up",
@@ -115,9 +142,9 @@ def markdown(findings: Sequence[Finding], measured_on: str) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(facts) + "\n"
 
 
-def draw(findings: Sequence[Finding], path: Path) -> None:
+def draw(findings: Sequence[Finding], path: Path, source: str) -> None:
     """The frontier beside forecasts against measurements, as PNG or SVG by the path's suffix. Points have the number of their line in the
-    table.
+    table. source: what it was drawn from, kept in the metadata.
 
     Raises `UserError` where matplotlib is missing.
     """
@@ -132,7 +159,7 @@ def draw(findings: Sequence[Finding], path: Path) -> None:
     _draw_errors(right, ordered)
     names = "\n".join(f"{number:2d}  {finding.label}" for number, finding in enumerate(ordered, 1))
     right.annotate(names, (1.03, 1), xycoords="axes fraction", va="top", fontsize=8, linespacing=1.6)
-    write_whole(path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=130))
+    plots.save(figure, path, source)
 
 
 def _draw_frontier(axes: Any, findings: Sequence[Finding]) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 
@@ -33,6 +35,15 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this is entered no other process adds to the journal; a `UserError` where one does so now."""
+        try:
+            with _locked(self.path, wait=False):
+                yield
+        except Timeout as error:
+            raise UserError(f"'{self.path}': another process measures the same run; wait for it, or choose another output") from error
+
     def _reopen(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
@@ -54,9 +65,10 @@ def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def append_whole(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Adds lines to a file: all of them or none, whatever happens in between."""
+    """Adds lines to a file: all of them or none, whatever happens in between; processes that do so at once wait for each other."""
     with _writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path), _writable(path):
         before = path.read_bytes() if path.exists() else b""
         write_whole(path, lambda partial: partial.write_bytes(before + lines_of(entries)))
 
@@ -68,6 +80,11 @@ def lines_of(entries: Sequence[dict[str, Any]]) -> bytes:
 
 def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _locked(path: Path, wait: bool = True) -> FileLock:
+    """Held by one process at a time, and given back by a killed one; `.NAME.lock` lies beside the file."""
+    return FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
 
 
 @contextmanager

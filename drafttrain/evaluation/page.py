@@ -61,6 +61,7 @@ figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--faint); font-size: 13px; margin-top: 6px; }
 """
 PROLOG = re.compile(r"^.*?(?=<svg)", re.S)
+DRAWING = re.compile(r"<svg.*?</svg>", re.S)
 UNREAD_IDS = re.compile(r' id="[a-z0-9A-Z]+_\d+"')  # matplotlib numbers its groups: several figures on a page would share ids
 
 
@@ -130,6 +131,24 @@ def page(title: str, rows: Sequence[Row]) -> str:
         parts.append(f'<div class="plots">{"".join(_figures(title, tasks))}</div>')
         parts.append("<h2>By task</h2>" + _card(_table(tasks, "tasks"), ""))
     return document(title, "".join(parts))
+
+
+def is_stale(file: Path, results: Path) -> bool:
+    """Whether the words and figures of NAME.html are other than what `page` makes of NAME.jsonl in `results` now; its drawings are not
+    compared."""
+    return DRAWING.sub("", file.read_text(encoding="utf-8")) != DRAWING.sub("", _page_of(file, results))
+
+
+def renew(file: Path, results: Path) -> bool:
+    """Writes NAME.html anew from NAME.jsonl in `results` where `is_stale`; whether it was."""
+    old = is_stale(file, results)
+    if old:
+        write_whole(file, lambda partial: partial.write_text(_page_of(file, results), encoding="utf-8"))
+    return old
+
+
+def _page_of(file: Path, results: Path) -> str:
+    return page(file.stem, together([open_run(results / f"{file.stem}.jsonl")]))
 
 
 def document(title: str, body: str, style: str = "", script: str = "") -> str:

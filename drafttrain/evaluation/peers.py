@@ -20,7 +20,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.small_lm import SmallLM
 from drafttrain.evaluation.memory import PeakMemory
-from drafttrain.evaluation.runners import Facts, Outcome, folder_fingerprint
+from drafttrain.evaluation.runners import GENERATE, Facts, Outcome, folder_fingerprint
 from drafttrain.runtime.decoder import find_drafter
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
@@ -46,6 +46,8 @@ class PeerConfig(Config):
     def _fits_together(self) -> PeerConfig:
         if (self.kind == "assisted") != (self.drafter is not None):
             raise ValueError("`drafter` names the small LM of kind 'assisted', and only that kind takes one")
+        if (self.kind == GENERATE) != (self.name == GENERATE):
+            raise ValueError(f"kind '{GENERATE}' is a baseline and known by that label: leave its label out, and give it to no other kind")
         return self
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.rows import ALL, STRETCH, Interval, Measured
@@ -275,6 +276,11 @@ def save(drawn: Figure, path: Path, source: str) -> None:
         _, style = _matplotlib()
         with style(STYLE):
             write_whole(path, lambda partial: drawn.savefig(partial, format="png", metadata={"Source": source, "Software": None}))
+
+
+def source_of(file: Path) -> str:
+    """What a plot of a results file says that it was drawn from."""
+    return f"drafttrain results {fingerprint(file.read_text(encoding='utf-8'))}"
 
 
 def write_svg(drawn: Figure, file: Path | TextIO, salt: str, source: str = "") -> None:

@@ -7,7 +7,8 @@ A page marks where figures belong, at the beginning of a line, and everything be
     <!-- /results:NAME -->
 
 `results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them. Of a file that `drafttrain eval
---replay-rules` wrote, `results:NAME rules` gives a table a log and `results:NAME figures` one of all logs.
+--replay-rules` wrote, `results:NAME rules` gives a table a log and `results:NAME figures` one of all logs; of one that `drafttrain study`
+wrote, `results:NAME study` the cells.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.evaluation import plots
 from drafttrain.evaluation.bench import read_rows
+from drafttrain.evaluation.frontier import page_of
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.rule_tables import figures_table, rules_table
-from drafttrain.evaluation.rules import RuleRow, read_rule_rows
+from drafttrain.evaluation.rules import read_rule_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 
 View = Literal["summary", "tasks"]
-VIEWS: dict[str, View] = {"summary": "summary", "tasks": "tasks"}
-RULE_VIEWS: dict[str, Callable[[Sequence[RuleRow]], str]] = {"rules": rules_table, "figures": figures_table}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "summary": lambda file: results_table(read_rows(file)), "tasks": lambda file: results_table(read_rows(file), "tasks"),
+    "rules": lambda file: rules_table(read_rule_rows(file)), "figures": lambda file: figures_table(read_rule_rows(file)),
+    "study": page_of,
+}  # fmt: skip
+"""What a mark may ask for that is text; everything else is a plot."""
 ALL_PLOTS = "plots"
 QUALITIES = {"right": "right", "same_answer": "same answer", "argmax_agreement": "argmax", "excess_kl": "excess KL"}
 """What of a row's quality stands in tables, and its name there; one of them at least is asked of a lossy rule."""
@@ -191,17 +196,14 @@ def render_text(text: str, results: Path, where: str, link: str = "") -> str:
     """
     def filled(mark: re.Match[str]) -> str:
         file, view = results / f"{mark['name']}.jsonl", mark["view"] or "summary"
-        if view in RULE_VIEWS:
-            return mark["head"] + RULE_VIEWS[view](read_rule_rows(file)) + mark["tail"]
-        rows = read_rows(file)
-        if view in VIEWS:
-            return mark["head"] + results_table(rows, VIEWS[view]) + mark["tail"]
+        if view in TABLES:
+            return mark["head"] + TABLES[view](file) + mark["tail"]
         if view != ALL_PLOTS and view not in plots.PLOTS:
-            known = ", ".join((*VIEWS, ALL_PLOTS, *plots.PLOTS, *RULE_VIEWS))
+            known = ", ".join((*TABLES, ALL_PLOTS, *plots.PLOTS))
             raise UserError(f"{where}: mark 'results:{mark['name']} {view}': the view is one of {known}")
         images = [
             f"![{plots.PLOTS[plot].title}]({link}{file}.svg)\n\n{plots.PLOTS[plot].caption}\n"
-            for _, plot, file in plot_files(mark["name"], rows) if view in (ALL_PLOTS, plot)
+            for _, plot, file in plot_files(mark["name"], read_rows(file)) if view in (ALL_PLOTS, plot)
         ]  # fmt: skip
         return mark["head"] + "\n".join(images) + mark["tail"]
 
@@ -230,7 +232,7 @@ def draw(name: str, results: Path) -> list[Path]:
         figure = plots.figure(plot, measured)
         for suffix in plots.SUFFIXES:
             written.append(results / f"{file}{suffix}")
-            plots.save(figure, written[-1], _source(name, results))
+            plots.save(figure, written[-1], plots.source_of(results / f"{name}.jsonl"))
     return written
 
 
@@ -238,19 +240,13 @@ def drawn(name: str, results: Path) -> bool:
     """Whether every plot lies there and was drawn from the results file as it is now."""
     rows = read_rows(results / f"{name}.jsonl")
     files = [results / f"{file}.svg" for *_, file in plot_files(name, rows)]
-    source = _source(name, results)
+    source = plots.source_of(results / f"{name}.jsonl")
     return all(file.exists() and source in file.read_text(encoding="utf-8") for file in files)
 
 
 def plotted(text: str) -> list[str]:
     """Names of the results files whose plots a page shows."""
-    tables = (*VIEWS, *RULE_VIEWS)
-    return list(dict.fromkeys(mark["name"] for mark in MARK.finditer(text) if (mark["view"] or "summary") not in tables))
-
-
-def _source(name: str, results: Path) -> str:
-    """What a plot of this file says that it was drawn from."""
-    return f"drafttrain results {fingerprint((results / f'{name}.jsonl').read_text(encoding='utf-8'))}"
+    return list(dict.fromkeys(mark["name"] for mark in MARK.finditer(text) if (mark["view"] or "summary") not in TABLES))
 
 
 def _between(page: Path, results: Path) -> str:

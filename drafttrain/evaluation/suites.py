@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ class Suite:
 
     @property
     def hash(self) -> str:
-        """Of everything that is asked, in order: equal hashes, equal questions."""
-        return fingerprint([[item.id, item.task, item.turns, item.before] for item in self.items])
+        """Of everything that is asked, in order, and how answers are checked: equal hashes, equal questions, equal marks."""
+        marks = [[] if item.check is None else [asdict(item.check)] for item in self.items]
+        return fingerprint([[item.id, item.task, item.turns, item.before, *mark] for item, mark in zip(self.items, marks, strict=True)])
 
     def select(self, tasks: Sequence[str] = (), limit: int | None = None, turns: int | None = None) -> Suite:
         """Only these tasks (none named: all), at most `limit` items of each and `turns` turns of every item."""

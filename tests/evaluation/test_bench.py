@@ -16,9 +16,9 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.drafters import build
 from drafttrain.drafters.files import save_drafter
 from drafttrain.drafters.ngram import NgramConfig
-from drafttrain.evaluation.bench import ContenderConfig, contenders, evaluate, in_turn, read_rows
+from drafttrain.evaluation.bench import ContenderConfig, EvaluationConfig, contenders, evaluate, in_turn, peers, read_rows
 from drafttrain.evaluation.rows import Row
-from drafttrain.evaluation.runners import PLAIN, Contender, Facts, Outcome
+from drafttrain.evaluation.runners import GENERATE, PLAIN, Contender, Facts, Outcome
 from drafttrain.evaluation.suites import Item, Suite, load_suite
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from tests.evaluation.toys import CONFIG, SUITE, Letters, contender, lines, target
@@ -61,7 +61,7 @@ def pick(rows: list[Row], label: str, task: str = "all") -> Row:
 
 
 def journaled(folder: Path) -> list[dict]:
-    (path,) = (folder / "measurements").iterdir()
+    (path,) = (folder / "measurements").glob("*.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -113,11 +113,37 @@ def test_an_interrupted_run_goes_on_where_it_was_and_gives_the_same_rows(tmp_pat
         )  # fmt: skip
 
 
+def test_rows_name_the_code_that_decoded_and_both_where_it_changed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["before", "after", "later"])
+    monkeypatch.setattr("drafttrain.evaluation.bench.commit", lambda: next(commits))
+    out = tmp_path / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(target(), [Spy(contender(), stop_at=2)], SUITE, CONFIG, out)
+    assert {row.commit for row in evaluate(target(), [contender()], SUITE, CONFIG, out)} == {"before, after"}
+    with monkeypatch.context() as patch:  # nothing is left to decode: the code that only adds up is not named
+        patch.setattr("drafttrain.evaluation.bench.read_rows", lambda path: [])
+        assert {row.commit for row in evaluate(target(), [contender()], SUITE, CONFIG, out)} == {"before, after"}
+
+
+class Doubled(Spy):
+    """Begins the same run once more while it runs."""
+
+    def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
+        evaluate(target(), [self.inner], SUITE, CONFIG, Path(self.label))
+        raise AssertionError("both were let in")
+
+
+def test_a_run_that_is_being_measured_already_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    with pytest.raises(UserError, match="another process measures the same run"):
+        evaluate(target(), [Doubled(contender(str(out)))], SUITE, CONFIG, out)
+
+
 def test_a_torn_last_line_of_the_journal_is_measured_again(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     with pytest.raises(KeyboardInterrupt):
         evaluate(target(), [Spy(contender(), stop_at=3)], SUITE, CONFIG, out)
-    (journal,) = (tmp_path / "measurements").iterdir()
+    (journal,) = (tmp_path / "measurements").glob("*.jsonl")
     journal.write_bytes(journal.read_bytes()[:-20])
     again = Spy(contender())
     evaluate(target(), [again], SUITE, CONFIG, out)
@@ -172,7 +198,7 @@ def test_an_output_that_leaves_plain_decoding_is_counted_with_the_targets_margin
 def test_a_second_turn_follows_plain_decodings_own_answer(tmp_path: Path) -> None:
     suite = Suite("talk", (Item("x", "chat", ("ABC", "DEF")),))
     spy = Spy(contender())
-    evaluate(target(), [spy], suite, CONFIG.model_copy(update={"turns": 2}), tmp_path / "results.jsonl")
+    evaluate(target(), [spy], suite, CONFIG, tmp_path / "results.jsonl")
     answer = contender().decoder.generate([spy.prompts[0]], max_new_tokens=20)[0].tokens
     assert spy.prompts[1] == Letters()("ABC")["input_ids"] + answer + Letters()("DEF")["input_ids"]
     assert pick(read_rows(tmp_path / "results.jsonl"), PLAIN).measured.prompts == 2
@@ -227,9 +253,15 @@ def test_a_prompt_beyond_the_context_is_refused_by_its_id_before_anything_is_dec
     assert spy.prompts == []
 
 
-@pytest.mark.parametrize("labels", [("a", "a"), ("a", PLAIN)])
+def test_by_default_every_turn_is_asked_and_generate_is_the_second_baseline() -> None:
+    config = EvaluationConfig()
+    assert config.chosen(Suite("talk", (Item("x", "chat", ("ABC", "DEF")),))).items[0].turns == ("ABC", "DEF")
+    assert [peer.label for peer in peers(target(), config)] == [GENERATE]
+
+
+@pytest.mark.parametrize("labels", [("a", "a"), ("a", PLAIN), ("a", GENERATE)])
 def test_labels_that_could_be_confused_are_refused(tmp_path: Path, labels: tuple[str, str]) -> None:
-    with pytest.raises(UserError, match="labels of contenders must differ"):
+    with pytest.raises(UserError, match="label"):
         evaluate(target(), [contender(label) for label in labels], SUITE, CONFIG, tmp_path / "results.jsonl")
 
 

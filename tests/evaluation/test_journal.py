@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
+
+from drafttrain.core.errors import UserError
 from drafttrain.evaluation.journal import Journal, append_whole, parse_lines
 
 ENTRIES = [{"id": f"a{separator}b"} for separator in ("\u2028", "\u2029", "\x85", "\n", "\r\n")]
@@ -18,3 +22,27 @@ def test_what_was_written_is_read_back_whatever_its_strings_hold(tmp_path: Path)
     text = (tmp_path / "whole.jsonl").read_text(encoding="utf-8")
     assert parse_lines(text, tmp_path) == parse_lines(text.removesuffix("\n"), tmp_path) == ENTRIES
     assert parse_lines("", tmp_path) == []
+
+
+def adds(path: Path, who: str) -> None:
+    for number in range(20):
+        append_whole(path, [{"who": who, "number": number}])
+
+
+def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
+    path, context = tmp_path / "results.jsonl", get_context("fork")
+    both = [context.Process(target=adds, args=(path, who)) for who in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    entries = parse_lines(path.read_text(), path)
+    assert [[one["number"] for one in entries if one["who"] == who] for who in "ab"] == [[*range(20)]] * 2
+
+
+def test_a_journal_is_one_processs_at_a_time_and_free_again_afterwards(tmp_path: Path) -> None:
+    first, second = Journal(tmp_path / "journal.jsonl"), Journal(tmp_path / "journal.jsonl")
+    with first.alone(), pytest.raises(UserError, match="another process measures the same run"), second.alone():
+        raise AssertionError("both were let in")
+    with second.alone():
+        second.append({"id": 1})

@@ -78,3 +78,9 @@ def test_an_assistant_is_a_small_lm_and_only_assisted_takes_one(tmp_path: Path) 
         make_peer(target(), PeerConfig(kind="assisted", drafter=str(tmp_path)))
     with pytest.raises(ValidationError, match="only that kind takes one"):
         PeerConfig(kind="generate", drafter="somewhere")
+
+
+@pytest.mark.parametrize("options", [{"kind": "generate", "label": "hf"}, {"kind": "prompt_lookup", "label": "generate"}])
+def test_the_label_of_the_second_baseline_is_generates_own(options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="is a baseline and known by that label"):
+        PeerConfig.model_validate(options)

@@ -182,7 +182,7 @@ def test_samples_and_rows_written_before_quality_was_measured_are_still_read(tmp
 def test_the_text_that_is_judged_is_the_contenders_own(tmp_path: Path) -> None:
     lossy = spoilt("lossy", TrustingRuntime(shape=Chain(length=3)), 0.5)
     evaluate(target(), [lossy], answered(), CONFIG, tmp_path / "results.jsonl")
-    (journal,) = (tmp_path / "measurements").iterdir()
+    (journal,) = (tmp_path / "measurements").glob("*.jsonl")
     for entry in map(json.loads, journal.read_text().splitlines()):
         for one in entry["samples"]:
             prompt = next(Letters()(item.turns[0])["input_ids"] for item in SUITE.items if item.id == one["item"])

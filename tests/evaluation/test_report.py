@@ -14,7 +14,7 @@ from rich.console import Console
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation import plots
 from drafttrain.evaluation.journal import append_whole
-from drafttrain.evaluation.page import open_run, together, write_report
+from drafttrain.evaluation.page import is_stale, open_run, renew, together, write_report
 from drafttrain.evaluation.plots import PLOTS
 from drafttrain.evaluation.report import draw, latest, render, results_table, stale, terminal_table
 from drafttrain.evaluation.rows import Difference, Row
@@ -264,7 +264,7 @@ def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
     [
         ("<!-- results:quick -->\n", "no matching '<!-- /results:quick -->'"),
         ("<!-- results:quick -->\n<!-- /results:quack -->\n", "no matching"),
-        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "the view is one of summary, tasks, plots, speedup"),
+        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "one of summary, tasks, rules, figures, study, plots, speedup"),
         ("<!-- results:gone -->\n<!-- /results:gone -->\n", "gone.jsonl': no such file"),
     ],
 )
@@ -278,3 +278,24 @@ def test_this_repositorys_pages_agree_with_their_results_files() -> None:
     wrong = {path.name: stale(path, REPOSITORY / "docs" / "results") for path in pages}
     assert wrong == {path.name: [] for path in pages}
     assert "<!-- results:quickstart" in (REPOSITORY / "README.md").read_text()  # its figures are rendered, not typed
+
+
+def test_the_committed_studys_plot_was_drawn_from_its_cells() -> None:
+    folder = REPOSITORY / "docs" / "results"
+    assert plots.source_of(folder / "study.jsonl") in (folder / "study.svg").read_text()
+
+
+def test_this_repositorys_html_reports_agree_with_their_results_files() -> None:
+    files = [*REPOSITORY.glob("docs/**/*.html")]
+    assert files
+    assert [file.name for file in files if is_stale(file, REPOSITORY / "docs" / "results")] == []
+
+
+def test_an_html_report_whose_figure_was_typed_in_is_stale(tmp_path: Path) -> None:
+    page(tmp_path, ROWS)
+    html, *_ = write_report([open_run(tmp_path / "results" / "quick.jsonl")], tmp_path / "results", "quick")
+    assert not is_stale(html, tmp_path / "results")
+    html.write_text(html.read_text().replace("2.50", "2.60"))
+    assert is_stale(html, tmp_path / "results")
+    assert renew(html, tmp_path / "results")
+    assert not renew(html, tmp_path / "results")

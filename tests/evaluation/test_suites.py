@@ -127,8 +127,10 @@ def test_how_an_answer_is_checked_follows_from_the_answer_unless_it_is_said() ->
     assert read(answer="yes", check="option", options=["yes", "no"]) == Check("option", ("yes",), ("yes", "no"))
 
 
-@pytest.mark.parametrize("change", [{"turns": ("other",)}, {"task": "other"}, {"before": (("system", "other"),)}])
-def test_suites_that_ask_something_else_have_another_hash(change: dict[str, Any]) -> None:
-    fields: dict[str, Any] = {"id": "a", "task": "t", "turns": ("one",)}
+@pytest.mark.parametrize(
+    "change", [{"turns": ("other",)}, {"task": "other"}, {"before": (("system", "other"),)}, {"check": Check("word", ("other",))}]
+)
+def test_suites_that_ask_something_else_or_accept_other_answers_have_another_hash(change: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"id": "a", "task": "t", "turns": ("one",), "check": Check("word", ("one",))}
     assert Suite("x", (Item(**fields),)).hash == Suite("y", (Item(**fields),)).hash
     assert Suite("x", (Item(**fields),)).hash != Suite("x", (Item(**{**fields, **change}),)).hash
