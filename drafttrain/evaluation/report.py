@@ -3,8 +3,8 @@ name.
 
 A page marks where figures belong, at the beginning of a line, and everything between its marks is replaced when it is rendered:
 
-    <!-- results:NAME -->            one line a contender, from NAME.jsonl (`results:NAME tasks`: one a contender and task)
-    <!-- /results:NAME -->
+    <!-- results:NAME -->            one line a contender, from NAME.jsonl (`results:NAME tasks`: one a contender and task;
+    <!-- /results:NAME -->           `results:NAME lengths`: what was accepted alone, where other jobs spoilt the times)
 
 `results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them. Of a file that `drafttrain eval
 --replay-rules` wrote, `results:NAME rules` gives a table a log and `results:NAME figures` one of all logs; of one that `drafttrain study`
@@ -35,9 +35,10 @@ from drafttrain.evaluation.rule_tables import figures_table, rules_table
 from drafttrain.evaluation.rules import read_rule_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 
-View = Literal["summary", "tasks"]
+View = Literal["summary", "tasks", "lengths"]
 TABLES: dict[str, Callable[[Path], str]] = {
     "summary": lambda file: results_table(read_rows(file)), "tasks": lambda file: results_table(read_rows(file), "tasks"),
+    "lengths": lambda file: results_table(read_rows(file), "lengths"),
     "rules": lambda file: rules_table(read_rule_rows(file)), "figures": lambda file: figures_table(read_rule_rows(file)),
     "study": page_of,
 }  # fmt: skip
@@ -108,6 +109,13 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
     """Those of a view; baselines, qualities and prefetching have one where any of the lines was measured so."""
     measured = [line.whole.measured for line in lines]
     named = [Column("contender", lambda line: plots.name_of(line.whole.measured), names=True)]
+    if view == "lengths":
+        return [
+            *named,
+            Column("tau [95%]", lambda line: _tau(line.whole)), Column("tau, no loops [95%]", lambda line: _tau(line.straight)),
+            Column("alpha_1 ..", lambda line: _alphas(line.whole.measured)),
+            Column("nodes a round", lambda line: f"{line.whole.measured.nodes_per_round:.1f}"),
+        ]  # fmt: skip
     if view == "tasks":
         named.append(Column("task", lambda line: line.whole.measured.task, names=True))
     shared = [
@@ -297,6 +305,12 @@ SHOWN = 8
 def _alphas(row: Measured) -> str:
     shown = [f"{alpha:.2f}".lstrip("0") for alpha in row.alpha[:SHOWN]]
     return " ".join(shown + ["…"] * (len(row.alpha) > SHOWN)) or NONE
+
+
+def _tau(row: Row | None) -> str:
+    if row is None:
+        return NONE
+    return interval(row.measured.tau_interval or Interval(row.measured.tau, None, None))
 
 
 def _speedup(row: Row | None, baseline: str) -> str:

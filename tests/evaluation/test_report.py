@@ -164,6 +164,13 @@ def test_a_mark_can_ask_for_tasks(tmp_path: Path) -> None:
     assert "| contender | task |" in path.read_text()
 
 
+def test_a_mark_can_ask_for_accepted_lengths_alone(tmp_path: Path) -> None:
+    path = page(tmp_path, ROWS, PAGE.replace("results:quick -->\n<", "results:quick lengths -->\n<"))
+    render(path, tmp_path / "results")
+    assert line(path.read_text(), "mine")["tau [95%]"].startswith("2.50 [")
+    assert "tokens/s" not in path.read_text()
+
+
 def test_plots_are_linked_from_where_the_page_lies_and_are_stale_until_drawn_from_the_same_results(tmp_path: Path) -> None:
     path = page(tmp_path, ROWS, PAGE.replace("results:quick -->\n<", "results:quick alpha -->\n<"))
     render(path, tmp_path / "results")
@@ -264,7 +271,7 @@ def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
     [
         ("<!-- results:quick -->\n", "no matching '<!-- /results:quick -->'"),
         ("<!-- results:quick -->\n<!-- /results:quack -->\n", "no matching"),
-        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "one of summary, tasks, rules, figures, study, plots, speedup"),
+        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "summary, tasks, lengths, rules, figures, study, plots, speedup"),
         ("<!-- results:gone -->\n<!-- /results:gone -->\n", "gone.jsonl': no such file"),
     ],
 )
