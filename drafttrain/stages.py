@@ -33,7 +33,8 @@ from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.check import right
 from drafttrain.evaluation.rows import Row
-from drafttrain.evaluation.rules import RuleRow, replay_rules
+from drafttrain.evaluation.rule_rows import RuleRow
+from drafttrain.evaluation.rules import replay_rules
 from drafttrain.evaluation.runners import Runner, folder_fingerprint
 from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.export import export as export_drafter

@@ -31,8 +31,8 @@ from drafttrain.evaluation import plots
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.frontier import page_of
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
+from drafttrain.evaluation.rule_rows import read_rule_rows
 from drafttrain.evaluation.rule_tables import figures_table, rules_table
-from drafttrain.evaluation.rules import read_rule_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 
 View = Literal["summary", "tasks", "lengths"]

@@ -1,4 +1,4 @@
-"""Tables of `evaluation/rules.py`'s rows: one a log of rounds, and one of what all logs say about each figure."""
+"""Tables of `evaluation/rule_rows.py`'s rows: one a log of rounds, and one of what all logs say about each figure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drafttrain.evaluation.rows import Interval
-from drafttrain.evaluation.rules import CHAIN, RuleRow
+from drafttrain.evaluation.rule_rows import CHAIN, RuleRow
 
 HEAD = ("rule", "accepted length [95%]", "difference [95%]", "relative [95%]", "reached 1 ..")
 HEAD_IID = (*HEAD, "P* 1 ..", "accepts 1 ..", "of P* 1 ..")

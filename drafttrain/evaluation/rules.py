@@ -4,19 +4,18 @@ The expected accepted length of a rule on a tree (its tokens and the laws p and 
 itself, whose random numbers are spread evenly and the same for every rule. Differences are paired round by round; intervals are
 bootstraps over prompts.
 
-Where siblings were drawn iid, the probability that one of them stands has a limit for every rule, P* (Khisti et al., 2024,
-arXiv:2410.18234). At the nodes whose children the first rule tried it stands beside the probability that each top-down rule has there, both
-over the siblings that could have been drawn: no chance is left in them but which nodes were reached.
+Where siblings were drawn iid, the limit P* of every rule's acceptance (`limits.py`) stands beside that of each top-down rule, at the nodes
+whose children the first rule tried: no chance is left in them but which nodes were reached.
 n rounds, N nodes, K levels, R laws, V vocabulary, S chances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,33 +24,24 @@ from torch import Tensor
 from drafttrain.core.chance import Spread
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
-from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.evaluation.bench import EvaluationConfig
-from drafttrain.evaluation.journal import append_whole, parse_lines
+from drafttrain.evaluation.journal import append_whole
+from drafttrain.evaluation.limits import ACCEPTANCE, Tried, tries
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.rows import Interval
+from drafttrain.evaluation.rule_rows import Form, RuleRow
 from drafttrain.evaluation.runners import Contender
 from drafttrain.evaluation.suites import Suite
 from drafttrain.runtime.rounds import Laws, RoundLog, RoundsInfo, log_rounds
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
-from drafttrain.verify.multidraft import MultidraftConfig, acceptance, limit
-from drafttrain.verify.recursive import RecursiveConfig
 
-FORMAT = 2
 RESAMPLES = 10_000
-TOGETHER = 16
-"""Nodes whose laws are sorted at once."""
 ELEMENTS = 1 << 26
 """Probabilities that one call of a rule may look at, about."""
-
-CHAIN: Literal["first chain"] = "first chain"
-Form = Literal["whole", "first chain"]
-"""The tree as it was logged, or the chain of first-born children in it: a chain drawn as a chain would have been, on the same contexts."""
-
 
 @dataclass(frozen=True)
 class Judge:
@@ -84,78 +74,6 @@ class Judged:
     lengths: np.ndarray  # [n] expected accepted length of each round, the bonus token not counted
     reached: np.ndarray  # [K] share of rounds in which a node at depth 1, 2, ... stood
     levels: Levels | None = None  # of iid draws, and rules that go from the root down
-
-
-@dataclass(frozen=True)
-class RuleRow:
-    """A line of rules.jsonl: one rule on one log of rounds."""
-
-    log: str
-    contender: str
-    target: str
-    target_fingerprint: str
-    dtype: str
-    drafter_fingerprint: str
-    suite: str
-    suite_hash: str
-    temperature: float
-    top_k: int
-    top_p: float
-    max_new_tokens: int
-    seed: int
-    shape: dict[str, Any]
-    draws: str
-    decoded_by: str
-    decoded_tau: float
-    """Mean tokens a round when the rounds were logged, uncut by ends of texts."""
-    rounds: int
-    prompts: int
-    chances: int
-    rule: str
-    tau: Interval
-    reached: tuple[float, ...]
-    against: str
-    difference: Interval
-    relative: Interval
-    limit: tuple[float, ...]
-    """P* by level: the mean over the nodes whose children `against` tried; none where siblings were not drawn iid."""
-    accepted: tuple[float, ...]
-    """At the same nodes, the probability that this rule accepts one of the children."""
-    of_limit: tuple[Interval, ...]
-    """The second over the first."""
-    law_gap: float
-    """Largest difference between recomputed and logged probabilities of drafted tokens, over the first rounds."""
-    device: str
-    versions: dict[str, str]
-    commit: str | None
-    date: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], where: str) -> RuleRow:
-        """Raises `UserError` for a row of another format, or a broken one."""
-        if data.get("format") != FORMAT:
-            raise UserError(f"{where}: not a row of rules in format {FORMAT}; replay again with this drafttrain")
-        given = {name: value for name, value in data.items() if name != "format"}
-        try:
-            for name in ("tau", "difference", "relative"):
-                given[name] = Interval(**given[name])
-            for name in ("reached", "limit", "accepted"):
-                given[name] = tuple(given[name])
-            given["of_limit"] = tuple(Interval(**share) for share in given["of_limit"])
-            return cls(**given)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{where}: a broken row of rules ({error}); replay again, or remove the line") from error
-
-
-def read_rule_rows(path: Path) -> list[RuleRow]:
-    """All rows of a rules.jsonl, in the order in which they were made."""
-    if not path.is_file():
-        raise UserError(f"results '{path}': no such file; `drafttrain eval --replay-rules` writes it")
-    lines = parse_lines(path.read_text(encoding="utf-8"), path)
-    return [RuleRow.from_json(entry, f"'{path}', line {number}") for number, entry in enumerate(lines, 1)]
 
 
 def judges(info: RoundsInfo, further: Sequence[RuleConfig] = ()) -> tuple[list[Judge], list[str]]:
@@ -204,6 +122,7 @@ def judge_rounds(log: RoundLog, laws: Laws, every: Sequence[Judge], chances: int
     lengths: list[list[np.ndarray]] = [[] for _ in every]
     stood = [np.zeros(info.max_depth) for _ in every]
     tried: list[Tried] = []
+    asked = {one.label: one.rule.config for one in every if one.form == "whole" and one.rule.config.name in ACCEPTANCE}
     first = 0
     for shard in log.parts():
         size = shard.tokens.shape[1] + (0 if shard.states is None else shard.states.shape[1])
@@ -218,7 +137,7 @@ def judge_rounds(log: RoundLog, laws: Laws, every: Sequence[Judge], chances: int
                 lengths[place].append(found.mean(1))
                 stood[place] += (found[..., None] > np.arange(info.max_depth)).mean(1).sum(0)
                 if place == 0 and info.draws == "iid":
-                    tried.append(tries(tree, scored.p, _visits(tree, verdict, chances), every))
+                    tried.append(tries(tree, scored.p, _visits(tree, verdict, chances), asked))
             first += len(rounds)
     levels = [_levels(tried, judge) for judge in every]
     rest = zip(every, lengths, stood, levels, strict=True)
@@ -250,68 +169,8 @@ def _visits(tree: Tree, verdict: Verdict, chances: int) -> Tensor:
     return stood.view(-1, chances, stood.shape[1]).mean(1)
 
 
-@dataclass
-class Tried:
-    """What a group of rounds gives to `Levels`: [C, K] each, the last by the judge's label."""
-
-    visits: Tensor
-    limit: Tensor
-    accepted: dict[str, Tensor]
-
-
-def tries(tree: Tree, p: Tensor, visits: Tensor, every: Sequence[Judge]) -> Tried:
-    """P* and each top-down rule's acceptance at the visited nodes that have children, summed up by level, weighted by `visits` [C, N].
-
-    tree: of iid draws; p: [C, N, V] the target's laws.
-    """
-    assert tree.draws == "iid" and tree.law_rows is not None and tree.law_of is not None
-    children = (tree.children >= 0).sum(-1)  # [C, N]
-    asked = [judge for judge in every if judge.form == "whole" and judge.rule.config.name in ACCEPTANCE]
-    shape = (len(visits), tree.max_depth)
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in (VISITS, LIMIT, *(judge.label for judge in asked))}
-    for K in range(1, tree.max_children + 1):
-        rows, nodes = ((children == K) & (visits > 0)).nonzero(as_tuple=True)
-        for row, node in zip(rows.split(TOGETHER), nodes.split(TOGETHER), strict=True):
-            child = tree.children[row, node, 0]
-            target, drafted = p[row, node], tree.law_rows[row, tree.law_of[row, child]]  # [M, V]
-            weight, level = visits[row, node].double().cpu(), tree.depth[row, node].cpu()
-            values = {VISITS: torch.ones_like(weight), LIMIT: limit(target, drafted, K).cpu()}
-            for judge in asked:
-                config = judge.rule.config
-                values[judge.label] = ACCEPTANCE[config.name](config, target, drafted, K).cpu()
-            for name, value in values.items():
-                sums[name].index_put_((row.cpu(), level), weight * value, accumulate=True)
-    return Tried(sums.pop(VISITS), sums.pop(LIMIT), sums)
-
-
-VISITS, LIMIT = "visits", "limit"
-
-
-def one_by_one(config: RuleConfig, p: Tensor, q: Tensor, K: int) -> Tensor:
-    """The probability that `recursive` accepts one of K iid drafts, or `rejection` its only one: [M, V] laws -> [M], fp64."""
-    if isinstance(config, RecursiveConfig) and config.naive:  # the token drawn from p is among the drafts
-        return (p.double() * (1 - (1 - q.double()) ** K)).sum(-1)
-    P, q, falls = p.double(), q.double(), torch.ones(len(p), dtype=torch.float64, device=p.device)
-    for _ in range(K):
-        falls = falls * (1 - torch.minimum(P, q).sum(-1))
-        P = normalise((P - q).clamp_min(0))
-    return 1 - falls
-
-
-def chosen_one(config: RuleConfig, p: Tensor, q: Tensor, K: int) -> Tensor:
-    """The probability that `multidraft` accepts the draft it chooses: [M, V] laws -> [M], fp64."""
-    assert isinstance(config, MultidraftConfig)
-    return acceptance(p, q, K, config)
-
-
-ACCEPTANCE: dict[str, Callable[[RuleConfig, Tensor, Tensor, int], Tensor]] = {
-    "recursive": one_by_one, "rejection": one_by_one, "multidraft": chosen_one,
-}  # fmt: skip
-"""Rules that go from the root down, so that which nodes they reach says nothing about the tokens below; `traversal` does not."""
-
-
 def _levels(tried: Sequence[Tried], judge: Judge) -> Levels | None:
-    if not tried or judge.form != "whole" or judge.label not in tried[0].accepted:
+    if not tried or judge.label not in tried[0].accepted:
         return None
     parts = [(one.visits, one.limit, one.accepted[judge.label]) for one in tried]
     return Levels(*(torch.cat(level).numpy() for level in zip(*parts, strict=True)))

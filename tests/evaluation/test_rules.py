@@ -16,22 +16,13 @@ from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored
-from drafttrain.evaluation import rules
+from drafttrain.evaluation import rule_rows, rules
 from drafttrain.evaluation.bench import EvaluationConfig
+from drafttrain.evaluation.limits import ACCEPTANCE
 from drafttrain.evaluation.report import render, stale
+from drafttrain.evaluation.rule_rows import RuleRow, read_rule_rows
 from drafttrain.evaluation.rule_tables import figures_table, rules_table
-from drafttrain.evaluation.rules import (
-    ACCEPTANCE,
-    Judge,
-    Judged,
-    Levels,
-    RuleRow,
-    compare,
-    judge_rounds,
-    judges,
-    read_rule_rows,
-    replay_rules,
-)
+from drafttrain.evaluation.rules import Judge, Judged, Levels, compare, judge_rounds, judges, replay_rules
 from drafttrain.evaluation.runners import Contender
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, RoundLog, joined, log_rounds
@@ -150,7 +141,7 @@ def test_rows_name_what_was_measured_and_rounds_are_logged_once(tmp_path: Path) 
     assert [row.tau for row in again] == [row.tau for row in rows]
     written = [json.loads(line) for line in (tmp_path / "rules.jsonl").read_text().splitlines()]
     assert len(written) == 2 * len(rows)
-    assert written[0]["rule"] == rows[0].rule and written[0]["format"] == rules.FORMAT
+    assert written[0]["rule"] == rows[0].rule and written[0]["format"] == rule_rows.FORMAT
     table = rules_table(rows + again)
     assert table.count("| rejection |") == 1  # the chain's, once, though it was measured twice
     assert table.count("| rejection, first chain |") == 1
