@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from pathlib import Path
 from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ class Drafter(nn.Module, ABC):
     trainable: ClassVar[bool] = True  # False: no weights, `loss` and `start_from` are never called
     draws: ClassVar[frozenset[str]] = frozenset({"point", "iid", "without_replacement"})  # how it can draw siblings
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
+    files: Path | None = None  # the folder it was loaded from; `drafters.files.folder_fingerprint` tells drafters apart by it
 
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:
         super().__init__()
@@ -181,7 +183,7 @@ class Around(Drafter):
 
     def __init__(self, config: DrafterConfig, inner: Drafter) -> None:
         super().__init__(config, inner.target)
-        self.inner, self.needs = inner, inner.needs
+        self.inner, self.needs, self.files = inner, inner.needs, inner.files
 
     @property
     def max_depth(self) -> int | None:

@@ -157,6 +157,8 @@ class SpeculativeDecoder:
         self.runtime = runtime or RuntimeConfig()
         if drafter is not None:
             drafter.check_layers(target.aux_layers)
+            if isinstance(self.runtime.policy, PolicyConfig):
+                self.runtime.policy.check_drafter(drafter)
         if drafter is not None and self.runtime.prefetch:
             self._check_prefetch(drafter)
         if drafter is not None and self.runtime.hybrid is not None:
