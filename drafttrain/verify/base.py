@@ -71,5 +71,14 @@ class Rule(ABC):
             fits = ", ".join(f"{drawn} {form}" for drawn, form in sorted(self.accepts))
             raise UserError(
                 f"rule '{name}' {'is not exact for' if self.lossless else 'cannot read'} {draws} draws in a {topology}; it takes {fits}. "
-                f"Choose another rule, or set runtime.treat_as to 'point', which is exact for every tree"
+                f"Choose another rule, or {self._remedy(topology)}"
             )
+
+    def _remedy(self, topology: Topology) -> str:
+        """What makes such trees fit this rule."""
+        drawn = sorted(draws for draws, form in self.accepts if form == topology)
+        if not drawn:
+            return "a chain (runtime.shape) without a lookup beside it (runtime.hybrid)"
+        if "point" in drawn:
+            return "set runtime.treat_as to 'point', which is exact for every tree"
+        return f"set runtime.draws to '{drawn[0]}' (fixed shapes, no lookup beside them), with runtime.treat_as left out"
