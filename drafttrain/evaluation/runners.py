@@ -106,7 +106,7 @@ class Contender:
         drafter, runtime = self.decoder.drafter, self.decoder.runtime
         if drafter is None:
             return Facts()
-        rule, plan = runtime.fitted(sampling, type(drafter))
+        rule, plan = runtime.fitted(sampling, drafter)
         shape = runtime.shape
         options = runtime.model_dump(mode="json", exclude={"shape", "rule", "draws"}, exclude_defaults=True)
         knobs = {} if rule.lossless else rule.config.model_dump(mode="json", exclude={"name"})  # what a lossy row's quality hangs on

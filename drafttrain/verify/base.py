@@ -36,9 +36,6 @@ class Rule(ABC):
     """Pairs of (draws, topology) for which the rule keeps the target's law; of a lossy rule: that it can read."""
     temperatures: ClassVar[str] = "any"
     """`zero` where the rule decodes greedily only."""
-    reads_laws: ClassVar[bool] = False
-    """Reads the drafter's laws of `point` trees too; the plan then has them recorded."""
-
     def __init__(self, config: RuleConfig) -> None:
         self.config = config
 
@@ -46,6 +43,11 @@ class Rule(ABC):
     def needs(self) -> frozenset[str]:
         """Target features the rule reads."""
         return frozenset()
+
+    @property
+    def reads_laws(self) -> bool:
+        """Whether it reads the drafter's laws of `point` trees too; the plan then has them recorded."""
+        return False
 
     def prepare(self, target: Target) -> None:  # noqa: B027
         """Called before a batch is decoded with `target`: what the rule loads or tokenizes is checked against it."""
