@@ -181,6 +181,8 @@ def decision(
 ) -> None:
     """Train the model that ends drafting early (policy `decision`), from rounds that the drafter decodes.
 
+    It serves this drafter and this sampling alone, which its folder names: `decision-hard-t0.7`.
+
     [dim]drafttrain decision runs/quickstart --labels hard runtime.hybrid=null evaluation.temperature=0.7[/dim]
     """
     from drafttrain import stages

@@ -111,9 +111,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def check_recipe(data: dict[str, Any], where: str) -> Recipe:
     """`data` as a recipe whose rules fit, or a `UserError` that `where` opens."""
     recipe = parse(Recipe, data, where)
-    recipe.runtime.fitted(recipe.evaluation.sampling.check(), DRAFTERS[recipe.drafter.name])
+    family = DRAFTERS[recipe.drafter.name]
+    recipe.runtime.fitted(recipe.evaluation.sampling.check(), family)
     for contender in recipe.evaluation.contenders:
-        (contender.runtime or recipe.runtime).fitted(recipe.evaluation.sampling)
+        which = contender.drafter
+        own = DRAFTERS[which.name] if isinstance(which, DrafterConfig) else family if which is None else None  # a folder's is not known yet
+        (contender.runtime or recipe.runtime).fitted(recipe.evaluation.sampling, own)
     return recipe
 
 

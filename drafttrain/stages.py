@@ -29,13 +29,13 @@ from drafttrain.data.shards import INDEX, read_index, write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.files import load_drafter, save_drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter, save_drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.check import right
 from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.rule_rows import RuleRow
 from drafttrain.evaluation.rules import replay_rules
-from drafttrain.evaluation.runners import Runner, folder_fingerprint
+from drafttrain.evaluation.runners import Runner
 from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.export import export as export_drafter
 from drafttrain.export.card import Story, write_card
@@ -236,9 +236,18 @@ def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tu
         states=True,
     )  # fmt: skip
     fitted = fit(log, Laws(log.info, drafter, target.head), config)
-    place = recipe.folder / f"decision-{config.labels}"
+    place = decision_folder(recipe, config)
+    if place.exists():
+        console.print(f"the decision model in '{place}' is replaced")
     fitted.model.save(place)
     return fitted, place
+
+
+def decision_folder(recipe: Recipe, config: DecisionTraining) -> Path:
+    """One for each kind of labels and each sampling, as a model serves no other: `decision-soft-t0.7-k50`."""
+    temperature, top_k, top_p = recipe.evaluation.sampling
+    cuts = [f"k{top_k}"] * (top_k > 0) + [f"p{top_p:g}"] * (top_p < 1)
+    return recipe.folder / "-".join(["decision", config.labels, f"t{temperature:g}", *cuts])
 
 
 def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig) -> tuple[judging.Labelled, judging.JudgeResult, Path]:

@@ -23,7 +23,7 @@ from drafttrain import stages
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import INDEX, write_whole
-from drafttrain.drafters.files import load_drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation import bench, plots
 from drafttrain.evaluation.forecast import (
     RoundCost,
@@ -41,7 +41,7 @@ from drafttrain.evaluation.frontier import Finding, Measurement, draw, page_of, 
 from drafttrain.evaluation.journal import Journal
 from drafttrain.evaluation.machine import device_name, versions
 from drafttrain.evaluation.rows import ALL
-from drafttrain.evaluation.runners import PLAIN, Contender, folder_fingerprint, shape_name
+from drafttrain.evaluation.runners import PLAIN, Contender, shape_name
 from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.evaluation.throughput import ScoreCurve
 from drafttrain.recipe import Recipe, apply_override, check_recipe, stage_values
@@ -239,7 +239,7 @@ class Study:
         waiting = [place for place in order[: self.config.confirm] if found[place].measured is None]
         if not waiting:
             return
-        runs = [Contender(self.cells[place].label, self.decoders[place], self.cells[place].drafter) for place in waiting]
+        runs = [Contender(self.cells[place].label, self.decoders[place]) for place in waiting]
         rows = bench.evaluate(self.target, runs, self.suite, self.evaluation, self.folder / "results.jsonl")
         whole = {row.measured.label: row.measured for row in rows if (row.measured.task, row.measured.outputs) == (ALL, "all")}
         for place in waiting:

@@ -18,17 +18,20 @@ from accelerate import Accelerator
 from huggingface_hub.repocard import metadata_save
 from rich.console import Console
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner, Result
 
 from drafttrain import doctor, terminal
 from drafttrain.cli import app
+from drafttrain.core.sampling import Sampling
 from drafttrain.data import shards
 from drafttrain.data.store import Conversation, Store
 from drafttrain.drafters import DRAFTERS
-from drafttrain.drafters.files import load_drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.recipe import RESOLVED, VERSIONS
+from drafttrain.runtime.decision import load_decision
 from drafttrain.runtime.decoder import Piece
 from drafttrain.stages import STAGES
 from drafttrain.target.adapter import Target
@@ -636,13 +639,44 @@ def test_a_decision_model_is_trained_and_decodes(workplace: Path, labels: str) -
     result = drafttrain("decision", "tiny.yaml", "--labels", labels, "--prompts", 12)
     assert result.exit_code == 0, result.output
     assert "AUROC" in result.stdout
-    policy = f"runtime.policy={{name: decision, path: runs/tiny/decision-{labels}, threshold: 1.0}}"
+    policy = f"runtime.policy={{name: decision, path: runs/tiny/decision-{labels}-t0, threshold: 1.0}}"
     plain = drafttrain("generate", "runs/tiny", "w3 w4", "--max-new-tokens", 12)
     short = drafttrain("generate", "runs/tiny", "w3 w4", policy, "--max-new-tokens", 12)
     assert (short.exit_code, short.stdout) == (0, plain.stdout)
     assert "alpha" in short.stderr
     assert len(short.stderr.split("alpha ")[1].split(";")[0].split()) == 1  # one level a round
     assert "temperature 0.0" in complaint("generate", "runs/tiny", "w3", policy, "--temperature", 0.5, "--max-new-tokens", 12)
+
+
+def test_decision_models_for_other_sampling_stand_side_by_side_and_one_that_is_replaced_is_said(workplace: Path) -> None:
+    for cuts in ((), ("evaluation.temperature=0.7", "evaluation.top_k=5"), ("evaluation.temperature=0.7", "evaluation.top_p=0.9")):
+        result = drafttrain("decision", "tiny.yaml", "--prompts", 12, *cuts)
+        assert result.exit_code == 0, result.output
+        assert "is replaced" not in result.stderr
+    names = {path.name: load_decision(path).shape.sampling for path in Path("runs/tiny").glob("decision-*")}
+    assert names == {
+        "decision-hard-t0": Sampling(), "decision-hard-t0.7-k5": Sampling(0.7, 5), "decision-hard-t0.7-p0.9": Sampling(0.7, 0, 0.9),
+    }  # fmt: skip
+    assert "the decision model in 'runs/tiny/decision-hard-t0' is replaced" in " ".join(
+        drafttrain("decision", "tiny.yaml", "--prompts", 12).stderr.split()
+    )
+
+
+def test_a_decision_model_refuses_a_drafter_that_it_did_not_learn_from(workplace: Path) -> None:
+    assert drafttrain("decision", "tiny.yaml", "--prompts", 12).exit_code == 0
+    policy = "runtime.policy={name: decision, path: runs/tiny/decision-hard-t0}"
+    shutil.copytree("runs/tiny/drafter", "other")
+    assert drafttrain("generate", "runs/tiny", "w3", policy, "--max-new-tokens", 4).exit_code == 0
+    weights = load_file("other/model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, "other/model.safetensors")
+    own, other = folder_fingerprint(Path("runs/tiny/drafter")), folder_fingerprint(Path("other"))
+    contender = f"evaluation.contenders=[{{label: other, drafter: other, runtime: {{policy: {policy.split('=')[1]}}}}}]"
+    line = complaint("eval", "tiny.yaml", contender)
+    assert f"learnt from rounds of drafter {own}, but 'other' is {other}" in line
+    shutil.rmtree("runs/tiny/drafter")
+    shutil.copytree("other", "runs/tiny/drafter")  # trained anew
+    assert f"rounds of drafter {own}, but" in complaint("generate", "runs/tiny", "w3", policy)
+
 # -- what was measured --------------------------------------------------------------------------------------------------------------------
 
 

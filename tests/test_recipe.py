@@ -123,7 +123,7 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, said: str) -> 
 def test_a_rule_that_does_not_fit_is_refused_when_the_recipe_is_read(tmp_path: Path) -> None:
     tree = {"shape": {"shape": "static", "children": [2, 2]}}
     assert "use 'rejection' or 'recursive'" in refusal(tmp_path, SMALLEST, "runtime.rule=greedy", "evaluation.temperature=1")
-    assert "treat_as" in refusal(tmp_path, SMALLEST | {"runtime": tree}, "runtime.rule=rejection", "evaluation.temperature=1")
+    assert "or a chain" in refusal(tmp_path, SMALLEST | {"runtime": tree}, "runtime.rule=rejection", "evaluation.temperature=1")
     contender = {"label": "a", "runtime": tree | {"rule": "rejection"}}
     assert "rejection" in refusal(tmp_path, SMALLEST | {"evaluation": {"contenders": [contender]}})
 

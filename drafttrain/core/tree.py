@@ -92,11 +92,11 @@ class Tree:
         nodes = torch.arange(N, device=self.tokens.device)
         real = self.live & (nodes > 0)
         elder = (self.parents[:, :, None] == self.parents[:, None, :]) & real[:, None, :] & (nodes[:, None] > nodes)
-        rank = torch.where(real, elder.sum(-1), self.max_children)  # dead nodes go to a column that is cut off
-        table = torch.full((B, N, self.max_children + 1), -1, device=self.tokens.device)
+        rank = torch.where(real, elder.sum(-1), -1)  # dead nodes go to a column that is cut off
+        table = torch.full((B, N, max(self.max_children, 1) + 1), -1, device=self.tokens.device)  # a lone root's children: one column of -1
         row = torch.arange(B, device=self.tokens.device)[:, None]
         table[row, torch.where(real, self.parents, 0), rank] = nodes.expand(B, N)
-        return table[..., : self.max_children]
+        return table[..., :-1]
 
     @cached_property
     def families(self) -> tuple[Family, ...]:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from pathlib import Path
 from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -94,8 +95,10 @@ class Drafter(nn.Module, ABC):
     needs: frozenset[str] = frozenset()  # features the target must hand over, decoding and training alike
     first_label: ClassVar[int] = 2  # the row of token t first predicts token t + first_label; `Loss.count` counts those labels
     trainable: ClassVar[bool] = True  # False: no weights, `loss` and `start_from` are never called
+    gives_laws: bool = True  # the laws that chose the tokens of `point` trees can be recorded (`plan.laws`)
     draws: ClassVar[frozenset[str]] = frozenset({"point", "iid", "without_replacement"})  # how it can draw siblings
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
+    files: Path | None = None  # the folder it was loaded from; `drafters.files.folder_fingerprint` tells drafters apart by it
 
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:
         super().__init__()
@@ -181,7 +184,7 @@ class Around(Drafter):
 
     def __init__(self, config: DrafterConfig, inner: Drafter) -> None:
         super().__init__(config, inner.target)
-        self.inner, self.needs = inner, inner.needs
+        self.inner, self.needs, self.files, self.gives_laws = inner, inner.needs, inner.files, inner.gives_laws
 
     @property
     def max_depth(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -95,4 +96,16 @@ def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = first_line(error)
         raise UserError(f"drafter '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
+    drafter.files = folder
     return drafter.eval()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """16 hex digits over the names and bytes of all files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]

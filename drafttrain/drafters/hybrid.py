@@ -89,7 +89,7 @@ class Hybrid(Around):
         name = f"{trained.config.name}+{options.lookup.name}"
         super().__init__(HybridFamily(name=name), trained)
         self.options, self.free = options, build(options.lookup, trained.target)
-        self.needs = trained.needs | self.free.needs
+        self.needs, self.gives_laws = trained.needs | self.free.needs, False
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> HybridState:
         given = (prompts, lengths, features, head, capacity)

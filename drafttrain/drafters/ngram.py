@@ -179,6 +179,7 @@ class Ngram(Drafter):
     Config = NgramConfig
     config: NgramConfig
     trainable = False
+    gives_laws = False
     draws = frozenset({"point"})
 
     def __init__(self, config: NgramConfig, target: TargetShape) -> None:

@@ -118,11 +118,10 @@ def contenders(target: Target, drafter: Path, runtime: RuntimeConfig, config: Ev
 
 
 def _contender(target: Target, label: str | None, which: Path | DrafterConfig, how: RuntimeConfig) -> Contender:
-    folder = find_drafter(which) if isinstance(which, Path) else None
     drafter = build(which, target.shape) if isinstance(which, DrafterConfig) else load_drafter(find_drafter(which), target.fingerprint)
     decoder = SpeculativeDecoder(target, drafter, how)
     assert decoder.drafter is not None
-    return Contender(label or f"{decoder.drafter.config.name} {shape_name(how.shape)}", decoder, folder)
+    return Contender(label or f"{decoder.drafter.config.name} {shape_name(how.shape)}", decoder)
 
 
 def peers(target: Target, config: EvaluationConfig) -> list[Peer]:

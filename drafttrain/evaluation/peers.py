@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
-from drafttrain.drafters.files import load_drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.drafters.small_lm import SmallLM
 from drafttrain.evaluation.memory import PeakMemory
-from drafttrain.evaluation.runners import GENERATE, Facts, Outcome, folder_fingerprint
+from drafttrain.evaluation.runners import GENERATE, Facts, Outcome
 from drafttrain.runtime.decoder import find_drafter
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target

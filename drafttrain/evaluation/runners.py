@@ -6,12 +6,10 @@ with the same three members.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -21,6 +19,7 @@ from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
+from drafttrain.drafters.files import folder_fingerprint
 from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.stats import Statistics
@@ -84,9 +83,6 @@ class Contender:
 
     label: str
     decoder: SpeculativeDecoder
-    files: Path | None = None
-    """The drafter's folder, whose files the fingerprint is made from. Without it a trained drafter counts as `in-memory`, a lookup by its
-    options."""
 
     def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
         live: list[Tensor] = []
@@ -110,7 +106,7 @@ class Contender:
         drafter, runtime = self.decoder.drafter, self.decoder.runtime
         if drafter is None:
             return Facts()
-        rule, plan = runtime.fitted(sampling, type(drafter))
+        rule, plan = runtime.fitted(sampling, drafter)
         shape = runtime.shape
         options = runtime.model_dump(mode="json", exclude={"shape", "rule", "draws"}, exclude_defaults=True)
         knobs = {} if rule.lossless else rule.config.model_dump(mode="json", exclude={"name"})  # what a lossy row's quality hangs on
@@ -123,27 +119,18 @@ class Contender:
 
     @cached_property
     def _fingerprint(self) -> str:
-        if self.files is not None:
-            return folder_fingerprint(self.files)
+        """Of the files the drafter was loaded from; a trained one made in memory has none, and a lookup's options are all it is."""
         drafter = self.decoder.drafter
-        return "in-memory" if drafter is None or drafter.trainable else fingerprint(drafter.config)  # its options are all it is
+        assert drafter is not None
+        if drafter.files is not None:
+            return folder_fingerprint(drafter.files)
+        return "in-memory" if drafter.trainable else fingerprint(drafter.config)
 
 
 def kept_tokens(verdicts: Sequence[Verdict], total: int) -> list[int]:
     """Tokens that each round of one row kept, `total` together: only the last one may have been cut."""
     written = [int(verdict.length[0]) + (verdict.next is not None) for verdict in verdicts]
     return [*written[:-1], total - sum(written[:-1])] if written else []
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """16 hex digits over the names and bytes of all files below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def shape_name(shape: Shape) -> str:

@@ -10,10 +10,9 @@ from typing import Any
 
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
-from drafttrain.drafters.files import load_drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.report import results_table
-from drafttrain.evaluation.runners import folder_fingerprint
 from drafttrain.target.files import DEMO, TargetConfig
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("card.md")

@@ -94,10 +94,10 @@ class RuntimeConfig(Config):
         """What rules are shown: beside a lookup even a chain branches."""
         return "chain" if self.shape.shape == "chain" and self.hybrid is None else "tree"
 
-    def fitted(self, sampling: Sampling, drafter: type[Drafter] | None = None) -> tuple[Rule, Plan]:
-        """The rule and the plan for these sampling options, or a `UserError` where they would not be exact.
+    def fitted(self, sampling: Sampling, drafter: Drafter | type[Drafter] | None = None) -> tuple[Rule, Plan]:
+        """The rule and the plan for these sampling options, or a `UserError` where they would not be exact, or the rule could not work.
 
-        drafter: its family, where it is known: some can draw in one way only.
+        drafter: it or its family, where it is known: some can draw in one way only, or give no laws.
         """
         able = frozenset({"point"}) if self.hybrid is not None or self.corrupt else (drafter or Drafter).draws
         draws: Draws = _auto_draws(self.shape.shape, sampling, able) if self.draws == "auto" else self.draws
@@ -111,6 +111,11 @@ class RuntimeConfig(Config):
             self.policy.check(sampling)
         rule = self._rule(sampling)
         rule.check(self.topology, self.treat_as or draws, sampling)
+        if rule.reads_laws and (self.hybrid is not None or not (drafter or Drafter).gives_laws):
+            what = "a tree that a lookup has a part in (runtime.hybrid)" if self.hybrid is not None else "a tree of this drafter"
+            raise UserError(
+                f"rule '{rule.config.name}' reads the drafter's laws, but {what} has none; choose another rule, or a trained drafter alone"
+            )
         return rule, Plan(self.shape, draws, self.drafter_temperature, laws=rule.reads_laws)
 
     def _rule(self, sampling: Sampling) -> Rule:
@@ -157,6 +162,8 @@ class SpeculativeDecoder:
         self.runtime = runtime or RuntimeConfig()
         if drafter is not None:
             drafter.check_layers(target.aux_layers)
+            if isinstance(self.runtime.policy, PolicyConfig):
+                self.runtime.policy.check_drafter(drafter)
         if drafter is not None and self.runtime.prefetch:
             self._check_prefetch(drafter)
         if drafter is not None and self.runtime.hybrid is not None:
@@ -298,7 +305,7 @@ class SpeculativeDecoder:
 
     def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> Batch:
         """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
-        rule, plan = self.runtime.fitted(sampling.check(), None if self.drafter is None else type(self.drafter))
+        rule, plan = self.runtime.fitted(sampling.check(), self.drafter)
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
             rule, plan = lone.fitted(sampling)

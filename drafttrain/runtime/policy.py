@@ -14,8 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from drafttrain.core.config import Config
+from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.files import folder_fingerprint
 from drafttrain.runtime.decision import load_decision
 from drafttrain.runtime.stats import History, Round
 from drafttrain.verify.confidence import confidence
@@ -28,6 +31,9 @@ class PolicyConfig(Config):
 
     def check(self, sampling: Sampling) -> None:
         """A `UserError` where the policy was made for other sampling, or what it reads is missing."""
+
+    def check_drafter(self, drafter: Drafter) -> None:
+        """A `UserError` where the policy was made for another drafter, as far as files tell: one made in memory passes."""
 
 
 class Policy(Protocol):
@@ -198,6 +204,15 @@ class DecisionConfig(PolicyConfig):
 
     def check(self, sampling: Sampling) -> None:
         load_decision(Path(self.path)).check(sampling)
+
+    def check_drafter(self, drafter: Drafter) -> None:
+        learnt_from = load_decision(Path(self.path)).shape.drafter
+        given = None if drafter.files is None else folder_fingerprint(drafter.files)
+        if given not in (None, learnt_from):
+            raise UserError(
+                f"decision model '{self.path}': it learnt from rounds of drafter {learnt_from}, but '{drafter.files}' is {given}; "
+                f"decode with the drafter it belongs to, or train one for this drafter with `drafttrain decision`"
+            )
 
 
 class Decided:

@@ -154,7 +154,7 @@ def log_rounds(
     out: whole shapes are logged. A finished log in `folder` that was made from the same is opened instead of decoding again. Raises
     `UserError` where the family cannot hand over the states of drawn tokens, or the disk is full.
     """
-    rule, plan = decoder.runtime.fitted(sampling.check())
+    rule, plan = decoder.runtime.fitted(sampling.check(), decoder.drafter)
     draws: Draws = decoder.runtime.treat_as or plan.draws
     info = RoundsInfo(
         target=decoder.target.fingerprint, drafter=drafter, **sampling._asdict(), drafter_temperature=plan.temperature,

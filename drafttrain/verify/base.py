@@ -36,9 +36,6 @@ class Rule(ABC):
     """Pairs of (draws, topology) for which the rule keeps the target's law; of a lossy rule: that it can read."""
     temperatures: ClassVar[str] = "any"
     """`zero` where the rule decodes greedily only."""
-    reads_laws: ClassVar[bool] = False
-    """Reads the drafter's laws of `point` trees too; the plan then has them recorded."""
-
     def __init__(self, config: RuleConfig) -> None:
         self.config = config
 
@@ -46,6 +43,11 @@ class Rule(ABC):
     def needs(self) -> frozenset[str]:
         """Target features the rule reads."""
         return frozenset()
+
+    @property
+    def reads_laws(self) -> bool:
+        """Whether it reads the drafter's laws of `point` trees too; the plan then has them recorded."""
+        return False
 
     def prepare(self, target: Target) -> None:  # noqa: B027
         """Called before a batch is decoded with `target`: what the rule loads or tokenizes is checked against it."""
@@ -71,5 +73,14 @@ class Rule(ABC):
             fits = ", ".join(f"{drawn} {form}" for drawn, form in sorted(self.accepts))
             raise UserError(
                 f"rule '{name}' {'is not exact for' if self.lossless else 'cannot read'} {draws} draws in a {topology}; it takes {fits}. "
-                f"Choose another rule, or set runtime.treat_as to 'point', which is exact for every tree"
+                f"Choose another rule, or {self._remedy(topology)}"
             )
+
+    def _remedy(self, topology: Topology) -> str:
+        """What makes such trees fit this rule."""
+        drawn = sorted(draws for draws, form in self.accepts if form == topology)
+        if not drawn:
+            return "a chain (runtime.shape) without a lookup beside it (runtime.hybrid)"
+        if "point" in drawn:
+            return "set runtime.treat_as to 'point', which is exact for every tree"
+        return f"set runtime.draws to '{drawn[0]}' (fixed shapes, no lookup beside them), with runtime.treat_as left out"

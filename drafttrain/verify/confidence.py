@@ -46,11 +46,14 @@ class Confidence(Rule):
     config: ConfidenceConfig
     lossless = False
     accepts = ANY
-    reads_laws = True
+
+    @property
+    def reads_laws(self) -> bool:
+        return self.config.tau_base < 1
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         config = self.config
-        if config.tau_base == 1:
+        if not self.reads_laws or tree.max_depth == 0:  # off, or nothing was drafted
             return lossless_rule("auto", tree, scored)(tree, scored, chance)
         p = plain_law(tree, scored)  # [B, N, V]
         likely = chosen(tree, p)  # [B, N]

@@ -43,7 +43,10 @@ class Divergence(Rule):
     config: DivergenceConfig
     lossless = False
     accepts = ANY
-    reads_laws = True
+
+    @property
+    def reads_laws(self) -> bool:
+        return self.config.bound > 0
 
     def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
         super().check(topology, draws, sampling)
@@ -51,7 +54,7 @@ class Divergence(Rule):
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         inner = lossless_rule(self.config.inner, tree, scored)
-        if self.config.bound == 0:
+        if not self.reads_laws or tree.max_depth == 0:  # off, or nothing was drafted
             return inner(tree, scored, chance)
         p = plain_law(tree, scored, raw=tree.draws == "point")  # [B, N, V]
         laws, law_of = drafter_laws(tree, self.config.name)

@@ -66,7 +66,7 @@ def distance(
 
 
 def fixed(config: RuleConfig, tree: str, draws: Any) -> Fixed:
-    return Fixed(Plan(TREES[tree], draws, laws=RULES[config.name].reads_laws))
+    return Fixed(Plan(TREES[tree], draws, laws=build(config).reads_laws))
 
 
 def test_every_lossy_rule_is_named_here() -> None:

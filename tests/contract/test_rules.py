@@ -5,8 +5,10 @@ And every known way of losing it is seen: trees that a rule is told the wrong th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -346,10 +348,27 @@ def test_one_draft_a_level_is_speculative_sampling(name: str, draws: Draws, leng
 
 def test_rules_refuse_what_they_would_not_keep_exact() -> None:
     rejection, greedy = (RULES[name](RULES[name].Config(name=name)) for name in ("rejection", "greedy"))
-    with pytest.raises(UserError, match=r"rule 'rejection' is not exact for iid draws in a tree.*treat_as"):
+    with pytest.raises(UserError, match=r"rule 'rejection' is not exact for iid draws in a tree.*or a chain \(runtime.shape\)"):
         rejection.check("tree", "iid", Sampling(1.0))
     with pytest.raises(UserError, match=r"rule 'greedy' decodes greedily, but temperature is 0\.7"):
         greedy.check("chain", "point", Sampling(0.7))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_a_rule_advises_where_it_does_not_fit_is_what_it_takes(name: str) -> None:
+    rule = RULES[name](RULES[name].Config(name=name))
+    takes = {topology: {draws for draws, form in rule.accepts if form == topology} for topology in ("chain", "tree")}
+    for topology, draws in product(takes, ("point", "iid", "without_replacement")):
+        if draws in takes[topology]:
+            continue
+        with pytest.raises(UserError) as refused:
+            rule.check(topology, draws, Sampling(0.0))
+        said = str(refused.value)
+        assert ("treat_as to 'point'" in said) == ("point" in takes[topology])
+        assert ("or a chain" in said) == (not takes[topology])
+        advised = re.findall(r"runtime\.draws to '(\w+)'", said)
+        assert set(advised) <= takes[topology]
+        assert bool(advised) == (bool(takes[topology]) and "point" not in takes[topology])
 
 
 def test_scripted_branches_cover_every_outcome_once() -> None:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters import build
-from drafttrain.drafters.files import save_drafter
+from drafttrain.drafters.files import load_drafter, save_drafter
+from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.evaluation.bench import ContenderConfig, EvaluationConfig, contenders, evaluate, in_turn, peers, read_rows
 from drafttrain.evaluation.rows import Row
@@ -291,11 +293,18 @@ def test_contenders_come_from_folders_with_names_and_fingerprints_of_their_files
 
 def test_a_drafters_fingerprint_follows_every_byte_of_its_files(tmp_path: Path) -> None:
     folder = save_drafter(tiny_eagle3(target()), tmp_path / "drafter")
-    before = replace(contender(), files=folder).facts(Sampling()).drafter_fingerprint
+
+    def mark(**around: Any) -> str | None:
+        decoder = SpeculativeDecoder(target(), load_drafter(folder), RuntimeConfig(shape=Chain(length=2), **around))
+        return Contender("mine", decoder).facts(Sampling()).drafter_fingerprint
+
+    before = mark()
+    assert before == mark(hybrid=HybridConfig()) == mark(corrupt=0.5)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(weights))
-    assert replace(contender(), files=folder).facts(Sampling()).drafter_fingerprint != before
+    assert mark() != before
+    assert contender().facts(Sampling()).drafter_fingerprint == "in-memory"
 
 
 def test_efficiency_is_measured_once_and_kept_over_an_interruption(

@@ -16,9 +16,10 @@ from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.drafters import DRAFTERS
+from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.hybrid import HybridConfig
+from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.runtime import rounds as logging
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, Recorder, RoundLog, joined, log_rounds
@@ -53,6 +54,14 @@ def drafter(name: str) -> Drafter:
 
 def decoder(name: str, shape: Any, **runtime: Any) -> SpeculativeDecoder:
     return SpeculativeDecoder(target(), drafter(name), RuntimeConfig(shape=shape, **runtime))
+
+
+def test_a_lookups_rounds_are_logged_as_the_point_draws_they_are(tmp_path: Path) -> None:
+    """Its laws cannot be recorded, and at a temperature `auto` means drawn tokens for other families."""
+    lookup = SpeculativeDecoder(target(), build(NgramConfig(), target().shape), RuntimeConfig(shape=Chain(length=3)))
+    log = log_rounds(lookup, [(prompt * 6)[:30] for prompt in PROMPTS], Sampling(0.7), 12, tmp_path, "d")
+    assert (log.info.draws, log.info.states) == ("point", False)
+    assert len(log) > 0
 
 
 def test_trees_beside_a_lookup_are_logged_with_their_own_depth_and_width(tmp_path: Path) -> None:
