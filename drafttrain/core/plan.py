@@ -140,5 +140,8 @@ class Plan:
     reach: bool = False
     """`point` trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.reach`), as best-first ones always
     do."""
+    first: Tensor | None = None
+    """[B, w] tokens that the target named for the first level of a fixed shape; the drafter goes on below them (`Tree.named`). Where the
+    shape is wider the rest is dead, where it is narrower the first ones count."""
     keep_states: bool = False
     """Trees keep the drafter's states that their laws were read from (`Tree.law_states`)."""

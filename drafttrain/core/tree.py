@@ -38,6 +38,10 @@ class Skeleton:
     law_of: tuple[int, ...]
     """The row of `law_rows` each node was drawn from; siblings share one."""
 
+    def first(self, nodes: int) -> Skeleton:
+        """Of the first nodes alone, among them every parent of one."""
+        return self if nodes == len(self.parents) else Skeleton(self.parents[:nodes], self.law_of[:nodes])
+
 
 @dataclass(frozen=True)
 class Family:
@@ -65,7 +69,9 @@ class Tree:
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
     reach: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
     law_states: Tensor | None = None  # [B, R, D] what the drafter read those laws from, where `Plan.keep_states` asks for it
-    skeleton: Skeleton | None = None  # of a static shape; where a drawn tree lacks it, `families` waits for the host to read it
+    skeleton: Skeleton | None = None  # of a static shape, of which a tree that ended early is the beginning; where a drawn tree lacks
+    # it, `families` waits for the host to read it
+    named: bool = False  # the first level is not the drafter's: the target named these tokens itself (`Plan.first`)
 
     @property
     def topology(self) -> Topology:
@@ -79,8 +85,10 @@ class Tree:
     @cached_property
     def ancestors(self) -> Tensor:
         """[B, N, N] bool: [b, i, j] where j is i itself or stands above it."""
-        N = self.tokens.shape[1]
-        seen = torch.eye(N, dtype=torch.bool, device=self.tokens.device).repeat(len(self.tokens), 1, 1)
+        B, N = self.tokens.shape
+        if self.skeleton is not None:  # built once for the whole shape, and sliced
+            return skeleton_mask(self.skeleton, self.tokens.device)[:N, :N].expand(B, -1, -1)
+        seen = torch.eye(N, dtype=torch.bool, device=self.tokens.device).repeat(B, 1, 1)
         for _ in range(self.max_depth):
             seen = seen | seen.gather(1, self.parents[:, :, None].expand_as(seen))
         return seen
@@ -101,7 +109,8 @@ class Tree:
     @cached_property
     def families(self) -> tuple[Family, ...]:
         """The inner nodes of a tree of drawn tokens, depth by depth. Raises `ValueError` where rows differ in shape."""
-        return _families(self.skeleton or _read_skeleton(self), self.tokens.device)
+        skeleton = _read_skeleton(self) if self.skeleton is None else self.skeleton.first(self.tokens.shape[1])
+        return _families(skeleton, self.tokens.device)
 
     def layout(self) -> Layout:
         """The tree as the target reads it."""
@@ -148,6 +157,17 @@ FIELDS = frozenset(field.name for field in fields(Tree))
 
 
 @lru_cache(maxsize=64)
+def skeleton_mask(skeleton: Skeleton, device: torch.device) -> Tensor:
+    """[N, N] bool: [i, j] where j is i itself or stands above it. Parents stand before children: the mask of the first n nodes is
+    `[:n, :n]`."""
+    rows: list[list[bool]] = []
+    for node, parent in enumerate(skeleton.parents):
+        above = rows[parent] if node else [False] * len(skeleton.parents)
+        rows.append([*above[:node], True, *above[node + 1 :]])
+    return torch.tensor(rows, device=device)
+
+
+@lru_cache(maxsize=64)
 def _families(skeleton: Skeleton, device: torch.device) -> tuple[Family, ...]:
     children: dict[int, list[int]] = {}
     depth = [0]
@@ -181,10 +201,13 @@ def _read_skeleton(tree: Tree) -> Skeleton:
     return Skeleton(tuple(parents.tolist()), tuple(law_of.tolist()))
 
 
-def root_only(roots: Tensor) -> Tree:
-    """The tree of plain decoding: [B] -> a tree of one node, max_depth 0."""
-    zeros = torch.zeros_like(roots)[:, None]
-    return Tree(roots[:, None], zeros, zeros == 0, "point", max_depth=0, max_children=0)
+def root_only(roots: Tensor, candidates: Tensor | None = None) -> Tree:
+    """The tree of plain decoding: [B] -> a tree of one node, max_depth 0. candidates: [B, w], where the token after the root was left open:
+    then the first of them stands below it."""
+    tokens = roots[:, None] if candidates is None else torch.stack([roots, candidates[:, 0]], 1)
+    below = tokens.shape[1] - 1
+    zeros = torch.zeros_like(tokens)
+    return Tree(tokens, zeros, zeros == 0, "point", max_depth=below, max_children=below, named=candidates is not None)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Verdict:
     path: Tensor  # [B, D] accepted nodes from the root's child down, padded with 0; the root itself always stands
     length: Tensor  # [B] how many of them
     next: Tensor | None  # [B] the token after them, drawn by the rule; None where the rule leaves it open
+    candidates: Tensor | None = None  # [B, w] where it is left open: the target's own tokens for the next tree's first level
 
 
 @dataclass

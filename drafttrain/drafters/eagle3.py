@@ -118,10 +118,11 @@ class Eagle3State(DrafterState):
     values: Tensor  # [B, Hkv, M, d]
     lengths: Tensor  # [B] committed pairs
     pending: Committed | None
+    newest: Tensor  # [B, 1, D] the layer's output at the last committed pair
 
     def select(self, rows: Tensor) -> Eagle3State:
         waiting = None if self.pending is None else _select(self.pending, rows)
-        return Eagle3State(self.head, self.keys[rows], self.values[rows], self.lengths[rows], waiting)
+        return Eagle3State(self.head, self.keys[rows], self.values[rows], self.lengths[rows], waiting, self.newest[rows])
 
     def join(self, other: DrafterState) -> Eagle3State:
         assert isinstance(other, Eagle3State) and (self.pending is None) == (other.pending is None)
@@ -129,7 +130,8 @@ class Eagle3State(DrafterState):
         slots = max(self.keys.shape[2], other.keys.shape[2])
         keys = [F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in (self.keys, other.keys)]
         values = [F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in (self.values, other.values)]
-        return Eagle3State(self.head, torch.cat(keys), torch.cat(values), torch.cat([self.lengths, other.lengths]), both)
+        lengths, newest = torch.cat([self.lengths, other.lengths]), torch.cat([self.newest, other.newest])
+        return Eagle3State(self.head, torch.cat(keys), torch.cat(values), lengths, both, newest)
 
 
 class Eagle3(Drafter):
@@ -272,7 +274,8 @@ class Eagle3(Drafter):
         B, P = prompts.shape
         slots = capacity + CATCH_UP
         storage = torch.zeros(B, self.midlayer.kv_heads, slots, self.head_dim, device=prompts.device, dtype=self.fc.weight.dtype)
-        state = Eagle3State(head, storage, torch.zeros_like(storage), torch.zeros_like(lengths), None)
+        newest = storage.new_zeros(B, 1, self.target.hidden_size)
+        state = Eagle3State(head, storage, torch.zeros_like(storage), torch.zeros_like(lengths), None, newest)
         if P > 1:  # all pairs but the last, which waits for the first root
             place = torch.arange(P - 1, device=prompts.device).expand(B, -1)
             causal = place[0][:, None] >= torch.arange(slots, device=prompts.device)
@@ -308,7 +311,8 @@ class Eagle3(Drafter):
         state.pending = committed if waiting is None else waiting.then(committed)
 
     def _refresh(self, state: Eagle3State, roots: Tensor) -> Tensor:
-        """Pairs of what was committed, with the target's features: writes them, returns the newest one's output [B, 1, D]."""
+        """Pairs of what was committed, with the target's features: writes them, returns the newest one's output [B, 1, D]; of a row that
+        committed nothing, the one it had."""
         pending = state.pending
         assert pending is not None, "propose comes after begin or observe"
         T = pending.tokens.shape[1]
@@ -319,7 +323,9 @@ class Eagle3(Drafter):
         seen = torch.arange(state.keys.shape[2], device=roots.device) <= slots[:, :, None]
         hidden = self._run(state, following, self._fuse(pending.features["aux"]), slots, seen)
         state.lengths, state.pending = state.lengths + pending.count, None
-        return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        newest = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        state.newest = torch.where((pending.count > 0)[:, None, None], newest, state.newest)
+        return state.newest
 
     def _draft(self, state: Eagle3State, frontier: Frontier, above: Tensor) -> Tensor:
         """One level: nodes [B, W] with their parents' outputs [B, W, D] -> their own outputs [B, W, D]."""

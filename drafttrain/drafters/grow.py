@@ -17,7 +17,7 @@ from torch import Tensor
 from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.sampling import Sampling, likeliest
-from drafttrain.core.tree import Skeleton, Tree
+from drafttrain.core.tree import Skeleton, Tree, skeleton_mask
 
 
 @dataclass
@@ -28,19 +28,22 @@ class Frontier:
     tokens: Tensor  # [B, W]
     parent: Tensor  # [B, W] index of each node's parent in the previous frontier
     previous: Frontier | None = None
+    sliced: Tensor | None = None  # [W, F] `mask`, of every row, where the shape is known beforehand
 
     @classmethod
     def of(cls, roots: Tensor) -> Frontier:
         """[B] roots -> the first frontier."""
         return cls(0, roots[:, None], torch.zeros_like(roots)[:, None])
 
-    def below(self, tokens: Tensor, parent: Tensor) -> Frontier:
+    def below(self, tokens: Tensor, parent: Tensor, sliced: Tensor | None = None) -> Frontier:
         """The next frontier: `tokens` [B, W'] under the nodes `parent` [B, W'] of this one."""
-        return Frontier(self.level + 1, tokens, parent, self)
+        return Frontier(self.level + 1, tokens, parent, self, sliced)
 
     @cached_property
     def mask(self) -> Tensor:
         """[B, W, F] bool over all nodes fed so far, these included: itself and what stands above it."""
+        if self.sliced is not None:
+            return self.sliced.expand(len(self.tokens), -1, -1)
         itself = torch.eye(self.tokens.shape[1], dtype=torch.bool, device=self.tokens.device).expand(len(self.tokens), -1, -1)
         if self.previous is None:
             return itself
@@ -107,6 +110,7 @@ def _static(
 ) -> Growth:
     B, device = len(roots), roots.device
     assert plan.draws == "point" or not plan.reach, "only tokens chosen with certainty are ranked by their reach"
+    assert plan.first is None or (plan.draws == "point" and not plan.reach), "what the target named has no law of the drafter's"
     stages, skeleton, parents, fed, law_of = _stages(shape, device)
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
     reach = [torch.zeros(B, 1, device=device)] if plan.reach else []  # [B, n] log probability of the paths, level by level
@@ -115,25 +119,20 @@ def _static(
     frontier = Frontier.of(roots)
     for level, stage in enumerate(stages):
         if level:
-            frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1))
+            frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1), stage.mask)
         logits = step(frontier).expand(-1, frontier.tokens.shape[1], -1)
         stopped = None if plan.stop is None else plan.stop(level, logits)
-        if plan.draws == "point":
-            drawn = top(logits, stage.width)
-            real = torch.ones_like(drawn, dtype=torch.bool)
-            if reach:
-                step_gain = logits.gather(-1, drawn).float() - logits.float().logsumexp(-1, keepdim=True)  # [B, W, width]
-                reach.append(reach[-1][:, stage.nodes[stage.slot]] + step_gain[:, stage.slot, stage.rank])
-            if plan.laws:
-                laws.append(widen(logits.float().softmax(-1), vocab, size))
+        if plan.first is not None and level == 0:
+            drawn, real = _named(plan.first, stage.width)
+            stopped = None  # they are the target's, and stand whatever the drafter thinks
         else:
-            law = sampling.law(logits)
-            drawn = chance.draw(law, stage.width, replace=plan.draws == "iid")
-            real = law.gather(-1, drawn) > 0  # a law of fewer tokens than siblings
-            if plan.draws == "without_replacement":  # past the last of them a draw may repeat one
-                real &= torch.arange(stage.width, device=device) < (law > 0).sum(-1, keepdim=True)
-            laws.append(widen(law, vocab, size))
-        drawn = drawn if vocab is None else vocab[drawn]
+            drawn, real, law = _drawn(logits, stage.width, plan, sampling, chance)
+            if reach:
+                gain = logits.gather(-1, drawn).float() - logits.float().logsumexp(-1, keepdim=True)  # [B, W, width]
+                reach.append(reach[-1][:, stage.nodes[stage.slot]] + gain[:, stage.slot, stage.rank])
+            if law is not None:
+                laws.append(widen(law, vocab, size))
+            drawn = drawn if vocab is None else vocab[drawn]
         tokens.append(drawn[:, stage.slot, stage.rank])
         alive = real[:, stage.slot, stage.rank]
         alive = alive if stopped is None else alive & ~stopped[:, None]
@@ -149,9 +148,29 @@ def _static(
         max_children=max(stage.width for stage in stages[:depth]),
         reach=torch.cat(reach, 1).exp() if reach else None,
         law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of.expand(B, -1) if laws else None,
-        skeleton=skeleton if len(skeleton.parents) == N else Skeleton(skeleton.parents[:N], skeleton.law_of[:N]),
+        skeleton=skeleton, named=plan.first is not None,
     )
     return Growth(tree, fed.expand(B, -1))
+
+
+def _drawn(logits: Tensor, width: int, plan: Plan, sampling: Sampling, chance: Chance) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[B, W, Vd] -> [B, W, width] draft ids in drawn order, which of them are real, and the law they came from if it is recorded."""
+    if plan.draws == "point":
+        drawn = top(logits, width)
+        return drawn, torch.ones_like(drawn, dtype=torch.bool), logits.float().softmax(-1) if plan.laws else None
+    law = sampling.law(logits)
+    drawn = chance.draw(law, width, replace=plan.draws == "iid")
+    real = law.gather(-1, drawn) > 0  # a law of fewer tokens than siblings
+    if plan.draws == "without_replacement":  # past the last of them a draw may repeat one
+        real &= torch.arange(width, device=logits.device) < (law > 0).sum(-1, keepdim=True)
+    return drawn, real, law
+
+
+def _named(first: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[B, w] -> [B, 1, width] the first ones, and which of them are real."""
+    shown = torch.nn.functional.pad(first[:, :width], (0, max(0, width - first.shape[1])))
+    real = torch.arange(width, device=first.device) < first.shape[1]
+    return shown[:, None], real.expand_as(shown)[:, None]
 
 
 def _best_first(
@@ -243,6 +262,7 @@ class Stage:
     slot: Tensor  # [n] the frontier node each new node hangs from
     rank: Tensor  # [n] which of its children it is
     width: int  # children drawn a frontier node
+    mask: Tensor  # [W, F] bool: what the nodes expanded see of all nodes fed so far; a slice of the whole shape's
 
 
 @lru_cache(maxsize=64)
@@ -258,7 +278,12 @@ def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, .
     def index(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    stages = []
+    skeleton = Skeleton(
+        parents=(0, *(place[path[:-1]] for path in paths[1:])), law_of=(0, *(order[path[:-1]] for path in paths[1:])),
+    )  # fmt: skip
+    feeding = index([place[path] for path in order])
+    whole = skeleton_mask(skeleton, device)[feeding][:, feeding]  # [F, F] of all nodes that are ever fed
+    stages, fed_before = [], 0
     for depth, frontier in enumerate(frontiers):
         above = frontiers[depth - 1] if depth else []
         stages.append(
@@ -268,10 +293,9 @@ def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, .
                 slot=index([frontier.index(path[:-1]) for path in levels[depth + 1]]),
                 rank=index([path[-1] for path in levels[depth + 1]]),
                 width=max(path[-1] for path in levels[depth + 1]) + 1,
+                mask=whole[fed_before : fed_before + len(frontier), : fed_before + len(frontier)],
             )
         )
-    skeleton = Skeleton(
-        parents=(0, *(place[path[:-1]] for path in paths[1:])), law_of=(0, *(order[path[:-1]] for path in paths[1:])),
-    )  # fmt: skip
+        fed_before += len(frontier)
     fed = [order.get(path, -1) for path in paths]
     return tuple(stages), skeleton, index([*skeleton.parents]), index(fed), index([*skeleton.law_of])

@@ -99,7 +99,11 @@ class RuntimeConfig(Config):
 
         drafter: it or its family, where it is known: some can draw in one way only, or give no laws.
         """
-        able = frozenset({"point"}) if self.hybrid is not None or self.corrupt else (drafter or Drafter).draws
+        rule = self._rule(sampling)
+        if rule.leaves_open:
+            self._check_open(rule, drafter)
+        chosen = self.hybrid is not None or self.corrupt or rule.leaves_open
+        able = frozenset({"point"}) if chosen else (drafter or Drafter).draws
         draws: Draws = _auto_draws(self.shape.shape, sampling, able) if self.draws == "auto" else self.draws
         if draws not in able:
             raise UserError(f"runtime.draws '{draws}': this drafter makes {' or '.join(sorted(able))} draws only; leave draws at 'auto'")
@@ -109,7 +113,6 @@ class RuntimeConfig(Config):
             raise UserError(f"runtime.policy '{self.policy}' is unknown{nearest(self.policy, POLICIES)}; known: {', '.join(POLICIES)}")
         if not isinstance(self.policy, str):
             self.policy.check(sampling)
-        rule = self._rule(sampling)
         rule.check(self.topology, self.treat_as or draws, sampling)
         if rule.reads_laws and (self.hybrid is not None or not (drafter or Drafter).gives_laws):
             what = "a tree that a lookup has a part in (runtime.hybrid)" if self.hybrid is not None else "a tree of this drafter"
@@ -117,6 +120,20 @@ class RuntimeConfig(Config):
                 f"rule '{rule.config.name}' reads the drafter's laws, but {what} has none; choose another rule, or a trained drafter alone"
             )
         return rule, Plan(self.shape, draws, self.drafter_temperature, laws=rule.reads_laws)
+
+    def _check_open(self, rule: Rule, drafter: Drafter | type[Drafter] | None) -> None:
+        """A `UserError` where nothing could be drafted below candidates of the target."""
+        reasons = {
+            "a dynamic shape may drop them (runtime.shape); use a static one, as {shape: static, children: [4, 1, 1, 1]}":
+                self.shape.shape == "dynamic",
+            "a lookup drafts under committed tokens alone; leave runtime.hybrid out": self.hybrid is not None,
+            "runtime.corrupt would swap them; set it to 0": self.corrupt,
+            "runtime.prefetch bets on the next token; set it to 0": self.prefetch,
+            "this drafter is a lookup, which drafts under committed tokens alone; use a trained one": not (drafter or Drafter).trainable,
+        }  # fmt: skip
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(f"rule '{rule.config.name}' leaves the next token open, and the drafter goes on below candidates: {reason}")
 
     def _rule(self, sampling: Sampling) -> Rule:
         if not isinstance(self.rule, str):
@@ -231,7 +248,7 @@ class SpeculativeDecoder:
             origins: list[list[int]] = [[] for _ in group]
             for emissions in _run(batch, group):
                 for gained in emissions:
-                    origins[gained.row] += _origins(gained)
+                    origins[gained.row] += gained.origins
             for written, origin, statistics in zip(batch.written, origins, batch.statistics(), strict=True):
                 out.append(self._generation(written, origin, stops, max_new_tokens, statistics))
         return out
@@ -249,7 +266,7 @@ class SpeculativeDecoder:
         origins: list[int] = []  # of each whole character
         text = shown = ""
         for gained in chain.from_iterable(_run(batch, request)):
-            for token, origin in zip(gained.tokens, _origins(gained), strict=True):
+            for token, origin in zip(gained.tokens, gained.origins, strict=True):
                 tokens.append(token)
                 text = self._text(tokens, stops)
                 whole = text.rstrip(HALF)
@@ -377,10 +394,6 @@ def _pieces(text: str, origins: list[int], start: int) -> Iterator[Piece]:
     """`text` from `start` on, cut where the origin of its characters changes."""
     for origin, places in groupby(range(start, len(text)), key=lambda place: origins[place]):
         yield Piece("".join(text[place] for place in places), origin)
-
-
-def _origins(gained: Emission) -> list[int]:
-    return [1] * gained.accepted + [0] * (len(gained.tokens) - gained.accepted)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -51,8 +51,15 @@ class Emission:
 
     row: int  # index of the request
     tokens: list[int]  # none where the row was finished before
-    accepted: int  # the first so many are the drafter's, the rest is the target's
+    accepted: int  # the first so many are nodes of the tree, the rest is the target's
     done: bool
+    named: int = 0  # the first so many are nodes that the target named itself (`Tree.named`)
+
+    @property
+    def origins(self) -> list[int]:
+        """Of each token: 1 the drafter's, 0 the target's."""
+        drafted = range(self.named, self.accepted)
+        return [int(place in drafted) for place in range(len(self.tokens))]
 
 
 RoundHook = Callable[[Tree, Scored, Verdict], None]
@@ -78,6 +85,7 @@ class Batch:
         self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
         self.prefetcher = Prefetcher(drafter, target.head, prefetch) if prefetch and drafter else None
         self.ready: Tree | None = None  # the next round's tree, where it was prefetched
+        self.candidates: Tensor | None = None  # [B, w] the target's, for its first level, where the rule left the last round open
         self.history, self.clock = History(), Clock(target.device)
         self.now: Callable[[], float] = time.perf_counter  # what policies are told of time
         self.calls_before = (target.forwards, drafter.calls if drafter else 0)
@@ -144,15 +152,16 @@ class Batch:
             self.clock.pause()  # whoever looks on pays for it
         kept = self._cut(tree, verdict)
         self.clock.lap("verify")
-        gained = self._fetch(kept) if self.stopper else None  # stop strings need the host before the commit
+        gained = self._fetch(kept, tree.named) if self.stopper else None  # stop strings need the host before the commit
         if gained:
             kept = self._stop(kept, gained)
         committed = self.target.commit(self.cache, tree, scored, kept.verdict, kept.count > 0)
         if self.drafter and self.state and not (bets and self._won(bets, kept)):
             self.drafter.observe(self.state, committed)
         self._count(tree, kept)
+        self.candidates = verdict.candidates
         self.clock.lap("commit")
-        gained = gained or self._fetch(kept)
+        gained = gained or self._fetch(kept, tree.named)
         root = int(kept.verdict.next is not None)  # it stays in the cache, even if a draft behind it ended the row
         self.lengths = [length + (one.accepted + root if one.tokens else 0) for length, one in zip(self.lengths, gained, strict=True)]
         self._settle()
@@ -186,10 +195,10 @@ class Batch:
 
     def _propose(self, plan: Plan) -> Tree:
         if self.drafter is None or self.state is None or not plan.draft:
-            return root_only(self.roots)
+            return root_only(self.roots, self.candidates)
         tree, self.ready = self.ready, None
         if tree is None:
-            plan = replace(plan, keep_states=plan.keep_states or self.prefetcher is not None)
+            plan = replace(plan, keep_states=plan.keep_states or self.prefetcher is not None, first=self.candidates)
             tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.chance)
         return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
 
@@ -238,13 +247,13 @@ class Batch:
         alive = self.alive & ~ended & (self.left > count)
         return Kept(replace(verdict, length=torch.minimum(verdict.length, count)), tokens, count, alive)
 
-    def _fetch(self, kept: Kept) -> list[Emission]:
-        """The round's one wait for the device: what every row gained, finished ones too."""
+    def _fetch(self, kept: Kept, named: bool = False) -> list[Emission]:
+        """The round's one wait for the device: what every row gained, finished ones too. named: see `Tree.named`."""
         self.history.syncs += 1
         marks = torch.stack([kept.count, kept.verdict.length, kept.alive.long()], 1)
         rows = torch.cat([kept.tokens, marks], 1).tolist()
         return [
-            Emission(request, tokens[:count], accepted, not alive)
+            Emission(request, tokens[:count], accepted, not alive, int(named and accepted > 0))
             for request, (*tokens, count, accepted, alive) in zip(self.row_ids, rows, strict=True)
         ]
 
@@ -267,8 +276,9 @@ class Batch:
         tip = torch.where(accepted[:, None] > 0, tip, 0)
         below = (tree.parents == tip) & tree.live
         below[:, 0] = False
-        tried = accepted + (below.any(1) & (kept.count > accepted))
-        self.tally.add(self.request_of, kept.count, accepted, tried, tree.max_depth)
+        uncut = kept.count > accepted if kept.verdict.next is not None else kept.alive
+        tried = accepted + (below.any(1) & uncut)
+        self.tally.add(self.request_of, self.alive, kept.count, accepted, tried, tree.max_depth, tree.named)
 
     def _hand_out(self, kept: Kept, gained: list[Emission]) -> list[Emission]:
         """Moves the rows on; what they gained, and that finished ones are done."""
@@ -282,8 +292,9 @@ class Batch:
 
     def _remember(self, plan: Plan, gained: list[Emission], begun: float) -> None:
         """What the next plan may be made from."""
-        counts, drafted = [len(one.tokens) for one in gained], plan.draft and self.drafter is not None
-        self.history.add(Round(len(counts), sum(map(bool, counts)), sum(counts), drafted, self.now() - begun))
+        going = sum(bool(one.tokens) or not one.done for one in gained)
+        tokens, drafted = sum(len(one.tokens) for one in gained), plan.draft and self.drafter is not None
+        self.history.add(Round(len(gained), going, tokens, drafted, self.now() - begun))
 
     def _settle(self) -> None:
         self.cache.settle(self.lengths)
@@ -303,6 +314,7 @@ class Batch:
         self.cache = self.cache.select(rows)
         self.state = self.state.select(rows) if self.state else None
         self.ready = self.ready.select(rows) if self.ready else None
+        self.candidates = None if self.candidates is None else self.candidates[rows]
         self._settle()
         self.chance, self.request_of = self.chance.select(rows), self.request_of[rows]
         self.roots, self.left, self.alive = self.roots[rows], self.left[rows], self.alive[rows]

@@ -78,7 +78,7 @@ def _retrace(drafter: Drafter, head: TargetHead, texts: Texts, plan: Plan) -> St
         path, accepted = follow(tree, written[:, 1:])
         accepted = torch.where(alive, accepted, 0)
         kept = torch.where(alive, torch.minimum(accepted + 1, texts.stops - 1 - at), 0)
-        tally.add(row, kept, accepted, accepted + (_has_child(tree, path, accepted) & (kept > accepted)), tree.max_depth)
+        tally.add(row, alive, kept, accepted, accepted + (_has_child(tree, path, accepted) & (kept > accepted)), tree.max_depth)
         nodes = torch.cat([torch.zeros_like(at)[:, None], path], 1)
         features = {name: value[row[:, None], place.clamp_max(T - 1)] for name, value in texts.features.items()}
         drafter.observe(state, Committed(tree.tokens.gather(1, nodes), torch.where(alive, accepted + 1, 0), features, nodes))

@@ -80,7 +80,7 @@ class Round:
     """One round of a batch, as the host knows it afterwards."""
 
     rows: int  # computed, finished ones included
-    going: int  # rows that gained tokens
+    going: int  # rows that were not finished before
     tokens: int  # that they gained together
     drafted: bool  # False: decoded plainly
     seconds: float  # by the host's clock; it waits for the device once a round
@@ -106,17 +106,21 @@ class Tally:
         self.attempts = torch.zeros(rows, 0, dtype=torch.long, device=device)
         self.accepts = torch.zeros_like(self.attempts)
 
-    def add(self, rows: Tensor, kept: Tensor, accepted: Tensor, tried: Tensor, depth: int) -> None:
-        """One round of the batch's `rows` [R]: tokens kept, nodes that stood, depths tried ([R] each; 0 everywhere where a row is done)."""
+    def add(
+        self, rows: Tensor, going: Tensor, kept: Tensor, accepted: Tensor, tried: Tensor, depth: int, named: bool = False
+    ) -> None:
+        """One round of the batch's `rows` [R]: which of them went on, tokens kept, nodes that stood, depths tried ([R] each; 0 everywhere
+        where a row was done). named: the first level was the target's own (`Tree.named`), and counts in no alpha."""
         missing = depth - self.attempts.shape[1]
         if missing > 0:
             more = torch.zeros(len(self.rounds), missing, dtype=torch.long, device=rows.device)
             self.attempts, self.accepts = torch.cat([self.attempts, more], 1), torch.cat([self.accepts, more], 1)
         level = torch.arange(self.attempts.shape[1], device=rows.device)
-        self.rounds.index_add_(0, rows, (kept > 0).long())
+        self.rounds.index_add_(0, rows, going.long())
         self.tokens.index_add_(0, rows, kept)
-        self.attempts.index_add_(0, rows, (level < tried[:, None]).long())
-        self.accepts.index_add_(0, rows, (level < accepted[:, None]).long())
+        drafted = level >= int(named)
+        self.attempts.index_add_(0, rows, (drafted & (level < tried[:, None])).long())
+        self.accepts.index_add_(0, rows, (drafted & (level < accepted[:, None])).long())
 
     def row(self, index: int) -> Statistics:
         """One row's counts (waits for the device)."""

@@ -49,6 +49,11 @@ class Rule(ABC):
         """Whether it reads the drafter's laws of `point` trees too; the plan then has them recorded."""
         return False
 
+    @property
+    def leaves_open(self) -> bool:
+        """Whether its verdicts leave `next` open and name candidates instead, under which the drafter goes on in the next round."""
+        return False
+
     def prepare(self, target: Target) -> None:  # noqa: B027
         """Called before a batch is decoded with `target`: what the rule loads or tokenizes is checked against it."""
 

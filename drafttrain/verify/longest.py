@@ -1,15 +1,15 @@
-"""The longest branch (Lu et al., 2024, arXiv:2409.10644): a round's first token is whichever of the target's candidates the draft goes on
-from best. LOSSY. (The paper's candidates as prefetched drafts, which keep the law, are in `runtime/prefetch.py`.)
+"""The longest branch below the target's own candidates (Lu et al., 2024, arXiv:2409.10644: target-initialised multi-candidates). LOSSY.
+(The paper's candidates as prefetched drafts, which keep the law, are in `runtime/prefetch.py`.)
 
-p the target's law at a node. At the root the target names w candidates: its w likeliest tokens at temperature 0, else w drawn from p
-without replacement. Below the root it names one token a node: the argmax, or one drawn from p. A node stands where its token was named at
-its parent, and of all branches that stand the longest is kept. The token after it is the one named at its end, where the paper leaves the
-place open for the next round's candidates. Of equally long branches the target's first candidate goes before the others, then the
-likeliest stands; and where nothing follows another candidate, the first one is the round's only token.
+p the target's law at a node. The token after a round is left open: the rule names w candidates for it, the w likeliest tokens of p where
+the path ends at temperature 0, else w drawn from what is left of p there without replacement. The next tree's first level is these
+candidates, each with what the drafter drafts below it; that level stands whatever it says. Below it a node stands where the target's own
+token after its parent, the argmax or one drawn from p, is the node's. Of all branches that stand the longest is kept; of equally long
+ones the first candidate's goes before the others', then the likeliest. A round commits its path, one token at least.
 
-The first token is chosen by how well the draft continues it, not by p: that is what is lost. One candidate is match sampling, which is
-exact. The paper drafts under the candidates themselves; here they count where the drafter drafted them, so that any drafter will do.
-B rows, N nodes.
+A round's first token is chosen by how well the draft goes on from it, not by p: that is what is lost. The first round of a text, which
+has no candidates yet, verifies the drafter's own first level like any other, and may commit nothing. Candidates come from the target:
+they count in the accepted length, but not in alpha. B rows, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.tree import Tree
@@ -31,35 +32,46 @@ class LongestConfig(RuleConfig):
 
     name: Literal["longest"] = "longest"
     width: int = Field(default=4, ge=1)
-    """Candidates of the target for a round's first token (w). 1 turns the rule off: the lossless rule decides."""
+    """Candidates of the target for a round's first token (w); the tree's shape says how many of them are drafted on. 1 turns the rule off:
+    the lossless rule decides."""
 
 
 class Longest(Rule):
-    """Reads no drafter's law: any tree, however drawn."""
+    """Reads no drafter's law: any tree; what the target named was chosen, so that open rounds are of `point` draws."""
 
     Config = LongestConfig
     config: LongestConfig
     lossless = False
     accepts = ANY
 
+    @property
+    def leaves_open(self) -> bool:
+        return self.config.width > 1
+
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
-        if self.config.width == 1:
+        if not self.leaves_open:
             return lossless_rule("auto", tree, scored)(tree, scored, chance)
         N = tree.tokens.shape[1]
+        own = scored.top[:, :N] if scored.sampling.greedy else chance.draw(scored.p[:, :N], 1, replace=True)[..., 0]  # [B, N]
+        good, likely = tree.tokens == own.gather(1, tree.parents), chosen(tree, plain_law(tree, scored))
+        if tree.named:
+            first = (tree.parents == 0) & tree.live  # [B, N] the candidates, and the root, which comes first
+            rank = first.cumsum(1) - 2
+            good = torch.where(first, rank < self.config.width, good)
+            likely = torch.where(first & (rank == 0), 1.0, likely)
+        node = longest(tree, good, likely)
+        return Verdict(*tree.path_to(node), next=None, candidates=self._candidates(tree, scored, node, chance))
+
+    def _candidates(self, tree: Tree, scored: Scored, node: Tensor, chance: Chance) -> Tensor:
+        """[B] where the path ends -> [B, w] the target's tokens for the place after it."""
+        row = torch.arange(len(node), device=node.device)
         width = min(self.config.width, scored.logits.shape[-1])
         if scored.sampling.greedy:
-            named = scored.top[:, :N]  # [B, N]
-            candidates = scored.logits[:, 0].topk(width, -1).indices  # [B, w]
-            ours = torch.cat([named[:, :1], candidates], 1)
-        else:
-            named = chance.draw(scored.p[:, :N], 1, replace=True)[..., 0]
-            ours = chance.draw(scored.p[:, :1], width, replace=False)[:, 0]
-            named = torch.cat([ours[:, :1], named[:, 1:]], 1)
-        below_root = tree.parents == 0  # the root's own entry is forced to stand by `longest`
-        same = tree.tokens == named.gather(1, tree.parents)
-        good = same | (below_root & (tree.tokens[..., None] == ours[:, None]).any(-1))
-        likely = torch.where(same & below_root, 1.0, chosen(tree, plain_law(tree, scored)))
-        node = longest(tree, good, likely)[:, None]
-        lone = below_root.gather(1, node) & ~same.gather(1, node)
-        node = torch.where(lone, 0, node)
-        return Verdict(*tree.path_to(node[:, 0]), named.gather(1, node)[:, 0])
+            return scored.logits[row, node].topk(width, -1).indices
+        law = scored.law(node[:, None])[:, 0]  # [B, V]
+        children = tree.children[row, node]  # [B, C] none of which is what the target drew here
+        fallen = tree.tokens.gather(1, children.clamp_min(0))
+        law = law.scatter_reduce(1, fallen, (children < 0).to(law.dtype), "prod")
+        drawn = chance.draw(law[:, None], width, replace=False)[:, 0]
+        real = torch.arange(width, device=node.device) < (law > 0).sum(-1, keepdim=True)
+        return torch.where(real, drawn, drawn[:, :1])  # a law of fewer tokens than candidates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,39 @@ def test_the_mask_of_a_tree_that_ended_is_a_corner_of_the_whole_shapes_mask(draw
     assert n == 1 + 3 + 6 < whole.tokens.shape[1]
     assert torch.equal(corner.mask, whole.mask[:, :n, :n])
     assert torch.equal(corner.tokens, whole.tokens[:, :n])
+
+
+@pytest.mark.parametrize("name", ["chain", "static", "ragged"])
+def test_slices_of_a_fixed_shapes_mask_are_the_masks_built_level_by_level(name: str) -> None:
+    fed: list[Frontier] = []
+
+    def step(frontier: Frontier) -> Tensor:
+        fed.append(frontier)
+        return TABLE[frontier.tokens]
+
+    tree = grow(step, torch.tensor([1, 5, 7]), Plan(PAIRS[name][0]), Sampling(), Seeded(3, torch.arange(B))).tree
+    assert torch.equal(tree.ancestors, replace(tree, skeleton=None).ancestors)
+    built = Frontier.of(tree.tokens[:, 0])
+    for sliced in fed:
+        built = built.below(sliced.tokens, sliced.parent) if sliced.level else built
+        assert torch.equal(sliced.mask, built.mask)
+    assert all(frontier.sliced is not None for frontier in fed[1:])
+
+
+def test_tokens_that_the_target_named_are_the_first_level_whatever_a_policy_thinks_of_it() -> None:
+    first = torch.tensor([[9, 3], [0, 1], [2, 2]])
+    shape, calls = Static(children=(3, 2)), list[int]()
+    plan = Plan(shape, first=first, stop=lambda level, logits: torch.ones(B, dtype=torch.bool) if level == 0 else torch.zeros(B).bool())
+
+    def step(frontier: Frontier) -> Tensor:
+        calls.append(frontier.level)
+        return TABLE[frontier.tokens]
+
+    tree = grow(step, torch.tensor([1, 5, 7]), plan, Sampling(), Seeded(3, torch.arange(B))).tree
+    assert tree.named and calls == [0, 1]
+    assert torch.equal(tree.tokens[:, 1:3], first)
+    assert tree.live[:, 1:4].tolist() == [[True, True, False]] * B  # the shape has room for three
+    assert torch.equal(tree.tokens[:, 4:6], TABLE[first[:, 0]].topk(2).indices)
 
 
 @pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(2, 2, 1)), Dynamic(depth=3, beam=2, top_k=2, nodes=20)])

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafttrain.core.errors import UserError
-from drafttrain.core.plan import Chain, Plan
+from drafttrain.core.plan import Chain, Plan, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored
+from drafttrain.core.types import Scored, Verdict
+from drafttrain.drafters.hybrid import HybridConfig
+from drafttrain.drafters.ngram import Ngram
 from drafttrain.evaluation.rows import summarise
 from drafttrain.evaluation.runners import Contender
 from drafttrain.recipe import load_recipe
@@ -32,6 +34,7 @@ from drafttrain.verify.lossy import longest
 from drafttrain.verify.reflective import ReflectiveConfig
 from drafttrain.verify.typical import Typical, TypicalConfig, threshold
 from tests.evaluation.toys import sample
+from tests.families import TRAINABLE, trained_drafter
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, Round, decoded, drafter, lengths, rounds, target
 
 OFF: dict[str, RuleConfig] = {
@@ -43,7 +46,6 @@ LOOSENED: dict[str, list[RuleConfig]] = {
     "typical by delta": [TypicalConfig(epsilon=0.99, delta=value) for value in (0.99, 0.5, 0.2, 0.05, 0.0)],
     "confidence by tau_base": [ConfidenceConfig(tau_base=value) for value in (0.999, 0.7, 0.4, 0.1, 0.0)],
     "confidence by gamma": [ConfidenceConfig(tau_base=0.05, gamma=value) for value in (3.0, 1.0, 0.5, 0.1, 0.0)],
-    "longest by width": [LongestConfig(width=value) for value in (2, 4, 8, 64)],
     "divergence by bound": [DivergenceConfig(bound=value) for value in (1e-9, 0.5, 1.0, 2.0, 20.0)],
 }
 
@@ -129,23 +131,122 @@ def test_of_equally_long_paths_the_likeliest_stands() -> None:
 # -- longest ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_of_the_targets_candidates_the_one_that_the_draft_goes_on_from_longest_opens_the_round() -> None:
+FORK = RuntimeConfig(shape=Static(children=(4, 1, 1)), rule=LongestConfig(width=4))
+
+
+def forks(width: int, sampling: Sampling) -> list[Round]:
+    """Rounds of the rule's own decoding whose first level the target named."""
+    seen: list[Round] = []
+
+    def log(tree: Tree, scored: Scored, verdict: Verdict) -> None:
+        seen.append(Round(tree, scored))
+
+    runtime = FORK.model_copy(update={"rule": LongestConfig(width=width)})
+    SpeculativeDecoder(target(), drafter(), runtime).generate(PROMPTS, 24, *sampling, seed=3, on_round=log)
+    assert not seen[0].tree.named
+    return [one for one in seen if one.tree.named]
+
+
+def test_the_branch_that_the_target_follows_longest_stands_and_its_candidates_open_the_next_round() -> None:
     other = 0
-    for logged in rounds("static", COLD):
-        tree, scored, got = logged.tree, logged.scored, logged.judged(Longest(LongestConfig(width=3)))
+    for logged in forks(4, COLD):
+        tree, scored, got = logged.tree, logged.scored, logged.judged(Longest(LongestConfig(width=4)))
+        assert got.next is None and got.candidates is not None
         for row in range(len(tree.tokens)):
-            first, named = int(scored.top[row, 0]), scored.logits[row, 0].topk(3).indices.tolist()
-            runs = {first: 0} | {token: run(logged, row, child) for child, token in children(tree, row, 0) if token in named}
-            most = max(runs.values())
-            length = int(got.length[row])
-            path = tree.tokens[row, got.path[row, :length]].tolist()
-            last = int(got.path[row, length - 1]) if length else 0
-            assert got.next is not None and int(got.next[row]) == int(scored.top[row, last])
-            opening = path[0] if path else int(got.next[row])
-            assert runs[opening] == most == max(0, length - 1)
-            assert opening == first or runs[first] < most
-            other += opening != first
+            runs = {child: run(logged, row, child) for child, _ in children(tree, row, 0)}
+            path = got.path[row, : int(got.length[row])].tolist()
+            assert len(path) == 1 + max(runs.values()) == 1 + runs[path[0]]
+            assert path[0] == 1 or runs[1] < runs[path[0]]
+            other += path[0] != 1
+            assert got.candidates[row].tolist() == scored.logits[row, path[-1]].topk(4).indices.tolist()
     assert other > 0
+
+
+@pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
+def test_more_candidates_accept_no_less_of_a_tree_that_they_opened(sampling: Sampling) -> None:
+    steps = [lengths(Longest(LongestConfig(width=width)), forks(4, sampling)) for width in (2, 3, 4)]
+    for fewer, more in pairwise(steps):
+        assert (more >= fewer).all()
+    assert steps[-1].sum() > steps[0].sum()
+
+
+def test_drawn_candidates_differ_and_are_never_what_the_target_just_refused() -> None:
+    for logged in forks(4, WARM):
+        got = logged.judged(Longest(LongestConfig(width=4)))
+        assert got.candidates is not None
+        for row, candidates in enumerate(got.candidates.tolist()):
+            last = int(got.path[row, int(got.length[row]) - 1])
+            assert len(set(candidates)) == 4
+            assert not set(candidates) & {token for _, token in children(logged.tree, row, last)}
+
+
+def test_a_law_of_fewer_tokens_than_candidates_repeats_its_first_one() -> None:
+    logged = forks(4, WARM)[0]
+    two = Scored(logged.scored.logits, Sampling(1.0, top_k=2))
+    got = Round(logged.tree, two).judged(Longest(LongestConfig(width=4)))
+    assert got.candidates is not None
+    for row, candidates in enumerate(got.candidates.tolist()):
+        last = int(got.path[row, int(got.length[row]) - 1])
+        assert all(float(two.p[row, last, token]) > 0 for token in candidates)
+        assert candidates[2:] == candidates[:1] * 2
+
+
+@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
+def test_rounds_left_open_go_on_from_the_last_accepted_token_and_nothing_is_lost_or_counted_twice(family: str, sampling: Sampling) -> None:
+    """A node of the cache is worth what a forward of the whole text gives there, for every family and row."""
+    drafter, seen = trained_drafter(family, target(), PROMPTS), list[tuple[Tree, Scored, Verdict]]()
+    decoder = SpeculativeDecoder(target(), drafter, FORK)
+    for prompt in PROMPTS:
+        seen.clear()
+        (made,) = decoder.generate([prompt], 20, *sampling, seed=3, on_round=lambda *given: seen.append(given))
+        text, origins = [*prompt, made.tokens[0]], [0]
+        for place, (tree, scored, verdict) in enumerate(seen):
+            assert tree.named == (place > 0)
+            assert int(tree.tokens[0, 0]) == text[-1]
+            whole = target().model(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(scored.logits[0, 0], whole, atol=2e-4, rtol=1e-4)  # fp32 in another order
+            stood = tree.tokens[0, verdict.path[0, : int(verdict.length[0])]].tolist()
+            assert stood or not tree.named
+            text += stood
+            origins += [0 if tree.named and not depth else 1 for depth in range(len(stood))]
+            if place + 1 < len(seen):
+                assert verdict.candidates is not None
+                assert verdict.candidates[0].tolist() == seen[place + 1][0].tokens[0, 1:5].tolist()
+        assert text[len(prompt) :][:20] == made.tokens and origins[:20] == made.origins
+        counts = made.statistics
+        assert (counts.rounds, counts.tokens) == (len(seen), 19)
+        assert counts.attempts[0] == 1  # the first round's: candidates are not the drafter's
+        assert sum(counts.accepts) <= sum(made.origins)
+
+
+@pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("policy", ["fixed", "adaptive", "confidence"])
+def test_rounds_left_open_give_a_row_of_a_batch_what_it_gets_alone(policy: str, sampling: Sampling) -> None:
+    runtime = FORK.model_copy(update={"policy": ConfidentConfig(floor=0.6, at_least=0) if policy == "confidence" else policy})
+    decoder = SpeculativeDecoder(target(), drafter(), runtime)
+    together = decoder.generate(PROMPTS, 24, *sampling, seed=3)
+    if policy == "adaptive":
+        assert {len(one.tokens) for one in together} == {24}  # plain rounds commit the first candidate
+        return
+    alone = [decoder.generate(PROMPTS, 24, *sampling, seed=3, batch_size=1)[place].tokens for place in range(3)]
+    assert [one.tokens for one in together] == alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": SHAPES["dynamic"]}, "dynamic shape may drop them"),
+        ({"hybrid": HybridConfig()}, "a lookup drafts under committed tokens alone; leave runtime.hybrid out"),
+        ({"corrupt": 0.5}, "would swap them"),
+        ({"prefetch": 1}, "bets on the next token"),
+    ],
+)
+def test_what_cannot_draft_below_candidates_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"rule 'longest' leaves the next token open.*{message}"):
+        FORK.model_copy(update=changes).fitted(WARM)
+    with pytest.raises(UserError, match="this drafter is a lookup"):
+        FORK.fitted(WARM, Ngram)
 
 
 def children(tree: Tree, row: int, node: int) -> list[tuple[int, int]]:
@@ -294,7 +395,6 @@ class NoWaiting(TorchDispatchMode):
 WAITS = {f"aten::{name}" for name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique2")}
 SWITCHED_ON: list[RuleConfig] = [
     TypicalConfig(), ConfidenceConfig(), DivergenceConfig(bound=1.0), JudgeConfig(head="in memory"), ReflectiveConfig(prompt=(1, 2)),
-    LongestConfig(),
 ]  # fmt: skip
 
 
@@ -310,6 +410,13 @@ def test_no_lossy_rule_waits_for_the_host(config: RuleConfig, shape: str, sampli
     with NoWaiting():
         rule.layout(logged.tree)
         logged.judged(rule)
+
+
+@pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
+def test_rounds_left_open_do_not_wait_for_the_host(sampling: Sampling) -> None:
+    logged = forks(4, sampling)[0]
+    with NoWaiting():
+        logged.judged(Longest(LongestConfig(width=4)))
 
 
 def test_the_watch_over_waits_sees_one() -> None:
