@@ -185,14 +185,14 @@ def _best_first(
     seen, placed = 1, 1  # candidates and fed nodes so far
     ended = _Ended(plan, states)
     for level in range(shape.depth):
-        logits, W = step(frontier).float(), frontier.tokens.shape[1]
+        logits, W = step(frontier), frontier.tokens.shape[1]
         shown = logits.expand(-1, W, -1)
         stopped = None if plan.stop is None else plan.stop(level, shown)
         if plan.laws:
-            laws.append(widen(logits.softmax(-1), vocab, size).expand(-1, W, -1))
-        best = logits.topk(min(shape.top_k, logits.shape[-1]), -1)
+            laws.append(widen(logits.float().softmax(-1), vocab, size).expand(-1, W, -1))
+        best = logits.log_softmax(-1, dtype=torch.float32).topk(min(shape.top_k, logits.shape[-1]), -1)
         k = best.indices.shape[-1]
-        reach = score[..., None] + best.values - logits.logsumexp(-1, keepdim=True)  # [B, W, k]
+        reach = score[..., None] + best.values  # [B, W, k]
         if stopped is not None:
             reach = reach.masked_fill(stopped[:, None, None], float("-inf"))
         if ended.rows is not None:
