@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from drafttrain.core.errors import UserError
+    from drafttrain.core.plan import Chain, Dynamic, Static
     from drafttrain.drafters.files import load_drafter, save_drafter
     from drafttrain.recipe import Recipe, load_recipe
-    from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
+    from drafttrain.runtime.decoder import Generation, Piece, RuntimeConfig, SpeculativeDecoder
+    from drafttrain.runtime.stats import Statistics
     from drafttrain.target.adapter import Target
     from drafttrain.target.files import TargetConfig
 
@@ -17,12 +19,17 @@ __version__ = "0.1.0"
 
 PUBLIC = {
     "UserError": "drafttrain.core.errors",
+    "Chain": "drafttrain.core.plan",
+    "Dynamic": "drafttrain.core.plan",
+    "Static": "drafttrain.core.plan",
     "load_drafter": "drafttrain.drafters.files",
     "save_drafter": "drafttrain.drafters.files",
     "Recipe": "drafttrain.recipe",
     "load_recipe": "drafttrain.recipe",
     "Generation": "drafttrain.runtime.decoder",
+    "Piece": "drafttrain.runtime.decoder",
     "RuntimeConfig": "drafttrain.runtime.decoder",
+    "Statistics": "drafttrain.runtime.stats",
     "SpeculativeDecoder": "drafttrain.runtime.decoder",
     "Target": "drafttrain.target.adapter",
     "TargetConfig": "drafttrain.target.files",
@@ -30,8 +37,8 @@ PUBLIC = {
 """Public names and where they live; imported when first asked for, so that `drafttrain --help` needs no torch."""
 
 __all__ = [  # noqa: RUF022
-    "SpeculativeDecoder", "Generation", "RuntimeConfig", "Target", "TargetConfig", "Recipe", "load_recipe", "load_drafter", "save_drafter",
-    "UserError", "__version__",
+    "SpeculativeDecoder", "Generation", "Piece", "Statistics", "RuntimeConfig", "Chain", "Static", "Dynamic", "Target", "TargetConfig",
+    "Recipe", "load_recipe", "load_drafter", "save_drafter", "UserError", "__version__",
 ]  # fmt: skip
 
 
