@@ -26,9 +26,9 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features, appended
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
-from drafttrain.target.adapter import context_of, kv_shapes, layer_masks, mask_windows, text_config, tree_mask
+from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, mask_windows, tree_mask
 from drafttrain.target.cache import Aim, KVShape, TreeCache
-from drafttrain.target.files import TargetShape
+from drafttrain.target.files import TargetShape, text_config
 from drafttrain.target.head import TargetHead, final_norm, finisher, layer_list
 
 PREFILL_CHUNK = 512

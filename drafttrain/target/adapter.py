@@ -19,6 +19,7 @@ from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Features, Scored, Verdict
+from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, mask_windows, tree_mask
 from drafttrain.target.cache import KVShape, TreeCache
 from drafttrain.target.files import (
     TargetConfig,
@@ -31,8 +32,6 @@ from drafttrain.target.files import (
     text_config,
 )
 from drafttrain.target.head import TargetHead
-
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass
@@ -201,36 +200,6 @@ class Target:
         return shapes
 
 
-def tree_mask(cache: TreeCache, slots: Tensor, mask: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """What nodes at `slots` [B, N] see: every committed token, and of each other what `mask` [B, W, N] says of the last W of them.
-
-    depth: [B, N] below the first one. Returns [B, W, visible] bool, and the position each slot stands for [B, visible].
-    """
-    place = torch.arange(cache.visible, device=slots.device)
-    B, W, N = mask.shape
-    seen = (place < cache.lengths[:, None])[:, None, :].repeat(1, W, 1)
-    seen.scatter_(2, slots[:, None, :].expand(B, W, N), mask)
-    return seen, place.repeat(B, 1).scatter(1, slots, cache.lengths[:, None] + depth)
-
-
-def layer_masks(
-    windows: dict[str, int | None], dtype: torch.dtype, seen: Tensor, positions: Tensor, key_positions: Tensor | None
-) -> Tensor | dict[str, Tensor]:
-    """Additive [B, 1, N, M] masks from `seen` [B, N, M]: one, or one a layer type where the model mixes them.
-
-    windows: see `mask_windows`; key_positions: [B, M] positions of the slots, for windows; None where slot s stands for position s.
-    """
-    masks = {}
-    for kind, window in windows.items():
-        near = seen
-        if window is not None:
-            keys = torch.arange(seen.shape[-1], device=seen.device)[None] if key_positions is None else key_positions
-            near = seen & (positions[:, :, None] - keys[:, None, :] < window)
-        lowest = torch.finfo(dtype).min
-        masks[kind] = torch.zeros(near.shape, dtype=dtype, device=near.device).masked_fill_(~near, lowest)[:, None]
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
 def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """A causal LM from a local folder, or a `UserError`."""
     try:
@@ -289,53 +258,3 @@ def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerB
     ids = config if isinstance(config, list) else [config]
     own = None if tokenizer is None else tokenizer.eos_token_id
     return tuple(sorted({token for token in [*ids, own] if token is not None}))
-
-
-def mask_windows(config: Any) -> dict[str, int | None]:
-    """The attention kinds of a model's layers, as transformers names them in mask dictionaries, each with its window in tokens (None:
-    everything is seen). Read once when a model is loaded: a configuration is slow to ask.
-
-    Raises `UserError` for a layer whose state cannot be rolled back, by its number.
-    """
-    window = config.to_dict().get("sliding_window")
-    kinds = getattr(config, "layer_types", None)  # no entry of its own in the models that work it out from other ones
-    if kinds is None and not hasattr(config, "num_attention_heads"):
-        kinds = [config.model_type] * config.num_hidden_layers
-    elif kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    for index, kind in enumerate(kinds):
-        if kind not in ATTENTION_KINDS:
-            raise UserError(
-                f"target layer {index} is of type '{kind}', whose state cannot be rolled back after a rejected draft; "
-                f"only {' and '.join(ATTENTION_KINDS)} layers can be verified"
-            )
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
-
-
-def context_of(config: Any) -> int:
-    """Positions a model was made for.
-
-    Raises `UserError` where it places tokens by their distance in the cache (ALiBi), or states no such number, as those models do.
-    """
-    if getattr(config, "alibi", False) or not hasattr(config, "max_position_embeddings"):
-        stated = "places tokens by ALiBi" if hasattr(config, "max_position_embeddings") else "has no max_position_embeddings (ALiBi?)"
-        raise UserError(
-            f"a '{config.model_type}' target whose configuration {stated} does not follow position_ids, which the nodes of a tree need; "
-            f"choose a model with rotary or learned positions"
-        )
-    return int(config.max_position_embeddings)
-
-
-def kv_shapes(cache: object, layers: int) -> list[KVShape]:
-    """Head shapes read off a cache that transformers itself filled."""
-    shapes = []
-    held = list(getattr(cache, "layers", []))
-    if len(held) != layers:
-        raise UserError(f"target keeps {len(held)} cache layers for {layers} decoder layers; shared or recurrent states are not supported")
-    for index, layer in enumerate(held):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None:
-            raise UserError(f"target layer {index} keeps no keys and values ({type(layer).__name__}); its state cannot be rolled back")
-        shapes.append(KVShape(keys.shape[1], keys.shape[3], values.shape[3]))
-    return shapes
-
