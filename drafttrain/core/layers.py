@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,17 @@ def again(function: Callable[..., Tensor], *given: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return function(*given)
     return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
+
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def in_precision(module: AnyModule, device: torch.device, dtype: torch.dtype) -> AnyModule:
+    """The module itself, moved, with its parameters in `dtype`. Buffers keep theirs: rotary frequencies rounded to bf16 turn long
+    positions to wrong angles, and training and transformers keep them in fp32 too."""
+    for parameter in module.to(device).parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 class RMSNorm(nn.Module):

@@ -25,6 +25,7 @@ from transformers import (
 
 from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
+from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
@@ -141,6 +142,18 @@ def _own_text(target: Target, drafter: SmallLM, prompt: list[int], new_tokens: i
 
 
 @torch.no_grad()
+def test_in_bf16_a_drafter_of_all_the_target_layers_has_its_law_at_long_positions_too() -> None:
+    target = Target(in_precision(tiny_llama(max_position_embeddings=2048), torch.device("cpu"), torch.bfloat16))
+    drafter = SmallLM(SmallLMConfig(layers=3), target.shape)
+    drafter.start_from(target.head, torch.ones(VOCAB))
+    SpeculativeDecoder(target, drafter)  # brings it to the target's precision
+    text = torch.randint(VOCAB, (2048,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = packed(target, [text], [0])
+    states = next(iter(drafter.unrolled(batch, target.head, 1))).roll(1, 1)
+    assert states.dtype == torch.bfloat16
+    torch.testing.assert_close(states, batch.features["last"])  # the same sums: nothing is rounded otherwise
+
+
 def test_the_label_at_each_token_is_the_next_one() -> None:
     target = family("llama")
     prompt = texts(4)[0]
