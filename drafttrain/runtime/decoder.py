@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from drafttrain.core.config import Config
+from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, nearest
 from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Plan, Shape
@@ -217,11 +217,16 @@ class SpeculativeDecoder:
         """Loads both.
 
         target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter or of the
-        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`; without `aux_layers`, the target hands over the
-        layers that the drafter was trained on. Raises `UserError` where the drafter was trained on another target, or on other layers.
+        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`, which go before the configuration's own; without
+        `aux_layers`, the target hands over the layers that the drafter was trained on. Raises `UserError` for unknown options, and where
+        the drafter was trained on another target, or on other layers.
         """
         if isinstance(target, str):
-            target = TargetConfig(model=target, **options)
+            target = TargetConfig(model=target)
+        if isinstance(target, TargetConfig):
+            target = parse(TargetConfig, {**target.model_dump(), **options}, "SpeculativeDecoder.from_pretrained")
+        elif options:
+            raise UserError(f"option '{next(iter(options))}' beside a target that is loaded already: it is of loading; give it there")
         loaded = Target.load(target) if isinstance(target, TargetConfig) else target
         made = None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint)
         if made is not None and isinstance(target, TargetConfig) and target.aux_layers is None:
