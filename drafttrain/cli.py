@@ -233,10 +233,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the target; `-` reads it from stdin.", show_default=False)],
     overrides: Overrides = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the smallest set of likeliest tokens with this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. By default the recipe's, as the next three.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the smallest set of likeliest tokens with this mass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without the drafter.")] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page of all rounds.", show_default=False)] = None,
@@ -247,13 +247,12 @@ def generate(
     [dim]drafttrain generate runs/quickstart "Count to ten." runtime.shape='{shape: chain, length: 3}'[/dim]
     [dim]drafttrain generate runs/quickstart "Count to ten." --trace trace.html[/dim]
     """
-    sampling = [f"evaluation.{name}={value}" for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))]
-    resolved = _load(run, [*(overrides or ()), *sampling])  # rules and policies are checked against what is decoded with
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    chosen = [f"evaluation.{name}={value}" for name, value in given.items() if value is not None]
+    resolved = _load(run, [*(overrides or ()), *chosen])  # rules and policies are checked against what is decoded with
     asked = sys.stdin.read() if prompt == "-" else prompt
-    _stream(
-        resolved, asked, plain, trace,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or (),
-    )  # fmt: skip
+    sampling = {name: value for name, value in resolved.evaluation if name in given}
+    _stream(resolved, asked, plain, trace, max_new_tokens=max_new_tokens, stop=stop or (), **sampling)
 
 
 @app.command()

@@ -253,6 +253,8 @@ def test_generate_writes_the_text_to_stdout_and_statistics_to_stderr(workplace: 
     assert ("tau" in drafted.stderr, "tau" in plain.stderr) == (True, False)
     sampled = [drafttrain(*words, "--temperature", 2, "--seed", seed).stdout for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+    written = drafttrain(*words[:3], "evaluation.temperature=2", "evaluation.seed=9", *words[3:], "--seed", 2).stdout
+    assert written == sampled[2]  # an option goes before the recipe's word, which goes before the default
 
 
 def test_accepted_tokens_are_coloured_by_who_wrote_them() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,17 @@ def again(function: Callable[..., Tensor], *given: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return function(*given)
     return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
+
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def in_precision(module: AnyModule, device: torch.device, dtype: torch.dtype) -> AnyModule:
+    """The module itself, moved, with its parameters in `dtype`. Buffers keep theirs: rotary frequencies rounded to bf16 turn long
+    positions to wrong angles, and training and transformers keep them in fp32 too."""
+    for parameter in module.to(device).parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 class RMSNorm(nn.Module):
@@ -56,26 +67,20 @@ class GatedMLP(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary positions with the half-split layout of Llama (Su et al., 2021, arXiv:2104.09864); plain frequencies only."""
+    """Rotary positions with the half-split layout of Llama (Su et al., 2021, arXiv:2104.09864)."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, frequency: Tensor, scale: float = 1.0) -> None:
+        """frequency: [d / 2] fp32, radians a position; scale: of cosine and sine (YaRN's attention factor)."""
         super().__init__()
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         self.frequency: Tensor
         self.register_buffer("frequency", frequency, persistent=False)
+        self.scale = scale
 
     def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] positions -> cos, sin [B, 1, T, d] fp32."""
         angle = position[:, None, :, None].float() * self.frequency  # [B, 1, T, d / 2]
         angle = torch.cat([angle, angle], -1)
-        return angle.cos(), angle.sin()
-
-
-def rope_theta(config: dict[str, Any]) -> float:
-    """A model's rotary base; of long-context scalings only the base (drafts see positions as its plain frequencies would)."""
-    parameters = config.get("rope_parameters") or {}
-    nested = parameters.get("full_attention", parameters)
-    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        return angle.cos() * self.scale, angle.sin() * self.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features
 from drafttrain.drafters.base import Around, Drafter, DrafterState
+from drafttrain.drafters.hybrid import Hybrid
 from drafttrain.target.head import TargetHead
 
 
@@ -43,4 +44,5 @@ class Corrupt(Around):
         return replace(tree, tokens=torch.where(swapped, random, tree.tokens))
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
-        self.inner.observe(state, committed)
+        nodes = committed.nodes if isinstance(self.inner, Hybrid) else None  # a cache holds the keys of the tokens that were swapped away
+        self.inner.observe(state, replace(committed, nodes=nodes))

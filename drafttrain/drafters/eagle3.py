@@ -21,11 +21,9 @@ from drafttrain.core.chance import Chance
 from drafttrain.core.layers import (
     GatedMLP,
     RMSNorm,
-    Rotary,
     document_bias,
     heads,
     repeat_heads,
-    rope_theta,
     rotate,
     unrolled_attention,
 )
@@ -39,6 +37,7 @@ from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterSt
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
+from drafttrain.target.rope import target_rotary
 
 
 class Eagle3Config(DrafterConfig):
@@ -158,7 +157,7 @@ class Eagle3(Drafter):
         draft_size = min(config.draft_vocab_size or target.vocab_size, target.vocab_size)
         self.lm_head = nn.Linear(size, draft_size, bias=False)
         self.register_buffer("vocab", torch.arange(draft_size))
-        self.rotary = Rotary(self.head_dim, rope_theta(known))
+        self.rotary = target_rotary(target, self.head_dim)
 
     @property
     def draft_ids(self) -> Tensor | None:

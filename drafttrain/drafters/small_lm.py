@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Llama
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError, first_line
-from drafttrain.core.layers import document_mask, rope_theta
+from drafttrain.core.layers import document_mask
 from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
@@ -30,6 +30,7 @@ from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, m
 from drafttrain.target.cache import Aim, KVShape, TreeCache
 from drafttrain.target.files import TargetShape, text_config
 from drafttrain.target.head import TargetHead, final_norm, finisher, layer_list
+from drafttrain.target.rope import rope_parameters
 
 PREFILL_CHUNK = 512
 """Prompt tokens read in one forward."""
@@ -381,12 +382,12 @@ def shallow_config(target: TargetShape, sources: list[int]) -> PretrainedConfig:
 
 
 def narrow_config(target: TargetShape, layers: int, size: int) -> PretrainedConfig:
-    """A Llama of the given depth and width with the target's vocabulary, context and rotary base."""
+    """A Llama of the given depth and width with the target's vocabulary, context and rotary positions."""
     head_dim = 64 if size % 64 == 0 else size // 4
     return LlamaConfig(
         vocab_size=target.vocab_size, hidden_size=size, intermediate_size=4 * size, num_hidden_layers=layers,
         num_attention_heads=size // head_dim, max_position_embeddings=target.max_context,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta(target.text_config)}, tie_word_embeddings=True,
+        rope_parameters=rope_parameters(target.text_config), tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=list(target.eos_ids) or None, pad_token_id=None,
     )  # fmt: skip
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from drafttrain.core.config import Config
+from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Plan, Shape
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology
@@ -188,7 +189,7 @@ class SpeculativeDecoder:
         if drafter is not None and self.runtime.corrupt:
             drafter = Corrupt(self.runtime.corrupt, drafter)
         self._policies: dict[Plan, Policy] = {}  # they learn from batch to batch
-        self.drafter = None if drafter is None else drafter.to(target.device, target.dtype).eval()
+        self.drafter = None if drafter is None else in_precision(drafter, target.device, target.dtype).eval()
         if drafter is not None and drafter.max_depth is not None and self.runtime.shape.depth > drafter.max_depth:
             raise UserError(
                 f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "
@@ -216,11 +217,16 @@ class SpeculativeDecoder:
         """Loads both.
 
         target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter or of the
-        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`; without `aux_layers`, the target hands over the
-        layers that the drafter was trained on. Raises `UserError` where the drafter was trained on another target, or on other layers.
+        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`, which go before the configuration's own; without
+        `aux_layers`, the target hands over the layers that the drafter was trained on. Raises `UserError` for unknown options, and where
+        the drafter was trained on another target, or on other layers.
         """
         if isinstance(target, str):
-            target = TargetConfig(model=target, **options)
+            target = TargetConfig(model=target)
+        if isinstance(target, TargetConfig):
+            target = parse(TargetConfig, {**target.model_dump(), **options}, "SpeculativeDecoder.from_pretrained")
+        elif options:
+            raise UserError(f"option '{next(iter(options))}' beside a target that is loaded already: it is of loading; give it there")
         loaded = Target.load(target) if isinstance(target, TargetConfig) else target
         made = None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint)
         if made is not None and isinstance(target, TargetConfig) and target.aux_layers is None:

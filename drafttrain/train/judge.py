@@ -23,6 +23,7 @@ from torch import Tensor
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.layers import in_precision
 from drafttrain.core.types import Batch
 from drafttrain.data.shards import write_whole
 from drafttrain.drafters.base import Drafter
@@ -123,7 +124,7 @@ def ask(target: Target, prompts: Sequence[list[int]], max_new_tokens: int, batch
 @torch.no_grad()
 def mismatches(target: Target, drafter: Drafter, answered: Sequence[Answered]) -> list[Mismatch]:
     """Every place of the answers where the drafter's first guess is another token; an answer's first token is never drafted."""
-    drafter = drafter.to(target.device, target.dtype).eval()
+    drafter = in_precision(drafter, target.device, target.dtype).eval()
     out = []
     for number, one in enumerate(answered):
         tokens = torch.tensor([one.prompt + one.answer], device=target.device)

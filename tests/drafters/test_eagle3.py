@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from drafttrain.core.chance import Seeded
+from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch, Committed
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
+from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.target.adapter import Target
-from tests.tiny import VOCAB, packed, tiny_eagle3, tiny_target
+from tests.tiny import VOCAB, packed, tiny_eagle3, tiny_llama, tiny_target
 
 GREEDY = Sampling()
 
@@ -158,3 +160,12 @@ def test_a_layer_twice_as_wide_as_the_targets_borrows_what_fits_and_nothing_else
     for name in ("mlp.down_proj.weight", "mlp.up_proj.weight", "self_attn.o_proj.weight", "self_attn.q_proj.weight"):
         assert layer.state_dict()[name].equal(before[name]), name
     assert layer.state_dict()["self_attn.k_proj.weight"][:, 32:].equal(theirs["self_attn.k_proj.weight"])
+
+
+def test_decoding_in_bf16_turns_by_the_frequencies_of_training() -> None:
+    target = Target(in_precision(tiny_llama(), torch.device("cpu"), torch.bfloat16))
+    drafter = tiny_eagle3(target)
+    trained_with = drafter.rotary.frequency.clone()
+    SpeculativeDecoder(target, drafter)
+    assert drafter.fc.weight.dtype == torch.bfloat16
+    assert torch.equal(drafter.rotary.frequency, trained_with)

@@ -25,10 +25,13 @@ from transformers import (
 
 from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
+from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig, SmallLMState
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
@@ -80,7 +83,7 @@ def begun(target: Target, drafter: SmallLM, rows: Sequence[list[int]]) -> SmallL
     return drafter.begin(prompts, lengths, {}, target.head, 128)
 
 
-def proposed(drafter: SmallLM, state: SmallLMState, roots: list[int], shape: Shape) -> Tree:
+def proposed(drafter: Drafter, state: SmallLMState, roots: list[int], shape: Shape) -> Tree:
     return drafter.propose(state, torch.tensor(roots), Plan(shape), Sampling(), Seeded(0, torch.arange(len(roots))))
 
 
@@ -141,6 +144,18 @@ def _own_text(target: Target, drafter: SmallLM, prompt: list[int], new_tokens: i
 
 
 @torch.no_grad()
+def test_in_bf16_a_drafter_of_all_the_target_layers_has_its_law_at_long_positions_too() -> None:
+    target = Target(in_precision(tiny_llama(max_position_embeddings=2048), torch.device("cpu"), torch.bfloat16))
+    drafter = SmallLM(SmallLMConfig(layers=3), target.shape)
+    drafter.start_from(target.head, torch.ones(VOCAB))
+    SpeculativeDecoder(target, drafter)  # brings it to the target's precision
+    text = torch.randint(VOCAB, (2048,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = packed(target, [text], [0])
+    states = next(iter(drafter.unrolled(batch, target.head, 1))).roll(1, 1)
+    assert states.dtype == torch.bfloat16
+    torch.testing.assert_close(states, batch.features["last"])  # the same sums: nothing is rounded otherwise
+
+
 def test_the_label_at_each_token_is_the_next_one() -> None:
     target = family("llama")
     prompt = texts(4)[0]
@@ -239,7 +254,18 @@ def test_after_any_acceptances_the_cache_equals_recomputation_from_scratch(name:
     assert max(len(row) for row in rows) > 64
 
 
-def observe(drafter: SmallLM, state: SmallLMState, committed: Committed, rows: list[list[int]]) -> None:
+@torch.no_grad()
+def test_where_a_swapped_token_stands_the_cache_keeps_nothing_of_the_drafted_one() -> None:
+    target = family("llama")
+    drafter, generator, rows = small_lm(target, layers=2), torch.Generator().manual_seed(0), texts(5, 9)
+    spoilt, state = Corrupt(0.7, drafter), begun(target, drafter, rows)
+    for _ in range(3):
+        tree = proposed(spoilt, state, [1, 2], Chain(length=4))
+        observe(spoilt, state, random_round(tree, torch.tensor([True, True]), generator), rows)
+        assert_as_if_read_afresh(target, drafter, state, rows)
+
+
+def observe(drafter: Drafter, state: SmallLMState, committed: Committed, rows: list[list[int]]) -> None:
     """Commits in the drafter's state and in the first of `rows`."""
     drafter.observe(state, committed)
     for row, count in enumerate(committed.count.tolist()):

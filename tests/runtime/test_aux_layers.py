@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain
@@ -56,3 +57,16 @@ def test_other_layers_than_those_trained_on_are_refused_with_both(
     assert own.drafter is not None
     with pytest.raises(UserError, match=OTHERS):
         judge.labelled(Target.load(chosen), own.drafter, PROMPTS, lambda number, answer: True, 8, tmp_path / "labels")
+
+
+def test_options_change_a_configuration_and_are_refused_where_they_would_change_nothing(
+    trained: tuple[TargetConfig, Path, SpeculativeDecoder],
+) -> None:
+    config, folder, own = trained
+    assert SpeculativeDecoder.from_pretrained(config, folder, dtype="bfloat16").target.dtype == torch.bfloat16
+    for target in (config, config.model):
+        with pytest.raises(UserError, match=r"unknown key 'dtyp' \(did you mean 'dtype'\?\)"):
+            SpeculativeDecoder.from_pretrained(target, folder, dtyp="float32")
+    with pytest.raises(UserError, match="option 'dtype' beside a target that is loaded already"):
+        SpeculativeDecoder.from_pretrained(own.target, folder, dtype="float32")
+    assert own.target.aux_layers == (0, 1, 3)
