@@ -47,6 +47,9 @@ from drafttrain.train.checkpoint import Progress, resume, save
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP (configs/fsdp2.yaml)", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (configs/zero2.yaml, zero3.yaml)"}
 """What `accelerate launch` says in the environment: on CPUs accelerate would drop it and train unsharded."""
 
+ALONE = {"ACCELERATE_USE_CPU", "MASTER_ADDR"}
+"""What `accelerate launch` leaves in the environment where it starts a single process although several were asked for."""
+
 
 class TrainConfig(Config):
     """How a drafter is trained."""
@@ -171,7 +174,8 @@ def train(
 def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     """What `accelerate launch` set up, or a single process.
 
-    Raises `UserError` where the tracker is not installed, or the launch asked for a way of sharding that needs accelerators.
+    Raises `UserError` where the tracker is not installed, the launch asked for a way of sharding that needs accelerators, or for several
+    processes and only one came.
     """
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise UserError(
@@ -185,13 +189,19 @@ def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     mixed = "bf16" if config.precision == "bfloat16" else "no"
     if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()  # an earlier training of this process had another precision; the process group stays
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,  # else accelerate would not join the processes of a launch on CPUs
         mixed_precision=mixed,
         gradient_accumulation_steps=config.accumulate,
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output)),
     )
+    if accelerator.num_processes == 1 and os.environ.keys() >= ALONE:
+        raise UserError(
+            "`accelerate launch` was asked for several processes and started one, as it does without several GPUs; launch with "
+            "--config_file configs/cpu.yaml, or `torchrun --nproc_per_node 2 -m drafttrain train RECIPE`, or ask for --num_processes 1"
+        )
+    return accelerator
 
 
 class Run:

@@ -216,7 +216,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_two_processes_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
+def test_two_processes_of_accelerate_launch_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
     target = tiny_target(16)
     store = tiny_store(target, tmp_path / "data")
     run(family, store, target, tmp_path / "one", batch_rows=2)
@@ -225,8 +225,8 @@ def test_two_processes_equal_one_loss_by_loss(family: str, tmp_path: Path) -> No
         "import sys\nfrom pathlib import Path\nfrom tests.train.test_loop import *\n"
         f"run('{family}', Store.open(sys.argv[1]), tiny_target(16), Path(sys.argv[2]), batch_rows=1)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:0", str(script), str(store.folder), str(tmp_path / "two")]  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/cpu.yaml"]
+    command = [*launch, str(script), str(store.folder), str(tmp_path / "two")]
     done = subprocess.run(command, check=False, cwd=Path.cwd(), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=1e-5, atol=1e-6)
@@ -413,6 +413,15 @@ def test_sharding_without_accelerators_is_refused_instead_of_dropped(
     with pytest.raises(UserError, match=r"this machine has none; launch with configs/cpu\.yaml") as refused:
         accelerator(tmp_path)
     assert name in str(refused.value)
+
+
+def test_a_launch_that_started_fewer_processes_than_it_was_asked_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that `accelerate launch --cpu --num_processes 2` makes."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    accelerator(tmp_path)  # one process, asked for one
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match=r"asked for several processes and started one.*configs/cpu\.yaml"):
+        accelerator(tmp_path)
 
 
 RANKS = """
