@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from rich.console import Console
 
-from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import FeatureName
@@ -53,7 +53,7 @@ class DataConfig(Config):
     """Features to store, taken from the passes that write the answers: `last`, `aux`."""
     online: bool = False
     """Compute features that are not stored while training, with the target loaded, instead of capturing them to disk first."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all draws."""
     existing: str | None = None
     """Folder of a finished store to use as it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.types import Batch
@@ -368,6 +370,60 @@ def test_a_temperature_that_no_held_out_answer_was_drawn_at_is_refused_with_thos
     store = drawn_store(target, tmp_path / "data")
     with pytest.raises(UserError, match=r"train.eval_temperature 0.5: no held-out answer was drawn at it \(theirs: 0.0, 3.0\)"):
         choose(store, target, tmp_path / "run", 0.5)
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "weights"])
+def test_a_training_that_diverges_says_so_and_keeps_what_was_saved(
+    spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 4 on losses are no numbers; or step 6, which is evaluated and saved, leaves weights that are none."""
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    step, loss = Run._step, DRAFTERS["medusa"].loss
+
+    def bad_loss(self: Any, batch: Batch, head: TargetHead) -> Loss:
+        found = loss(self, batch, head)
+        return found if batch.progress < 0.5 else Loss(found.sum * float("nan"), found.count, found.metrics)
+
+    def bad_weights(self: Run, batches: Any) -> dict[str, float]:
+        line = step(self, batches)
+        if self.progress.step == 6:
+            next(self.learner.parameters()).data.fill_(float("inf"))
+        return line
+
+    if spoilt == "loss":
+        monkeypatch.setattr(DRAFTERS["medusa"], "loss", bad_loss)
+    else:
+        monkeypatch.setattr(Run, "_step", bad_weights)
+    wrong = "step 4: the loss is nan" if spoilt == "loss" else "step 6: weights are no longer finite"
+    with pytest.raises(UserError, match=f"{wrong}.*lower train.lr"):
+        run("medusa", store, target, tmp_path / "run", steps=6, eval_every=3)
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "drafter" / "model.safetensors").values())
+    assert all(math.isfinite(value) for value in losses(tmp_path / "run"))
+
+
+def test_the_draft_vocabulary_is_counted_without_the_held_out_answers(tmp_path: Path) -> None:
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    counted = []
+
+    class Watched(Changing):
+        def start_from(self, head: TargetHead, counts: torch.Tensor) -> None:
+            counted.append(counts)
+
+    config = TrainConfig(**{**OPTIONS, "held_out": 0.5})
+    Run(Watched(target), store, config, target.head, tmp_path / "run", target, accelerator(tmp_path))
+    assert counted[0].equal(store.answer_counts(VOCAB, store.split("train", 0.5)))
+    assert not counted[0].equal(store.answer_counts(VOCAB))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("lr", math.inf), ("weight_decay", math.inf), ("betas", (0.9, 1.0)), ("betas", (-0.1, 0.9)), ("seed", 2**63), ("clip", math.nan),
+])  # fmt: skip
+def test_numbers_that_torch_would_choke_on_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"recipe: {key}"):
+        parse(TrainConfig, {"steps": 3, key: value}, "recipe")
 
 
 def test_learning_rate_rises_and_falls_as_the_schedule_says() -> None:
