@@ -176,6 +176,16 @@ def test_a_larger_budget_grows_the_data_and_then_refuses_to_overwrite_the_drafte
     assert snapshot("runs/tiny/drafter") == before
 
 
+@pytest.mark.parametrize("words", [
+    ["run"], ["regenerate"], ["capture"], ["eval"], ["eval", "--replay-rules"], ["export"], ["decision"],
+    ["judge", "--questions", "suite.jsonl"],
+], ids=" ".join)  # fmt: skip
+def test_only_training_runs_in_several_processes(empty: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process, and several were launched" in complaint(words[0], "tiny.yaml", *words[1:])
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_exits_with_its_signals_code_and_goes_on_to_the_same_drafter(
     finished: tuple[Path, Result], empty: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
