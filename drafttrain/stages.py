@@ -42,7 +42,7 @@ from drafttrain.export.card import Story, write_card
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, log_rounds
-from drafttrain.target.adapter import Target, read_shape
+from drafttrain.target.adapter import Target, check_same_tokens, load_tokenizer, read_shape
 from drafttrain.target.files import TargetShape, resolve, target_fingerprint
 from drafttrain.target.head import TargetHead
 from drafttrain.train import judge as judging
@@ -371,10 +371,13 @@ def features_of(drafter: Drafter) -> set[str]:
 
 
 def new_drafter(recipe: Recipe, shape: TargetShape) -> Drafter:
-    """Untrained, its random weights set by the seed."""
+    """Untrained, its random weights set by the seed. Raises `UserError` where it cannot be built, or reads other tokens than the target."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
-        return build(recipe.drafter, shape)
+        drafter = build(recipe.drafter, shape)
+    if drafter.origin is not None:
+        check_same_tokens(load_tokenizer(resolve(recipe.target), recipe.target.trust_remote_code), drafter.origin)
+    return drafter
 
 
 def results(recipe: Recipe) -> Path:

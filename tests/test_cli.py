@@ -176,6 +176,18 @@ def test_a_larger_budget_grows_the_data_and_then_refuses_to_overwrite_the_drafte
     assert snapshot("runs/tiny/drafter") == before
 
 
+def test_an_existing_drafter_that_reads_ids_as_other_tokens_is_refused(empty: Path) -> None:
+    save_target("lm", seed=1)
+    given = ("tiny.yaml", "drafter={name: small_lm, path: lm}")
+    assert "drafter.path 'lm'" not in drafttrain("doctor", *given).output
+    saved = json.loads(Path("lm/tokenizer.json").read_text())
+    words = saved["model"]["vocab"]
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    Path("lm/tokenizer.json").write_text(json.dumps(saved))
+    assert "its token 7 is 'w2', the target's 'w1'" in complaint("regenerate", *given)
+    assert "its token 7 is 'w2', the target's 'w1'" in drafttrain("doctor", *given).output
+
+
 @pytest.mark.parametrize("words", [
     ["run"], ["regenerate"], ["capture"], ["eval"], ["eval", "--replay-rules"], ["export"], ["decision"],
     ["judge", "--questions", "suite.jsonl"],
