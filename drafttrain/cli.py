@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,23 +34,28 @@ class Terminated(BaseException):
     """To SIGTERM what KeyboardInterrupt is to Ctrl-C."""
 
 
+USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises `Terminated`, so that what is open saves and closes; training listens itself while it steps. Who handles the signal
-    already keeps it."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
+def signals_raise_once() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise, so that what is open saves and closes, and are ignored from then on; training listens itself while it
+    steps. Who handles a signal already keeps it."""
+    here = threading.current_thread() is threading.main_thread()
+    ours = [number for number, usual in USUAL.items() if here and signal.getsignal(number) is usual]
 
-    def terminate(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice, and the second would stop the saving
-        raise Terminated
+    def end(number: int, _: FrameType | None) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)  # `timeout` and hasty hands send them twice, and the second would stop the saving
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in ours:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, USUAL[number])
 
 
 @contextmanager
@@ -88,7 +94,7 @@ class Commands(TyperGroup):
     """All commands behind one guard."""
 
     def invoke(self, ctx: Any) -> Any:
-        with mistakes_in_one_line(), sigterm_raises():
+        with signals_raise_once(), mistakes_in_one_line():
             return super().invoke(ctx)
 
 
@@ -514,4 +520,7 @@ def _stream(recipe: Recipe, prompt: Any, plain: bool = False, trace: Path | None
 
 def main() -> None:
     """What the `drafttrain` command calls."""
-    app()
+    try:
+        app()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line is said and Python goes: a late Ctrl-C would add a traceback

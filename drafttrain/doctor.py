@@ -19,11 +19,11 @@ from drafttrain.data.prompts import Prompt, SelfPrompts, read_prompts, tokenize
 from drafttrain.data.shards import INDEX
 from drafttrain.data.store import Conversation, Store, bytes_per_token
 from drafttrain.data.turns import frame, openings
-from drafttrain.drafters import DRAFTERS, build
+from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.recipe import Recipe
-from drafttrain.stages import conversations_folder
+from drafttrain.stages import conversations_folder, new_drafter
 from drafttrain.target.adapter import check_tokenizer, load_tokenizer, read_shape
 from drafttrain.target.files import DTYPES, TargetShape, resolve
 
@@ -58,7 +58,7 @@ class Patient:
 
     @cached_property
     def drafter(self) -> Drafter:
-        return build(self.recipe.drafter, self.shape)
+        return new_drafter(self.recipe, self.shape)
 
     @cached_property
     def prompts(self) -> list[Prompt]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import Field
 
-from drafttrain.core.config import Config, fingerprint, parse
+from drafttrain.core.config import Config, Seed, fingerprint, parse
 from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.data.regenerate import DataConfig
 from drafttrain.data.shards import INDEX, write_whole
@@ -73,7 +73,7 @@ class Recipe(Config):
     """What this recipe is called; its output folder is `runs/NAME` unless `output` says otherwise."""
     output: str | None = Field(default=None, min_length=1)
     """Folder of everything that is made."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all randomness; `data`, `train` and `evaluation` may have their own."""
     target: TargetConfig = TargetConfig()
     data: DataConfig = DataConfig()

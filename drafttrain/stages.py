@@ -42,7 +42,7 @@ from drafttrain.export.card import Story, write_card
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, log_rounds
-from drafttrain.target.adapter import Target, read_shape
+from drafttrain.target.adapter import Target, check_same_tokens, load_tokenizer, read_shape
 from drafttrain.target.files import TargetShape, resolve, target_fingerprint
 from drafttrain.target.head import TargetHead
 from drafttrain.train import judge as judging
@@ -74,8 +74,11 @@ class Record(Config):
 def perform(stage: str, recipe: Recipe, again: bool = False) -> Record:
     """Brings one stage to its end. again: also where it is done already.
 
-    Raises `UserError` where what it needs is missing or does not fit, and where it would write over a drafter trained with other options.
+    Raises `UserError` where what it needs is missing or does not fit, where it would write over a drafter trained with other options, and
+    for every stage but `train` in one of several processes.
     """
+    if stage != "train":
+        alone(stage)
     record = planned(stage, recipe)
     held = read_record(recipe, stage)
     if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe, held) and not again:
@@ -92,6 +95,12 @@ def perform(stage: str, recipe: Recipe, again: bool = False) -> Record:
     record = record.model_copy(update={"done": True, "seconds": seconds, "finished": finished, "notes": notes})
     write_record(recipe, stage, record)
     return record
+
+
+def alone(what: str) -> None:
+    """A `UserError` where several processes were launched: all of them would write the same files."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{what} runs in one process, and several were launched; launch `drafttrain train` only, `drafttrain {what}` alone")
 
 
 def planned(stage: str, recipe: Recipe) -> Record:
@@ -172,7 +181,8 @@ def capture(recipe: Recipe) -> dict[str, Any]:
 def train(recipe: Recipe) -> dict[str, Any]:
     """Trains the drafter; runs under `accelerate launch` too. A family without weights is only written down."""
     if not DRAFTERS[recipe.drafter.name].trainable:
-        save_drafter(new_drafter(recipe, read_shape(recipe.target)), recipe.folder / "drafter")
+        if LEAD:
+            save_drafter(new_drafter(recipe, read_shape(recipe.target)), recipe.folder / "drafter")
         return {}
     accelerator = training.new_accelerator(recipe.train, recipe.folder)
     drafter = new_drafter(recipe, read_shape(recipe.target))
@@ -210,6 +220,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
 def compare_rules(recipe: Recipe, chances: int) -> list[RuleRow]:
     """Every rule on the same logged rounds of the recipe's drafter and of its further contenders; the rows also go to rules.jsonl."""
+    alone("eval")
     target = Target.load(recipe.target)
     runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
     rows, left_out = replay_rules(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, recipe.folder, chances)
@@ -223,6 +234,7 @@ def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tu
 
     Rounds are logged once; `evaluation` says at which temperature and how long answers are.
     """
+    alone("decision")
     store, asked = conversations(recipe), recipe.evaluation
     chosen = [store[index] for index in range(min(prompts, len(store)))]
     opening = [one.tokens[: int(one.mask.argmax())].tolist() for one in chosen]
@@ -256,6 +268,7 @@ def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig
     questions: a suite, by name or path, none of whose prompts stands in the recipe's own suite. Labels are kept, part by part. `evaluation`
     says how long answers are. Raises `UserError` where a question cannot be checked, or is asked in the evaluation too.
     """
+    alone("judge")
     asked = load_suite(questions)
     refuse_unfit_questions(recipe, questions, asked)
     target, folder, length = Target.load(recipe.target), recipe.folder / "drafter", recipe.evaluation.max_new_tokens
@@ -358,10 +371,13 @@ def features_of(drafter: Drafter) -> set[str]:
 
 
 def new_drafter(recipe: Recipe, shape: TargetShape) -> Drafter:
-    """Untrained, its random weights set by the seed."""
+    """Untrained, its random weights set by the seed. Raises `UserError` where it cannot be built, or reads other tokens than the target."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
-        return build(recipe.drafter, shape)
+        drafter = build(recipe.drafter, shape)
+    if drafter.origin is not None:
+        check_same_tokens(load_tokenizer(resolve(recipe.target), recipe.target.trust_remote_code), drafter.origin)
+    return drafter
 
 
 def results(recipe: Recipe) -> Path:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner, Result
 
 from drafttrain import doctor, terminal
-from drafttrain.cli import app
+from drafttrain.cli import USUAL, app
 from drafttrain.core.sampling import Sampling
 from drafttrain.data import shards
 from drafttrain.data.store import Conversation, Store
@@ -176,6 +176,28 @@ def test_a_larger_budget_grows_the_data_and_then_refuses_to_overwrite_the_drafte
     assert snapshot("runs/tiny/drafter") == before
 
 
+def test_an_existing_drafter_that_reads_ids_as_other_tokens_is_refused(empty: Path) -> None:
+    save_target("lm", seed=1)
+    given = ("tiny.yaml", "drafter={name: small_lm, path: lm}")
+    assert "drafter.path 'lm'" not in drafttrain("doctor", *given).output
+    saved = json.loads(Path("lm/tokenizer.json").read_text())
+    words = saved["model"]["vocab"]
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    Path("lm/tokenizer.json").write_text(json.dumps(saved))
+    assert "its token 7 is 'w2', the target's 'w1'" in complaint("regenerate", *given)
+    assert "its token 7 is 'w2', the target's 'w1'" in drafttrain("doctor", *given).output
+
+
+@pytest.mark.parametrize("words", [
+    ["run"], ["regenerate"], ["capture"], ["eval"], ["eval", "--replay-rules"], ["export"], ["decision"],
+    ["judge", "--questions", "suite.jsonl"],
+], ids=" ".join)  # fmt: skip
+def test_only_training_runs_in_several_processes(empty: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process, and several were launched" in complaint(words[0], "tiny.yaml", *words[1:])
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_exits_with_its_signals_code_and_goes_on_to_the_same_drafter(
     finished: tuple[Path, Result], empty: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
@@ -191,7 +213,7 @@ def test_a_stopped_training_exits_with_its_signals_code_and_goes_on_to_the_same_
         patch.setattr(loop.Run, "_step", interrupted)
         result = drafttrain("run", "tiny.yaml")
     assert result.exit_code == code
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert {each: signal.getsignal(each) for each in USUAL} == USUAL
     assert "progress is saved" in result.stderr.splitlines()[-1]
     assert drafttrain("run", "tiny.yaml").exit_code == 0
     weights = "runs/tiny/drafter/model.safetensors"
@@ -208,30 +230,32 @@ def test_ctrl_c_elsewhere_exits_130_in_one_line(empty: Path, monkeypatch: pytest
     assert result.stderr.splitlines()[-1].startswith("interrupted; ")
 
 
-TERMINATED = """
+STOPPED_TWICE = """
 import signal, sys
 from drafttrain.cli import main
 from drafttrain.data.store import StoreWriter
 from drafttrain.target.sample import Sampler
-run, flush = Sampler.run, StoreWriter.flush
-def terminated(*args):
+number, run, flush = signal.Signals(int(sys.argv.pop())), Sampler.run, StoreWriter.flush
+def stopped(*args):
     for count, one in enumerate(run(*args)):
         if count == 9:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         yield one
 def again(writer):
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(number)
     flush(writer)
-Sampler.run, StoreWriter.flush = terminated, again
+Sampler.run, StoreWriter.flush = stopped, again
 main()
 """
 
 
-def test_a_termination_saves_what_is_finished_and_exits_143_in_one_line(empty: Path) -> None:
-    """Also where the signal comes twice, as from `timeout`. In a process of its own, which the signal may end."""
-    done = subprocess.run([sys.executable, "-c", TERMINATED, "regenerate", "tiny.yaml"], capture_output=True, text=True, check=False)
-    assert done.returncode == 143
-    assert done.stderr.splitlines()[-1].startswith("terminated; ")
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "terminated; ")])
+def test_a_signal_saves_what_is_finished_and_exits_in_one_line(empty: Path, number: signal.Signals, code: int, said: str) -> None:
+    """Also where it comes twice, as from `timeout` or a hasty hand. In a process of its own, which the signal may end."""
+    command = [sys.executable, "-c", STOPPED_TWICE, "regenerate", "tiny.yaml", str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1].startswith(said)
     assert "Traceback" not in done.stderr
     assert len(Store.open("runs/tiny/data")) == 9
 

@@ -6,19 +6,22 @@ import hashlib
 import json
 import re
 import reprlib
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from drafttrain.core.errors import UserError, nearest
 
 C = TypeVar("C", bound="Config")
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch's generators and the 64-bit counters of `core/chance.py` take alike."""
+
 
 class Config(BaseModel):
-    """Base of every configuration class. The docstring under a field is its description in the schema."""
+    """Base of every configuration class: its numbers are finite, the docstring under a field is its description in the schema."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from rich.console import Console
 
-from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import FeatureName
@@ -53,7 +53,7 @@ class DataConfig(Config):
     """Features to store, taken from the passes that write the answers: `last`, `aux`."""
     online: bool = False
     """Compute features that are not stored while training, with the target loaded, instead of capturing them to disk first."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all draws."""
     existing: str | None = None
     """Folder of a finished store to use as it is."""
@@ -177,7 +177,7 @@ class Regeneration:
         shape = target.shape
         widths = feature_widths(config.capture, shape.hidden_size, len(shape.aux_layers))
         self.writer = StoreWriter(folder, Origin.of_target(target), widths, self.stage(), take_probe(target), licences=licences)
-        self.issued: set[int] = set()  # conversations begun in this run
+        self.running = 0  # conversations begun and not finished
 
     def stage(self) -> str:
         """Fingerprint of what a conversation depends on: not the budgets, so that a store can grow."""
@@ -220,6 +220,7 @@ class Regeneration:
             while (limit := self.budget.limit(self.writer.lengths)) is None:
                 for one in sampler.run(self._jobs(), self.config.capture):
                     journal.add(_conversation(one, self._meta(one)), one.features, len(one.tokens) - one.prompt_len)
+                    self.running -= 1
                     journal.show(self._progress())
         return limit
 
@@ -230,17 +231,15 @@ class Regeneration:
                 continue
             if self._filled():
                 return
-            self.issued.add(id)
+            self.running += 1
             yield self.config.job(self.prompts, id)
 
     def _filled(self) -> bool:
         if self.config.tokens is None:
             return False
-        lengths = self.writer.lengths
-        running = len(self.issued - lengths.keys())
-        guess = self.config.max_new_tokens / 2 + len(self.prompts[0].tokens)
-        mean = self.writer.tokens / len(lengths) if len(lengths) > 8 else guess
-        return self.writer.tokens + running * mean >= self.config.tokens and running + len(lengths) > 0
+        written, guess = len(self.writer.lengths), self.config.max_new_tokens / 2 + len(self.prompts[0].tokens)
+        mean = self.writer.tokens / written if written > 8 else guess
+        return self.writer.tokens + self.running * mean >= self.config.tokens and self.running + written > 0
 
     def _progress(self) -> int:
         return self.writer.tokens if self.config.tokens else len(self.writer.lengths)

@@ -190,6 +190,7 @@ class StoreWriter:
         """
         self.folder, self.shard_bytes = Path(folder), shard_bytes
         self.lengths: dict[int, int] = {}  # tokens of each conversation by id, safe on disk or waiting in memory
+        self.tokens = 0  # of all of them
         self.pending: list[tuple[Conversation, Features]] = []
         self.pending_bytes = 0
         self.index = Index(origin=origin, features=features or {}, stage=stage, probe=probe is not None, licences=dict(licences or {}))
@@ -197,10 +198,6 @@ class StoreWriter:
             self._resume()
         else:
             self._begin(probe)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths.values())
 
     def append(self, conversation: Conversation, features: Features | None = None) -> None:
         """Adds a conversation, with {name: [T, F]} where the store has features. It is safe after the next `flush`.
@@ -213,6 +210,7 @@ class StoreWriter:
         assert conversation.id not in self.lengths, f"conversation {conversation.id} is in the store already"
         check_vocabulary(conversation, self.index.origin)
         self.lengths[conversation.id] = T
+        self.tokens += T
         self.pending.append((conversation, kept))
         self.pending_bytes += T * 5 + sum(value.numel() * value.element_size() for value in kept.values())
         if self.pending_bytes >= self.shard_bytes:
@@ -278,6 +276,7 @@ class StoreWriter:
         self.index = known.index.model_copy(update={"limit": None, "complete": False})
         everything = Store(self.folder, self.index)
         self.lengths = {id: stop - start for id, _, start, stop in everything._places}
+        self.tokens = everything.tokens
 
 
 def check_vocabulary(conversation: Conversation, origin: Origin) -> None:

@@ -98,6 +98,7 @@ class Drafter(nn.Module, ABC):
     gives_laws: bool = True  # the laws that chose the tokens of `point` trees can be recorded (`plan.laws`)
     draws: ClassVar[frozenset[str]] = frozenset({"point", "iid", "without_replacement"})  # how it can draw siblings
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
+    origin: str | None = None  # an existing model (folder or Hub id) that it begins as, which must have the target's tokenizer
     files: Path | None = None  # the folder it was loaded from; `drafters.files.folder_fingerprint` tells drafters apart by it
 
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.chance import Chance
+from drafttrain.core.errors import UserError
 from drafttrain.core.layers import (
     GatedMLP,
     RMSNorm,
@@ -39,6 +40,8 @@ from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 from drafttrain.target.rope import target_rotary
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 class Eagle3Config(DrafterConfig):
     """Sizes follow the target's where they are not given."""
@@ -46,15 +49,15 @@ class Eagle3Config(DrafterConfig):
     name: Literal["eagle3"] = "eagle3"
     draft_vocab_size: int | None = Field(default=None, ge=2)
     """Tokens the drafter can propose, the most frequent of the training answers; None: all of the target's."""
-    intermediate_size: int | None = None
+    intermediate_size: int | None = Field(default=None, ge=1)
     """Width of the gated MLP."""
-    num_attention_heads: int | None = None
-    """Query heads."""
-    num_key_value_heads: int | None = None
+    num_attention_heads: int | None = Field(default=None, ge=1)
+    """Query heads, a multiple of the key-value heads."""
+    num_key_value_heads: int | None = Field(default=None, ge=1)
     """Key-value heads."""
     unroll: int = Field(default=7, ge=1)
     """Draft steps unrolled in training; about the longest chain the drafter is good for."""
-    unroll_ramp: tuple[float, float] = (0.0, 0.0)
+    unroll_ramp: tuple[Share, Share] = (0.0, 0.0)
     """The share of training at which unrolling begins to grow from one step, and where it reaches `unroll`."""
     step_decay: float = Field(default=0.8, gt=0, le=1)
     """Step k's loss weighs `step_decay ** k`."""
@@ -66,6 +69,12 @@ class Eagle3Config(DrafterConfig):
     """Recompute each whole step in the backward pass, not only its norms and gates: less memory, more work."""
     norm_features: bool = False
     """Normalise each captured layer before fusing them (`fc_norm` in the engines' formats)."""
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Eagle3Config:
+        if self.unroll_ramp[0] > self.unroll_ramp[1]:
+            raise ValueError(f"unroll_ramp {list(self.unroll_ramp)} ends before it begins; give [begin, end], shares of training in order")
+        return self
 
 
 READERS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
@@ -148,6 +157,11 @@ class Eagle3(Drafter):
         query_heads = config.num_attention_heads or int(known["num_attention_heads"])
         kv_heads = config.num_key_value_heads or int(known.get("num_key_value_heads") or query_heads)
         self.head_dim = int(known.get("head_dim") or size // query_heads)
+        if query_heads % kv_heads or self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(
+                f"drafter.num_attention_heads {query_heads}, num_key_value_heads {kv_heads}, {self.head_dim} numbers a head: queries must "
+                f"be a multiple of keys, and a head's numbers even; set both so that they fit the hidden size {size}, or leave both out"
+            )
         inner = config.intermediate_size or int(known.get("intermediate_size") or 4 * size)
         self.fc = nn.Linear(size * len(target.aux_layers), size, bias=False)
         if config.norm_features:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
@@ -156,8 +156,11 @@ def _static(
 def _drawn(logits: Tensor, width: int, plan: Plan, sampling: Sampling, chance: Chance) -> tuple[Tensor, Tensor, Tensor | None]:
     """[B, W, Vd] -> [B, W, width] draft ids in drawn order, which of them are real, and the law they came from if it is recorded."""
     if plan.draws == "point":
-        drawn = top(logits, width)
-        return drawn, torch.ones_like(drawn, dtype=torch.bool), logits.float().softmax(-1) if plan.laws else None
+        drawn = top(logits, min(width, logits.shape[-1]))
+        real = torch.ones_like(drawn, dtype=torch.bool)
+        if short := width - drawn.shape[-1]:  # a vocabulary of fewer tokens than siblings
+            drawn, real = (nn.functional.pad(part, (0, short)) for part in (drawn, real))
+        return drawn, real, logits.float().softmax(-1) if plan.laws else None
     law = sampling.law(logits)
     drawn = chance.draw(law, width, replace=plan.draws == "iid")
     real = law.gather(-1, drawn) > 0  # a law of fewer tokens than siblings
@@ -168,7 +171,7 @@ def _drawn(logits: Tensor, width: int, plan: Plan, sampling: Sampling, chance: C
 
 def _named(first: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """[B, w] -> [B, 1, width] the first ones, and which of them are real."""
-    shown = torch.nn.functional.pad(first[:, :width], (0, max(0, width - first.shape[1])))
+    shown = nn.functional.pad(first[:, :width], (0, max(0, width - first.shape[1])))
     real = torch.arange(width, device=first.device) < first.shape[1]
     return shown[:, None], real.expand_as(shown)[:, None]
 

@@ -107,6 +107,7 @@ class SmallLM(Drafter):
         self.lm_config = text_config(model.config)
         self._check(model)
         if config.path is not None:
+            self.origin = config.path if config.architecture is None else None
             self.config = config.model_copy(update={"architecture": model.config.to_dict()})
         self.embedding_scale = 1.0
         if self.borrows:
@@ -141,7 +142,7 @@ class SmallLM(Drafter):
     def _check(self, model: PreTrainedModel) -> None:
         """A `UserError` where the model cannot draft for this target."""
         origin, vocab_size = self.config.path or "(new)", model.get_output_embeddings().weight.shape[0]
-        if vocab_size != self.target.vocab_size:
+        if vocab_size < self.target.vocab_size:
             raise UserError(
                 f"drafter.path '{origin}' has a vocabulary of {vocab_size}, the target {self.target.vocab_size}; "
                 f"a drafter needs the target's own tokenizer"
@@ -332,8 +333,8 @@ class SmallLM(Drafter):
     def _readout(self, head: TargetHead) -> Readout:
         if self.borrows:
             return Readout(head.output, head.bias, head.finish)
-        output = self._own().get_output_embeddings()
-        return Readout(output.weight, output.bias, finisher(self.lm_config))
+        output, V = self._own().get_output_embeddings(), self.target.vocab_size  # it may be padded with rows that no token has
+        return Readout(output.weight[:V], None if output.bias is None else output.bias[:V], finisher(self.lm_config))
 
     @property
     def _dtype(self) -> torch.dtype:

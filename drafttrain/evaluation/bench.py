@@ -18,7 +18,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters import build
@@ -75,7 +75,7 @@ class EvaluationConfig(Config):
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the smallest set of likeliest tokens with this mass."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all sampling."""
     repeats: int = Field(default=1, ge=1)
     """Times the whole suite is run; sampled texts differ between them. From 2 on, rows say where the same run's speed-ups would fall again:

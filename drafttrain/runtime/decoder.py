@@ -328,6 +328,8 @@ class SpeculativeDecoder:
 
     def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> Batch:
         """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed {seed}: expected 0 to 2^63 - 1; take another one")
         rule, plan = self.runtime.fitted(sampling.check(), self.drafter)
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")

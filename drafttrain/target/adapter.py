@@ -225,6 +225,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         )
 
 
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """A `UserError` unless the model in `path` (folder or Hub id) reads token ids as `tokenizer` does, as far as both know them."""
+    try:
+        other = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise UserError(
+            f"drafter.path '{path}': no usable tokenizer beside it to compare with the target's ({first_line(error)}); if it reads the "
+            f"same token ids, copy the target's there"
+        ) from error
+    ours, theirs = ({id: token for token, id in one.get_vocab().items()} for one in (tokenizer, other))
+    for id in sorted(ours.keys() & theirs.keys()):
+        if ours[id] != theirs[id]:
+            raise UserError(
+                f"drafter.path '{path}': its token {id} is {theirs[id]!r}, the target's {ours[id]!r}; a drafter needs the target's own "
+                f"tokenizer"
+            )
+
+
 def read_shape(config: TargetConfig) -> TargetShape:
     """What drafters are built from, without loading the target's weights: equal to the loaded target's `shape`."""
     folder = resolve(config)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from drafttrain.core.config import Config
+from drafttrain.core.config import Config, Seed
 from drafttrain.core.errors import UserError
 from drafttrain.runtime.decision import Decision, DecisionShape, law_features
 from drafttrain.runtime.rounds import Laws, RoundLog, Rounds
@@ -35,7 +35,7 @@ class DecisionTraining(Config):
     lr: float = Field(default=1e-3, gt=0)
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the prompts."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drafttrain.core.config import Config
+from drafttrain.core.config import Config, Seed
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import in_precision
 from drafttrain.core.types import Batch
@@ -57,7 +57,7 @@ class JudgeTrainConfig(Config):
     """How much more a bad token counts than a good one (lambda)."""
     held_out: float = Field(default=0.2, ge=0, lt=1)
     """Share of questions kept out of training, whose mismatches give the AUC."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the split."""
 
 

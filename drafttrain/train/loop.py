@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch
@@ -47,6 +48,11 @@ from drafttrain.train.checkpoint import Progress, resume, save
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP (configs/fsdp2.yaml)", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (configs/zero2.yaml, zero3.yaml)"}
 """What `accelerate launch` says in the environment: on CPUs accelerate would drop it and train unsharded."""
 
+ALONE = {"ACCELERATE_USE_CPU", "MASTER_ADDR"}
+"""What `accelerate launch` leaves in the environment where it starts a single process although several were asked for."""
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainConfig(Config):
     """How a drafter is trained."""
@@ -56,7 +62,8 @@ class TrainConfig(Config):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training part."""
     minutes: float | None = Field(default=None, gt=0)
-    """Wall-clock budget: learning rate and curricula follow the clock. For machines of unknown speed; not reproducible step by step."""
+    """Minutes of training steps, evaluations and checkpoints not counted: learning rate and curricula follow that clock. For machines of
+    unknown speed; not reproducible step by step."""
     batch_rows: int = Field(default=8, ge=1)
     """Packed rows a process and micro-batch."""
     row_length: int = Field(default=2048, ge=8)
@@ -73,7 +80,7 @@ class TrainConfig(Config):
     """Where the schedule ends, as a share of `lr`."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moments."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
@@ -96,7 +103,7 @@ class TrainConfig(Config):
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Of initialisation and order."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where curves go besides train.jsonl."""
@@ -171,7 +178,8 @@ def train(
 def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     """What `accelerate launch` set up, or a single process.
 
-    Raises `UserError` where the tracker is not installed, or the launch asked for a way of sharding that needs accelerators.
+    Raises `UserError` where the tracker is not installed, the launch asked for a way of sharding that needs accelerators, or for several
+    processes and only one came.
     """
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise UserError(
@@ -185,13 +193,19 @@ def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     mixed = "bf16" if config.precision == "bfloat16" else "no"
     if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()  # an earlier training of this process had another precision; the process group stays
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,  # else accelerate would not join the processes of a launch on CPUs
         mixed_precision=mixed,
         gradient_accumulation_steps=config.accumulate,
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output)),
     )
+    if accelerator.num_processes == 1 and os.environ.keys() >= ALONE:
+        raise UserError(
+            "`accelerate launch` was asked for several processes and started one, as it does without several GPUs; launch with "
+            "--config_file configs/cpu.yaml, or `torchrun --nproc_per_node 2 -m drafttrain train RECIPE`, or ask for --num_processes 1"
+        )
+    return accelerator
 
 
 class Run:
@@ -208,7 +222,7 @@ class Run:
         if set(self.stored) != set(self.wanted) and target is None:
             store.require(self.wanted)
         self.head = head.to(accelerator.device)
-        self.data = self._packed(store.split("train", config.held_out, config.seed), accelerator.process_index, accelerator.num_processes)
+        self.data = self._packed(self._split("train"), accelerator.process_index, accelerator.num_processes)
         self.held_out = self._held_out_batches()
         self.family = drafter
         self._start(drafter)
@@ -250,11 +264,13 @@ class Run:
             self.progress.seconds += time.perf_counter() - started
             last = self._done() >= 1.0
             if last or self.progress.step % self.config.eval_every == 0:
+                self._check_weights()
                 line |= self._evaluate()
             self._log(line)
             bar.update(task, completed=min(1.0, self._done()), note=_note(line, self.progress))
             stopping = self._asked_to_stop()
             if last or stopping or self.progress.step % self.config.save_every == 0:
+                self._check_weights()
                 save(self.accelerator, self.output / "checkpoints", self.progress, self.config.keep)
             if stopping and not last:
                 raise Stopped(stopping)
@@ -285,8 +301,23 @@ class Run:
         self.progress.step += 1
         self.progress.tokens += int(tokens)
         line = {"step": self.progress.step, "loss": float(summed["loss"] / total), "lr": config.lr_at(done)}
+        if not math.isfinite(line["loss"]):
+            raise self._diverged(f"the loss is {line['loss']}")
         names = [name for name in summed if f"{name}_count" in summed]
         return line | {name: float(summed[name] / summed[f"{name}_count"].clamp_min(1)) for name in names}
+
+    def _check_weights(self) -> None:
+        """A finite loss says nothing of the step after it: looked at before weights are kept."""
+        own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.learner.parameters()]
+        broken = torch.stack([~weight.detach().isfinite().all() for weight in own]).any().float()
+        if self.accelerator.reduce(broken, "sum"):
+            raise self._diverged("weights are no longer finite numbers")
+
+    def _diverged(self, found: str) -> UserError:
+        return UserError(
+            f"training diverged, step {self.progress.step}: {found}; try a lower train.lr (now {self.config.lr:g}), a longer train.warmup "
+            f"or train.precision=float32 in another output folder. What was saved before stays in '{self.output}'"
+        )
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out accepted length; the best drafter so far goes to output/drafter, or the newest where nothing is held out."""
@@ -319,6 +350,9 @@ class Run:
 
     # -- data -------------------------------------------------------------------------------------------------------------------------
 
+    def _split(self, part: Literal["train", "held_out"]) -> list[int]:
+        return self.store.split(part, self.config.held_out, self.config.seed)
+
     def _packed(self, indices: list[int], rank: int, world: int) -> Packed:
         if not indices:
             raise UserError(f"store '{self.store.folder}': no conversation is left to train on; it holds {len(self.store)} in all")
@@ -327,9 +361,8 @@ class Run:
 
     def _held_out_batches(self) -> list[Batch]:
         """The same on every rank, so that sharded drafters evaluate together."""
-        held = self.store.split("held_out", self.config.held_out, self.config.seed)
         chosen, tokens = [], 0
-        for index in self._judged(held):
+        for index in self._judged(self._split("held_out")):
             if tokens >= self.config.eval_tokens:
                 break
             chosen.append(index)
@@ -374,7 +407,7 @@ class Run:
     def _start(self, drafter: Drafter) -> None:
         drafter.to(self.accelerator.device)
         if self.config.start == "target":
-            drafter.start_from(self.head, self.store.answer_counts(drafter.target.vocab_size))
+            drafter.start_from(self.head, self.store.answer_counts(drafter.target.vocab_size, self._split("train")))
 
     def _optimizer(self, drafter: Drafter) -> torch.optim.Optimizer:
         trained = [p for p in drafter.parameters() if p.requires_grad]

@@ -109,6 +109,12 @@ def test_rule_keeps_the_targets_law(monkeypatch: pytest.MonkeyPatch, rule: str, 
     assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, vocab)) < 1e-6
 
 
+@pytest.mark.parametrize("rule", [name for name in LOSSLESS if ("point", "tree") in RULES[name].accepts])
+def test_a_shape_wider_than_the_draft_vocabulary_keeps_the_law(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    sampling = Sampling() if RULES[rule].temperatures == "zero" else Sampling(temperature=1.0)
+    assert distance(two_tokens(monkeypatch, rule, "point", Static(children=(4, 1)), sampling, 3)) < 1e-6
+
+
 TOPOLOGIES = ("1-1", "2-1", "2-2", "3-1", "1-2", "2-2-1", "ragged", "younger deeper")
 
 

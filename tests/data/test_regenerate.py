@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -95,6 +96,20 @@ def test_a_token_budget_takes_the_fewest_conversations_that_fill_it(tmp_path: Pa
     store = regenerate(target, config(tmp_path, tokens=200), tmp_path / "s")
     assert content(store) == content(full)[: len(store)]
     assert store.tokens >= 200 > store.tokens - store.lengths[-1]
+
+
+def test_what_is_written_is_not_added_up_again_for_every_conversation(tmp_path: Path, target: Target) -> None:
+    class Lengths(dict[int, int]):
+        def values(self) -> NoReturn:
+            raise AssertionError("all lengths are read")
+
+    regenerate(target, config(tmp_path, conversations=3), tmp_path / "s")
+    prompts = collect(target, config(tmp_path), tmp_path)
+    resumed = module.Regeneration(target, config(tmp_path, tokens=200), prompts, tmp_path / "s", 30.0)
+    resumed.writer.lengths = Lengths(resumed.writer.lengths)
+    store = resumed.run()
+    assert resumed.writer.tokens == Store(store.folder, store.index.model_copy(update={"limit": None})).tokens
+    assert resumed.running == 0
 
 
 def test_a_budget_waits_for_every_conversation_before_its_end() -> None:
@@ -189,6 +204,7 @@ def _noting(taken: list[int]) -> object:
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
+from typing import NoReturn
 torch.set_num_threads(1)
 from drafttrain.data.regenerate import regenerate
 from tests.data.stores import make_target

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from drafttrain.core.chance import Seeded
+from drafttrain.core.config import parse
+from drafttrain.core.errors import UserError
 from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.sampling import Sampling
@@ -169,3 +174,13 @@ def test_decoding_in_bf16_turns_by_the_frequencies_of_training() -> None:
     SpeculativeDecoder(target, drafter)
     assert drafter.fc.weight.dtype == torch.bfloat16
     assert torch.equal(drafter.rotary.frequency, trained_with)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"num_attention_heads": 3}, "num_attention_heads 3, num_key_value_heads 2"), ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ({"num_attention_heads": 0}, "num_attention_heads"), ({"intermediate_size": -4}, "intermediate_size"),
+    ({"unroll_ramp": [0.5, 1.5]}, "unroll_ramp"), ({"unroll_ramp": [0.6, 0.3]}, "ends before it begins"),
+])  # fmt: skip
+def test_sizes_that_no_drafter_can_have_are_refused_in_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Eagle3(parse(Eagle3Config, options, "drafter"), tiny_target(1).shape)

@@ -62,6 +62,12 @@ def test_a_tree_that_every_row_ends_is_the_tree_of_the_shallower_shape(name: str
     assert torch.equal(ended.tree.ancestors, whole.tree.ancestors)
 
 
+def test_siblings_beyond_the_draft_vocabulary_are_dead() -> None:
+    tree = grown(Static(children=(V + 2, 1)), "point", []).tree
+    assert tree.tokens[:, 1 : V + 1].sort().values.tolist() == [list(range(V))] * B
+    assert tree.live[:, 1 : V + 1].all() and not tree.live[:, V + 1 : V + 3].any()
+
+
 @pytest.mark.parametrize("draws", ["point", "iid", "without_replacement"])
 def test_the_mask_of_a_tree_that_ended_is_a_corner_of_the_whole_shapes_mask(draws: str) -> None:
     shape = Static(children=(3, 2, 2))

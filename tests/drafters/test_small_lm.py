@@ -391,6 +391,16 @@ def test_an_existing_model_drafts_and_its_saved_drafter_no_longer_needs_it(tmp_p
     assert again == drafted
 
 
+@torch.no_grad()
+def test_rows_that_an_existing_model_has_beyond_the_target_vocabulary_are_never_drafted(tmp_path: Path) -> None:
+    target, path = tiny_target(), narrow_path(tmp_path, vocab_size=VOCAB + 8)
+    drafter = small_lm(target, path=path)
+    plain, batch = AutoModelForCausalLM.from_pretrained(path), packed(target, texts(20), [2])
+    logits = drafter._readout(target.head).logits(drafter._encode(batch, target.head))
+    torch.testing.assert_close(logits, plain(batch.tokens).logits[..., :VOCAB])
+    assert drafter.loss(batch, target.head).sum.isfinite()
+
+
 def test_adapters_alone_are_trained_saved_and_merged(tmp_path: Path) -> None:
     target, path = tiny_target(), narrow_path(tmp_path)
     drafter = small_lm(target, path=path, lora_rank=2)

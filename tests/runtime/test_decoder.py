@@ -108,6 +108,8 @@ def test_options_that_no_rule_honours_are_refused_by_name() -> None:
         speculative.generate(PROMPTS[0], repetition_penalty=1.1)
     with pytest.raises(UserError, match="unknown option 'temprature'"):
         speculative.generate(PROMPTS[0], temprature=1.0)
+    with pytest.raises(UserError, match="seed 9223372036854775808"):
+        speculative.generate(PROMPTS[0], seed=2**63)
     with pytest.raises(UserError, match="temperature -1"):
         speculative.generate(PROMPTS[0], temperature=-1.0)
 

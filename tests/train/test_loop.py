@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.types import Batch
@@ -216,7 +218,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_two_processes_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
+def test_two_processes_of_accelerate_launch_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
     target = tiny_target(16)
     store = tiny_store(target, tmp_path / "data")
     run(family, store, target, tmp_path / "one", batch_rows=2)
@@ -225,8 +227,8 @@ def test_two_processes_equal_one_loss_by_loss(family: str, tmp_path: Path) -> No
         "import sys\nfrom pathlib import Path\nfrom tests.train.test_loop import *\n"
         f"run('{family}', Store.open(sys.argv[1]), tiny_target(16), Path(sys.argv[2]), batch_rows=1)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:0", str(script), str(store.folder), str(tmp_path / "two")]  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/cpu.yaml"]
+    command = [*launch, str(script), str(store.folder), str(tmp_path / "two")]
     done = subprocess.run(command, check=False, cwd=Path.cwd(), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=1e-5, atol=1e-6)
@@ -370,6 +372,60 @@ def test_a_temperature_that_no_held_out_answer_was_drawn_at_is_refused_with_thos
         choose(store, target, tmp_path / "run", 0.5)
 
 
+@pytest.mark.parametrize("spoilt", ["loss", "weights"])
+def test_a_training_that_diverges_says_so_and_keeps_what_was_saved(
+    spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 4 on losses are no numbers; or step 6, which is evaluated and saved, leaves weights that are none."""
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    step, loss = Run._step, DRAFTERS["medusa"].loss
+
+    def bad_loss(self: Any, batch: Batch, head: TargetHead) -> Loss:
+        found = loss(self, batch, head)
+        return found if batch.progress < 0.5 else Loss(found.sum * float("nan"), found.count, found.metrics)
+
+    def bad_weights(self: Run, batches: Any) -> dict[str, float]:
+        line = step(self, batches)
+        if self.progress.step == 6:
+            next(self.learner.parameters()).data.fill_(float("inf"))
+        return line
+
+    if spoilt == "loss":
+        monkeypatch.setattr(DRAFTERS["medusa"], "loss", bad_loss)
+    else:
+        monkeypatch.setattr(Run, "_step", bad_weights)
+    wrong = "step 4: the loss is nan" if spoilt == "loss" else "step 6: weights are no longer finite"
+    with pytest.raises(UserError, match=f"{wrong}.*lower train.lr"):
+        run("medusa", store, target, tmp_path / "run", steps=6, eval_every=3)
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "drafter" / "model.safetensors").values())
+    assert all(math.isfinite(value) for value in losses(tmp_path / "run"))
+
+
+def test_the_draft_vocabulary_is_counted_without_the_held_out_answers(tmp_path: Path) -> None:
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    counted = []
+
+    class Watched(Changing):
+        def start_from(self, head: TargetHead, counts: torch.Tensor) -> None:
+            counted.append(counts)
+
+    config = TrainConfig(**{**OPTIONS, "held_out": 0.5})
+    Run(Watched(target), store, config, target.head, tmp_path / "run", target, accelerator(tmp_path))
+    assert counted[0].equal(store.answer_counts(VOCAB, store.split("train", 0.5)))
+    assert not counted[0].equal(store.answer_counts(VOCAB))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("lr", math.inf), ("weight_decay", math.inf), ("betas", (0.9, 1.0)), ("betas", (-0.1, 0.9)), ("seed", 2**63), ("clip", math.nan),
+])  # fmt: skip
+def test_numbers_that_torch_would_choke_on_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"recipe: {key}"):
+        parse(TrainConfig, {"steps": 3, key: value}, "recipe")
+
+
 def test_learning_rate_rises_and_falls_as_the_schedule_says() -> None:
     cosine = TrainConfig(steps=1, lr=1.0, warmup=0.1, lr_floor=0.1)
     assert [round(cosine.lr_at(done), 3) for done in (0.05, 0.1, 0.55, 1.0)] == [0.5, 1.0, 0.55, 0.1]
@@ -413,6 +469,15 @@ def test_sharding_without_accelerators_is_refused_instead_of_dropped(
     with pytest.raises(UserError, match=r"this machine has none; launch with configs/cpu\.yaml") as refused:
         accelerator(tmp_path)
     assert name in str(refused.value)
+
+
+def test_a_launch_that_started_fewer_processes_than_it_was_asked_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that `accelerate launch --cpu --num_processes 2` makes."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    accelerator(tmp_path)  # one process, asked for one
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match=r"asked for several processes and started one.*configs/cpu\.yaml"):
+        accelerator(tmp_path)
 
 
 RANKS = """
