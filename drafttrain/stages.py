@@ -42,6 +42,7 @@ from drafttrain.export.card import Story, write_card
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.rounds import Laws, log_rounds
+from drafttrain.runtime.stats import alpha_text
 from drafttrain.target.adapter import Target, check_same_tokens, load_tokenizer, read_shape
 from drafttrain.target.files import TargetShape, resolve, target_fingerprint
 from drafttrain.target.head import TargetHead
@@ -201,7 +202,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         raise UserError(f"run '{recipe.folder}': its checkpoints are at the end of training, but the drafter is gone; delete them")
     judged = "nothing was held out to judge it by (train.held_out)"
     if result.best_tau is not None:
-        judged = f"held-out tau {result.best_tau:.2f} (alpha {' '.join(f'{value:.2f}' for value in result.alpha)})"
+        judged = f"held-out tau {result.best_tau:.2f} (alpha {alpha_text(result.alpha)})"
     console.print(f"{result.steps:,} steps, {result.tokens:,} tokens, at most {result.peak_memory / 2**30:.2f} GiB of memory; {judged}")
     return {
         "steps": result.steps, "tokens": result.tokens, "held_out_tau": result.best_tau, "held_out_alpha": result.alpha,

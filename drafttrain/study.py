@@ -40,7 +40,7 @@ from drafttrain.evaluation.forecast import (
 from drafttrain.evaluation.frontier import Finding, Measurement, draw, page_of, write_findings
 from drafttrain.evaluation.journal import Journal
 from drafttrain.evaluation.machine import device_name, versions
-from drafttrain.evaluation.rows import ALL
+from drafttrain.evaluation.rows import ALL, known_alpha
 from drafttrain.evaluation.runners import PLAIN, Contender, shape_name
 from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.evaluation.throughput import ScoreCurve
@@ -260,7 +260,7 @@ class Study:
         foretold = forecast(replay["tau"], cost, plain, curve)
         budget = _budget(cell.recipe)
         return Finding(
-            cell.label, cell.values, str(cell.drafter), budget, foretold, tuple(replay["alpha"]), measured[-1] if measured else None
+            cell.label, cell.values, str(cell.drafter), budget, foretold, known_alpha(replay["alpha"]), measured[-1] if measured else None
         )  # fmt: skip
 
     def _measured_on(self) -> str:

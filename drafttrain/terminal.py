@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from drafttrain.runtime.decoder import Piece, Prompt, SpeculativeDecoder
-from drafttrain.runtime.stats import Statistics
+from drafttrain.runtime.stats import Statistics, alpha_text
 
 STYLES = {0: "", 1: "green"}
 """By origin: the target's tokens plain, the drafter's accepted ones green."""
@@ -35,9 +35,8 @@ def summary(statistics: Statistics, drafted: bool) -> Text:
     speed = f"{statistics.tokens / seconds:.1f} tokens/s" if seconds > 0 else "no rounds"
     line = Text(f"{statistics.tokens} tokens in {statistics.rounds} rounds, {speed}", "dim")
     if drafted:
-        reached = [value for value, tried in zip(statistics.alpha, statistics.attempts, strict=True) if tried]
-        alpha = " ".join(f"{value:.2f}" for value in reached)
-        line.append(f"; tau {statistics.tau:.2f}, alpha {alpha}; ")
+        reached = [value for value in statistics.alpha if value is not None]
+        line.append(f"; tau {statistics.tau:.2f}, alpha {alpha_text(reached)}; ")
         line.append("green", "green")
         line.append(": the drafter's tokens, plain: the target's")
     if statistics.bets:

@@ -21,6 +21,7 @@ from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.page import document
 from drafttrain.evaluation.plots import PHASE_COLOURS
 from drafttrain.runtime.decoder import Prompt, SpeculativeDecoder
+from drafttrain.runtime.stats import alpha_text
 from drafttrain.target.adapter import Target
 
 State = Literal["root", "accepted", "rejected", "unreached", "next"]
@@ -178,7 +179,7 @@ def header(decoder: SpeculativeDecoder, prompt: Prompt, options: dict[str, Any])
         "tokens": f"{took.tokens} in {took.rounds} rounds",
         "tau": f"{took.tau:.2f}",
         "speed": f"{took.tokens / seconds:.1f} tokens/s" if seconds else "–",
-        "alpha": " ".join(f"{alpha:.2f}" for alpha in took.alpha) if drafter else "–",
+        "alpha": alpha_text(value for value in took.alpha if value is not None) or "–" if drafter else "–",
     }
 
 

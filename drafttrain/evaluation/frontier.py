@@ -15,7 +15,9 @@ from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.evaluation import plots
 from drafttrain.evaluation.journal import parse_lines
+from drafttrain.evaluation.rows import known_alpha
 from drafttrain.evaluation.throughput import Forecast, best, frontier
+from drafttrain.runtime.stats import alpha_text
 
 TOLERANCE = 0.15
 """How far off a forecast may be before the plot shows it outside of its band."""
@@ -52,7 +54,7 @@ class Finding:
     drafter: str  # folder
     budget: str  # what the drafter was trained with
     forecast: Forecast
-    alpha: tuple[float, ...]
+    alpha: tuple[float | None, ...]
     measured: Measurement | None = None
 
     @property
@@ -77,7 +79,7 @@ class Finding:
         """What `to_json` gave. Raises `KeyError` or `TypeError` for anything else."""
         known = Forecast(**{name: data["forecast"][name] for name in ("tau", "draft", "score", "other", "plain")})
         measured = None if data["measured"] is None else Measurement(**data["measured"])
-        return cls(data["label"], data["values"], data["drafter"], data["budget"], known, tuple(data["alpha"]), measured)
+        return cls(data["label"], data["values"], data["drafter"], data["budget"], known, known_alpha(data["alpha"]), measured)
 
 
 def write_findings(findings: Sequence[Finding], measured_on: str, file: Path) -> None:
@@ -116,7 +118,7 @@ def by_forecast(findings: Sequence[Finding]) -> list[Finding]:
 def _cells(finding: Finding) -> list[str]:
     known, measured = finding.forecast, finding.measured
     times = [f"{1e3 * seconds:.2f}" for seconds in (known.draft, known.score, known.other, known.round)]
-    alpha = " ".join(f"{value:.2f}".lstrip("0") for value in finding.alpha) or NONE
+    alpha = alpha_text(finding.alpha).replace("0.", ".") or NONE
     out = [finding.label, f"{known.tau:.2f}", alpha, *times, f"{known.tokens_per_second:.1f}", f"{known.speedup:.2f}"]
     if measured is None:
         return [*out, *[NONE] * 5]

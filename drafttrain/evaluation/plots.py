@@ -35,7 +35,7 @@ STYLE = {
 SUFFIXES = (".svg", ".png")
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 FEW = 3  # contenders for which there is room for more than the outline
-FEW_ROUNDS = 20  # a stretch of the answers with fewer is noise
+FEW_ROUNDS = 20  # a share or a mean over fewer is noise
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,27 @@ def draw_speedup(axes: Axes, rows: Sequence[Measured]) -> None:
 
 def draw_alpha(axes: Axes, rows: Sequence[Measured]) -> None:
     """A line for each contender over all tasks; thin ones for single tasks, as long as they can be told apart."""
-    labels = contenders(rows)
+    labels, deepest = contenders(rows), 1
     for row in rows:
-        if row.label in labels and row.alpha and (row.task == ALL or len(labels) <= FEW):
-            depth, whole = range(1, len(row.alpha) + 1), row.task == ALL
+        known = alpha_curve(row)
+        if row.label in labels and known and (row.task == ALL or len(labels) <= FEW):
+            depths, whole = [*known], row.task == ALL
+            deepest = max(deepest, *depths)
             style = {"linewidth": 2.2, "marker": "o", "markersize": 6} if whole else {"linewidth": 1.0, "alpha": 0.28}
-            axes.plot(depth, row.alpha, color=labels[row.label], label=name_of(row) if whole else None, zorder=4 if whole else 2, **style)
-    deepest = max(len(row.alpha) for row in rows)
+            drawn, colour = [*known.values()], labels[row.label]
+            axes.plot(depths, drawn, color=colour, label=name_of(row) if whole else None, zorder=4 if whole else 2, **style)
     axes.set_xticks(range(1, deepest + 1))
     axes.set_xlim(0.8, deepest + 0.2)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.03, 1.03)  # markers at the ends stand whole
     axes.set_xlabel("depth k of the drafted token")
     axes.set_ylabel(r"$\alpha_k$: stands, given that its parent does")
     _legend(axes, len(labels))
+
+
+def alpha_curve(row: Measured) -> dict[int, float]:
+    """depth -> alpha, where enough rounds are behind it."""
+    pairs = enumerate(zip(row.alpha, row.behind_alpha, strict=True), 1)
+    return {depth: alpha for depth, (alpha, rounds) in pairs if alpha is not None and rounds >= FEW_ROUNDS}
 
 
 def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
@@ -230,8 +238,9 @@ PLOTS: dict[str, Plot] = {
     ),
     "alpha": Plot(
         "Conditional acceptance by depth",
-        "How often a drafted token at depth k stands, given that its parent does; thin: single tasks.",
-        lambda rows: any(row.alpha for row in rows if row.label != PLAIN), draw_alpha, _even,
+        f"How often a drafted token at depth k stands, given that its parent does, where that is known from {FEW_ROUNDS} rounds or more; "
+        "thin: single tasks.",
+        lambda rows: any(alpha_curve(row) for row in rows if row.label != PLAIN), draw_alpha, _even,
     ),
     "tau-time": Plot(
         "Accepted length against time per round",

@@ -34,6 +34,7 @@ from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.rule_rows import read_rule_rows
 from drafttrain.evaluation.rule_tables import figures_table, rules_table
 from drafttrain.evaluation.runners import GENERATE, PLAIN
+from drafttrain.runtime.stats import alpha_text
 
 View = Literal["summary", "tasks", "lengths"]
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -303,8 +304,8 @@ SHOWN = 8
 
 
 def _alphas(row: Measured) -> str:
-    shown = [f"{alpha:.2f}".lstrip("0") for alpha in row.alpha[:SHOWN]]
-    return " ".join(shown + ["…"] * (len(row.alpha) > SHOWN)) or NONE
+    more = " …" if len(row.alpha) > SHOWN else ""
+    return alpha_text(row.alpha[:SHOWN]).replace("0.", ".") + more or NONE
 
 
 def _tau(row: Row | None) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
-from operator import add
+from itertools import accumulate
+from operator import add, mul
 from typing import Any, Literal
 
 import numpy as np
@@ -133,7 +134,7 @@ class Measured:
     rounds: int
     tokens: int
     tau: float
-    alpha: tuple[float, ...]
+    alpha: tuple[float | None, ...]
     nodes_per_round: float
     tokens_per_second: float
     tokens_per_second_with_prefill: float
@@ -153,6 +154,15 @@ class Measured:
     prefetch: dict[str, int] | None = None  # bets, hits, prefetch_calls, calls_saved; see `Statistics`
     quality: Quality | None = None  # see `quality.pooled`; None where it was not measured
     repeat_intervals: dict[str, Interval] = field(default_factory=dict)  # as `speedups`; where `repeats` is 1 without an interval
+    attempts: tuple[int, ...] = ()
+    """Rounds behind each of `alpha`."""
+
+    @property
+    def behind_alpha(self) -> list[float]:
+        """Rounds behind each of `alpha`; where a row does not say, the most that there can have been: those that stood one level above."""
+        if self.attempts:
+            return [*self.attempts]
+        return [*accumulate((alpha or 0.0 for alpha in self.alpha[:-1]), mul, initial=float(self.rounds))] if self.alpha else []
 
     @property
     def seconds_per_token(self) -> dict[str, float]:
@@ -183,7 +193,7 @@ class Row(Setting):
             raise UserError(f"{where}: not a result row of format {FORMAT}; evaluate again with this drafttrain")
         try:
             shared = {field.name: data.pop(field.name) for field in fields(Setting)}
-            data["alpha"] = tuple(data["alpha"])
+            data["alpha"], data["attempts"] = known_alpha(data["alpha"]), tuple(data.get("attempts", ()))
             for kind in ("speedups", "repeat_intervals"):
                 data[kind] = {name: Interval(**ratio) for name, ratio in data.get(kind, {}).items()}
             if data["exactness"] is not None:
@@ -194,6 +204,11 @@ class Row(Setting):
             return cls(**shared, measured=Measured(**data))
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: a broken result row ({error}); evaluate again, or remove the line") from error
+
+
+def known_alpha(values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """alpha as it was written; None, too, where a 0 follows a 0: nothing was tried there, and older rows did not tell the two apart."""
+    return tuple(None if value == before == 0 else value for before, value in zip([None, *values], values, strict=False))
 
 
 def make_rows(
@@ -234,7 +249,7 @@ def summarise(
     return Measured(
         **asdict(facts), label=label, task=task, outputs=outputs,
         prompts=len({(sample.item, sample.turn) for sample in own}),
-        rounds=total.rounds, tokens=total.tokens, tau=total.tau, alpha=tuple(total.alpha),
+        rounds=total.rounds, tokens=total.tokens, tau=total.tau, alpha=tuple(total.alpha), attempts=tuple(total.attempts),
         nodes_per_round=_ratio(sum(sample.outcome.drafted for sample in own), total.rounds),
         tokens_per_second=_ratio(total.tokens, _decoding(own)),
         tokens_per_second_with_prefill=_ratio(written, wall),

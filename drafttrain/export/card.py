@@ -13,6 +13,7 @@ from drafttrain.data.shards import write_whole
 from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.report import results_table
+from drafttrain.runtime.stats import alpha_text
 from drafttrain.target.files import DEMO, TargetConfig
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("card.md")
@@ -90,7 +91,7 @@ def _training(notes: Mapping[str, Any]) -> str:
     told = ", ".join(f"{key} {notes['train'][key]}" for key in TOLD)
     text = f"{notes['step']:,} steps over {notes['tokens']:,} tokens ({told})."
     if "held_out_tau" in notes:
-        alpha = " ".join(f"{value:.2f}" for value in notes["held_out_alpha"])
+        alpha = alpha_text(notes["held_out_alpha"])
         text += f" On held-out conversations a chain of {notes['length']} has accepted length {notes['held_out_tau']:.2f} (alpha {alpha})."
     return text
 

@@ -102,9 +102,9 @@ class Expected:
         return float(self.tokens.sum() / self.rounds.sum())
 
     @property
-    def alpha(self) -> list[float]:
-        """alpha[k]: P(a node at depth k + 1 stands, given its parent does), by sum min(p, q)."""
-        return (self.accepts.sum(0) / np.maximum(self.attempts.sum(0), 1e-12)).tolist()
+    def alpha(self) -> list[float | None]:
+        """alpha[k]: P(a node at depth k + 1 stands, given its parent does), by sum min(p, q); None where no node could."""
+        return [float(yes / all_) if all_ else None for yes, all_ in zip(self.accepts.sum(0), self.attempts.sum(0), strict=True)]
 
     @property
     def length(self) -> float:

@@ -73,7 +73,8 @@ def _retrace(drafter: Drafter, head: TargetHead, texts: Texts, plan: Plan) -> St
     while bool((at + 1 < texts.stops).any()):
         alive = at + 1 < texts.stops
         tree = drafter.propose(state, tokens[row, at].clamp_min(0), plan, Sampling(), chance)
-        place = at[:, None] + torch.arange(tree.max_depth + 1, device=at.device)  # [B, D + 1] the root, and what the text says below
+        D = max(1, tree.max_depth)  # where nothing was drafted, a path is still one node long
+        place = at[:, None] + torch.arange(D + 1, device=at.device)  # [B, D + 1] the root, and what the text says below
         written = torch.where(place < T, tokens.gather(1, place.clamp_max(T - 1)), PAD)
         path, accepted = follow(tree, written[:, 1:])
         accepted = torch.where(alive, accepted, 0)

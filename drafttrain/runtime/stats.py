@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -44,9 +45,9 @@ class Statistics:
         return self.tokens / self.rounds if self.rounds else 0.0
 
     @property
-    def alpha(self) -> list[float]:
-        """alpha[k]: share of nodes at depth k + 1 that stood, given their parent did."""
-        return [yes / all_ if all_ else 0.0 for yes, all_ in zip(self.accepts, self.attempts, strict=True)]
+    def alpha(self) -> list[float | None]:
+        """alpha[k]: share of nodes at depth k + 1 that stood, given their parent did; None where none was tried."""
+        return [yes / all_ if all_ else None for yes, all_ in zip(self.accepts, self.attempts, strict=True)]
 
     @property
     def decode_seconds(self) -> float:
@@ -73,6 +74,11 @@ class Statistics:
             self.prefetch_calls + other.prefetch_calls,
             self.calls_saved + other.calls_saved,
         )
+
+
+def alpha_text(alpha: Iterable[float | None]) -> str:
+    """`0.62 0.00 –`: a dash where nothing was tried."""
+    return " ".join("–" if value is None else f"{value:.2f}" for value in alpha)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     best: float | None = None  # held-out accepted length of the best drafter so far; None before the first
-    alpha: list[float] = field(default_factory=list)  # of the same drafter
+    alpha: list[float | None] = field(default_factory=list)  # of the same drafter
     fingerprint: str = ""  # of what must not change between a run and its continuation
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256 of everything else in the checkpoint
 

@@ -134,7 +134,7 @@ class TrainResult:
     seconds: float
     best_tau: float | None
     """Held-out accepted length of the drafter that was kept; None where nothing was held out."""
-    alpha: list[float] = field(default_factory=list)
+    alpha: list[float | None] = field(default_factory=list)
     peak_memory: int = 0
     """Bytes, of this process (`evaluation.memory.PeakMemory`)."""
 
@@ -331,7 +331,8 @@ class Run:
         if self.progress.best is None or found.tau > self.progress.best:
             self.progress.best, self.progress.alpha = found.tau, found.alpha
             self._keep(found)
-        return {"tau": found.tau} | {f"held_out_alpha_{depth}": value for depth, value in enumerate(found.alpha)}
+        known = {f"held_out_alpha_{depth}": value for depth, value in enumerate(found.alpha) if value is not None}
+        return {"tau": found.tau} | known
 
     def _replayed(self, batches: Iterator[Batch]) -> Statistics | Expected:
         """What decoding at `eval_temperature` would count."""

@@ -227,6 +227,17 @@ def test_the_time_plot_stacks_the_phases_end_to_end_to_the_time_of_a_token() -> 
     assert [(round(bar.get_x(), 6), round(bar.get_width(), 6)) for bar in axes.patches] == [(0, 10), (10, 30), (40, 0), (40, 5), (45, 0)]
 
 
+def test_curves_of_alpha_end_where_too_few_rounds_are_behind_them_and_no_marker_is_cut() -> None:
+    mine = next(row.measured for row in ROWS if row.measured.label == "mine" and row.measured.task == "all")
+    row = replace(mine, alpha=(1.0, 0.0, 1.0, None), attempts=(90, 20, 19, 0))
+    (axes,) = plots.figure("alpha", [row]).axes
+    assert [list(line.get_xydata().ravel()) for line in axes.lines] == [[1, 1.0, 2, 0.0]]
+    low, high = axes.get_ylim()
+    assert low < 0
+    assert high > 1
+    assert line(results_table([replace(ROWS[-2], measured=row)]), "mine")["alpha_1 .."] == "1.00 .00 1.00 –"
+
+
 def test_a_plot_that_the_rows_have_no_data_for_is_left_out() -> None:
     measured = [row.measured for row in ROWS]
     assert "position" in plots.shown([row.measured for row in with_rounds()])

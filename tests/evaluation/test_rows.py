@@ -272,3 +272,15 @@ def test_a_row_of_another_format_or_with_a_missing_key_is_refused() -> None:
         Row.from_json({**data, "format": 99}, "here")
     with pytest.raises(UserError, match="here: a broken result row"):
         Row.from_json({key: value for key, value in data.items() if key != "tau"}, "here")
+
+
+def test_alpha_is_unknown_where_nothing_was_tried_in_older_rows_too() -> None:
+    never = replace(DRAFTED[0].outcome.statistics, attempts=[8, 4, 0], accepts=[4, 0, 0])
+    mine = [replace(one, outcome=replace(one.outcome, statistics=never)) for one in DRAFTED]
+    row = rows_of(*PLAINLY, *mine)["mine", "all", "all"]
+    assert (row.measured.alpha, row.measured.attempts) == ((0.5, 0.0, None), (16, 8, 0))
+    assert Row.from_json(json.loads(json.dumps(row.to_json())), "here") == row
+    older = {name: value for name, value in row.to_json().items() if name != "attempts"} | {"alpha": [0.5, 0.0, 0.0]}
+    read = Row.from_json(older, "here").measured
+    assert (read.alpha, read.attempts) == ((0.5, 0.0, None), ())
+    assert read.behind_alpha == [20, 10, 0]  # the most that there can have been

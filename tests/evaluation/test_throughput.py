@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from drafttrain.core.plan import Chain, Dynamic, Static
+from drafttrain.drafters import build
 from drafttrain.drafters.hybrid import HybridConfig
+from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.evaluation.forecast import (
     Played,
     RoundCost,
@@ -22,7 +24,7 @@ from drafttrain.evaluation.forecast import (
 )
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best, break_even, frontier
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.stats import PHASES
+from drafttrain.runtime.stats import PHASES, Statistics
 from tests.evaluation.toys import contender, target
 from tests.runtime.test_adaptive import random_drafter
 
@@ -68,21 +70,29 @@ def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
 def test_replay_counts_what_greedy_decoding_counts_with_every_tree(family: str, shape: Chain | Static | Dynamic) -> None:
     """Rounds, tokens and acceptance by depth, on texts of different lengths side by side."""
     drafter = contender().decoder.drafter if family == "fitted eagle3" else random_drafter(family, target())
-    decoder = SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape))
-    assert decoder.drafter is not None
-    answers = answer(target(), PROMPTS, 21)
-    answers[1] = answers[1][:9]
-    got = replayed(decoder, texts_of(target(), PROMPTS, answers, [decoder.drafter]))
-    rounds = tokens = 0
-    attempts, accepts = [0] * shape.depth, [0] * shape.depth
-    for prompt, written in zip(PROMPTS, answers, strict=True):
-        one = decoder.generate([prompt], max_new_tokens=len(written))[0]
-        assert one.tokens == written
-        rounds, tokens = rounds + one.statistics.rounds, tokens + one.statistics.tokens
-        attempts = [a + b for a, b in zip(attempts, one.statistics.attempts, strict=True)]
-        accepts = [a + b for a, b in zip(accepts, one.statistics.accepts, strict=True)]
-    assert (got.rounds, got.tokens, got.attempts, got.accepts) == (rounds, tokens, attempts, accepts)
+    got = replayed_as_decoded(SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape)))
     assert family != "fitted eagle3" or got.tau > 1.2
+
+
+@pytest.mark.parametrize("hybrid", [None, HybridConfig(head_cost=50.0), HybridConfig(head_cost=0.1)], ids=["ngram", "dear", "cheap"])
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_replay_goes_through_rounds_in_which_nothing_is_drafted(prompts: int, hybrid: HybridConfig | None) -> None:
+    drafter = build(NgramConfig(), target().shape) if hybrid is None else contender().decoder.drafter
+    decoder = SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=SHAPES[-1], hybrid=hybrid))
+    replayed_as_decoded(decoder, PROMPTS[:prompts])
+
+
+def replayed_as_decoded(decoder: SpeculativeDecoder, prompts: list[list[int]] = PROMPTS) -> Statistics:
+    """Replayed counts, which are those of decoding the same texts one by one."""
+    assert decoder.drafter is not None
+    answers = [made[: 9 if place == 1 else None] for place, made in enumerate(answer(target(), prompts, 21))]
+    got = replayed(decoder, texts_of(target(), prompts, answers, [decoder.drafter]))
+    decoded = [decoder.generate([prompt], max_new_tokens=len(made))[0] for prompt, made in zip(prompts, answers, strict=True)]
+    assert [one.tokens for one in decoded] == answers
+    counted = sum((one.statistics for one in decoded), Statistics())
+    for name in ("rounds", "tokens", "attempts", "accepts"):
+        assert vars(got)[name] == vars(counted)[name], name
+    return got
 
 
 def test_replay_asks_the_target_for_nothing() -> None:
