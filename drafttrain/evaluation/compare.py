@@ -16,7 +16,7 @@ from rich.text import Text
 
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation.page import Run
-from drafttrain.evaluation.report import NONE, interval, quality
+from drafttrain.evaluation.report import NONE, interval, quality, refuse_unmeasured_quality
 from drafttrain.evaluation.rows import ALL, BASELINES, Interval, Measured, Row
 from drafttrain.evaluation.runners import PLAIN
 from drafttrain.runtime.stats import PHASES
@@ -93,12 +93,14 @@ class Again:
 
 
 def compare(left: Run, right: Run) -> Comparison:
-    """The last evaluation in each, or the last two of one file. Raises `UserError` where target, suite or sampling differ, or no contender
-    has a counterpart."""
-    ours, theirs = last_evaluation(left.rows), last_evaluation(right.rows)
+    """The newest evaluations of the two that asked the same, or the newest two of one file that did. Raises `UserError` where target, suite
+    or sampling differ, a lossy rule's quality was not measured, or no contender has a counterpart."""
     names = left.name, right.name
     if left.file.resolve() == right.file.resolve():
-        ours, names = _evaluation_before(left), (f"{left.name}, before", f"{left.name}, last")
+        names = f"{left.name}, before", f"{left.name}, last"
+    ours, theirs = newest_alike(left, right)
+    for row in (*ours, *theirs):
+        refuse_unmeasured_quality(row)
     for field, named in ASKED.items():
         a, b = vars(ours[0])[field], vars(theirs[0])[field]
         if a != b:
@@ -139,17 +141,22 @@ def unequal(again: Iterable[Again]) -> list[str]:
     ]  # fmt: skip
 
 
-def _evaluation_before(run: Run) -> list[Row]:
-    """The rows of the last run but one."""
-    earlier = [row for row in run.rows if row.run != run.rows[-1].run]
-    if not earlier:
-        raise UserError(f"'{run.name}' holds one evaluation, which cannot be compared with itself; evaluate once more, or give another run")
-    return last_evaluation(earlier)
+def newest_alike(left: Run, right: Run) -> tuple[list[Row], list[Row]]:
+    """The newest evaluation on the right that one on the left asked the same as, and the newest of these; if none did, the newest two."""
+    ours, theirs = evaluations(left.rows), evaluations(right.rows)
+    same = left.file.resolve() == right.file.resolve()
+    if same and len(ours) == 1:
+        raise UserError(f"'{left.name}' holds one evaluation, which cannot be compared with itself; evaluate again, or give another run")
+    pairs = [(a, b) for at, b in enumerate(theirs) for a in (theirs[at + 1 :] if same else ours)]
+    return next(((a, b) for a, b in pairs if all(vars(a[0])[key] == vars(b[0])[key] for key in ASKED)), pairs[0])
 
 
-def last_evaluation(rows: list[Row]) -> list[Row]:
-    """The rows of the run that stands last in a file."""
-    return [row for row in rows if row.run == rows[-1].run]
+def evaluations(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each run in a file, the newest run first."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.run, []).append(row)
+    return [*found.values()][::-1]
 
 
 def counterparts(left: list[str], right: list[str]) -> list[tuple[str, str]]:

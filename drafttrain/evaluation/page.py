@@ -122,7 +122,7 @@ def page(title: str, rows: Sequence[Row]) -> str:
     """One HTML page without any outside resource: for each setting its tables and plots."""
     parts = [f"<h1>{escape(title)}</h1>", '<p class="note">Speculative decoding, measured by <code>drafttrain eval</code>.</p>']
     for summary, tasks in zip(report.by_setting(rows, "summary"), report.by_setting(rows, "tasks"), strict=True):
-        report.refuse_unmeasured_quality(tasks)
+        report.refuse_unmeasured_qualities(tasks)
         one = tasks[0].whole
         how = "greedy" if one.temperature == 0 else f"temperature {one.temperature:g}"
         parts.append(f"<h2>{escape(one.target)} on {escape(one.suite)}, {how}, {escape(one.device)}</h2>")

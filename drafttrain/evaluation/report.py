@@ -81,7 +81,7 @@ def results_table(rows: Iterable[Row], view: View = "summary") -> str:
     """
     parts = []
     for lines in by_setting(rows, view):
-        refuse_unmeasured_quality(lines)
+        refuse_unmeasured_qualities(lines)
         parts.append(f"{_markdown(*table(lines, view))}\n\n{footer(lines)}")
     return "\n\n".join(parts) + "\n"
 
@@ -145,15 +145,20 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
     ]  # fmt: skip
 
 
-def refuse_unmeasured_quality(lines: Iterable[Line]) -> None:
-    """A `UserError` for a lossy rule whose rows don't say what it did to the answers: its speed alone means nothing."""
+def refuse_unmeasured_quality(row: Row) -> None:
+    """A `UserError` for a lossy rule whose row doesn't say what it did to the answers: its speed alone means nothing."""
+    one = row.measured
+    if not one.lossless and quality(one) == NONE:
+        raise UserError(
+            f"results of '{one.label}' on '{one.task}': rule '{one.rule}' is lossy and the row has no quality; "
+            f"evaluate it again with quality columns, or leave it out of the report"
+        )
+
+
+def refuse_unmeasured_qualities(lines: Iterable[Line]) -> None:
+    """The same for a table's lines."""
     for line in lines:
-        one = line.whole.measured
-        if not one.lossless and quality(one) == NONE:
-            raise UserError(
-                f"results of '{one.label}' on '{one.task}': rule '{one.rule}' is lossy and the row has no quality; "
-                f"evaluate it again with quality columns, or leave it out of the report"
-            )
+        refuse_unmeasured_quality(line.whole)
 
 
 def footer(lines: Sequence[Line]) -> str:
@@ -227,7 +232,7 @@ def render_text(text: str, results: Path, where: str, link: str = "") -> str:
 def plot_files(name: str, rows: Iterable[Row]) -> Iterator[tuple[list[Measured], str, str]]:
     """What the plots of a results file are made from: (rows of one setting, plot, name of its files without suffix)."""
     for number, lines in enumerate(by_setting(rows, "tasks"), 1):
-        refuse_unmeasured_quality(lines)
+        refuse_unmeasured_qualities(lines)
         measured = [line.whole.measured for line in lines]
         for plot in plots.shown(measured):
             yield measured, plot, f"{name}-{plot}" if number == 1 else f"{name}-{number}-{plot}"
@@ -248,9 +253,9 @@ def draw(name: str, results: Path) -> list[Path]:
 def drawn(name: str, results: Path) -> bool:
     """Whether every plot lies there and was drawn from the results file as it is now."""
     rows = read_rows(results / f"{name}.jsonl")
-    files = [results / f"{file}.svg" for *_, file in plot_files(name, rows)]
-    source = plots.source_of(results / f"{name}.jsonl")
-    return all(file.exists() and source in file.read_text(encoding="utf-8") for file in files)
+    files = [results / f"{file}{suffix}" for *_, file in plot_files(name, rows) for suffix in plots.SUFFIXES]
+    source = plots.source_of(results / f"{name}.jsonl").encode()
+    return all(file.exists() and source in file.read_bytes() for file in files)
 
 
 def plotted(text: str) -> list[str]:

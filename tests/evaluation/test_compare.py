@@ -99,6 +99,22 @@ def test_the_last_evaluation_of_a_file_counts() -> None:
     assert figure(Run("a", Path(), rows), run("b"), "speed-up over plain").change == "+0.0%"
 
 
+def test_the_newest_evaluations_that_asked_the_same_are_compared() -> None:
+    earlier = [replace(row, run="run-0") for row in run("a", seconds=2.0).rows]
+    mixed = Run("b", Path("b"), [*earlier, *run("b", seconds=9.0, suite_hash="later").rows])
+    assert figure(run("a"), mixed, "speed-up over plain").change == "-50.0%"
+    assert figure(mixed, run("a"), "speed-up over plain").change == "+100.0%"
+    again = Run("b", Path("b"), [*[replace(row, run="run-00") for row in run("a", seconds=4.0).rows], *mixed.rows])
+    assert figure(again, again, "speed-up over plain").change == "+100.0%"
+
+
+def test_a_lossy_row_without_quality_is_refused() -> None:
+    lossy = run("b")
+    rows = [replace(row, measured=replace(row.measured, lossless=False, rule="typical")) for row in lossy.rows]
+    with pytest.raises(UserError, match="rule 'typical' is lossy and the row has no quality"):
+        compare(run("a"), replace(lossy, rows=rows))
+
+
 def test_the_terminal_shows_both_and_marks_what_differs() -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(side_by_side(compare(run("first"), run("second", seconds=2.0, device="cuda"))))

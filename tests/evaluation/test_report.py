@@ -179,6 +179,12 @@ def test_plots_are_linked_from_where_the_page_lies_and_are_stale_until_drawn_fro
     assert stale(path, tmp_path / "results") == ["quick"]
     draw("quick", tmp_path / "results")
     assert stale(path, tmp_path / "results") == []
+    svg, png = (tmp_path / "results" / f"quick-alpha{suffix}" for suffix in plots.SUFFIXES)
+    drawn = png.read_bytes()
+    png.write_bytes(drawn.replace(b"drafttrain results", b"drafttrain rEsults"))
+    assert svg.exists()
+    assert stale(path, tmp_path / "results") == ["quick"]
+    png.write_bytes(drawn)
     later = [replace(row, measured=replace(row.measured, tau=1.25)) for row in ROWS]
     append_whole(tmp_path / "results" / "quick.jsonl", [row.to_json() for row in later])
     assert stale(path, tmp_path / "results") == ["quick"]
@@ -300,7 +306,8 @@ def test_this_repositorys_pages_agree_with_their_results_files() -> None:
 
 def test_the_committed_studys_plot_was_drawn_from_its_cells() -> None:
     folder = REPOSITORY / "docs" / "results"
-    assert plots.source_of(folder / "study.jsonl") in (folder / "study.svg").read_text()
+    source = plots.source_of(folder / "study.jsonl").encode()
+    assert all(source in (folder / f"study{suffix}").read_bytes() for suffix in plots.SUFFIXES)
 
 
 def test_this_repositorys_html_reports_agree_with_their_results_files() -> None:

@@ -65,6 +65,8 @@ def test_a_later_turn_is_asked_behind_the_answers_given_so_far() -> None:
         ('{"id": 1, "task": "t", "prompt": "a", "answer": []}', "'answer' is empty"),
         ('{"id": 1, "task": "t", "prompt": "a", "answer": "b", "check": "option"}', "'options' lists the words"),
         ('{"id": "a", "task": "t", "prompt": "b"}', "two items have the id 'a'"),
+        ('{"id": 1, "task": "all", "prompt": "a"}', "'task' 'all' cannot be one task's name"),
+        ('{"id": 1, "task": " ", "prompt": "a"}', "'task' ' ' cannot be one task's name"),
     ],
 )
 def test_a_broken_line_is_refused_by_its_number_and_reason(tmp_path: Path, line: str, reason: str) -> None:
