@@ -159,13 +159,23 @@ class Tournament:
 
     def pair(self, p: Tensor, one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Laws [B, V] of two independent drafts, and what they drew [B] -> [B] probability that the first wins, [B, V] the winner's law."""
-        order = priority(p, (one + two) / 2).sort(dim=1, descending=True, stable=True).indices
-        rank = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        order = best_first(p, one, two)
+        rank = turns(order)
         tails = [law.gather(1, order).flip(1).cumsum(1).flip(1) for law in (one, two)]
         below = [torch.cat([tail[:, 1:], torch.zeros_like(tail[:, :1])], 1) for tail in tails]
         joint = torch.zeros_like(p).scatter(1, order, tails[0] * tails[1] - below[0] * below[1])
         wins = rank.gather(1, first[:, None]) <= rank.gather(1, second[:, None])
         return wins[:, 0].double(), joint
+
+
+def best_first(p: Tensor, one: Tensor, two: Tensor) -> Tensor:
+    """[B, V] token ids by p / (one + two), of equals the lower id first."""
+    return priority(p, (one + two) / 2).sort(dim=1, descending=True, stable=True).indices
+
+
+def turns(order: Tensor) -> Tensor:
+    """[B, V] token ids, the best first -> [B, V] each token's place among them."""
+    return torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
 
 
 class Truncated(Tournament):
@@ -174,10 +184,10 @@ class Truncated(Tournament):
     def pair(self, p: Tensor, one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         wins, joint = super().pair(p, one, two, first, second)
         top = (one + two).topk(min(self.top, p.shape[-1])).indices  # [B, s]
-        order = priority(p, (one + two) / 2)
+        rank = turns(best_first(p, one, two))
         for row in range(len(p)):
             ids = top[row].tolist()
-            change, weights = _decide_pairs(*(part[row, top[row]].tolist() for part in (p, joint, one, two, order)))
+            change, weights = _decide_pairs(*(part[row, top[row]].tolist() for part in (p, joint, one, two, rank)))
             joint[row, top[row]] += torch.tensor(change, dtype=joint.dtype, device=joint.device)
             known = {(ids[i], ids[j]): weight for (i, j), weight in weights.items()}
             drawn = int(first[row]), int(second[row])
@@ -186,7 +196,7 @@ class Truncated(Tournament):
 
 
 def _decide_pairs(
-    p: list[float], joint: list[float], one: list[float], two: list[float], order: list[float]
+    p: list[float], joint: list[float], one: list[float], two: list[float], rank: list[int]
 ) -> tuple[np.ndarray, dict[tuple[int, int], float]]:
     """For some tokens: how their probabilities in the winner's law change, and with which probability i wins against j.
 
@@ -194,7 +204,7 @@ def _decide_pairs(
     """
     pairs = list(combinations(range(len(p)), 2))
     meet = np.array([one[i] * two[j] + one[j] * two[i] for i, j in pairs])
-    ahead = np.array([float(order[i] >= order[j]) for i, j in pairs])  # who wins by priority
+    ahead = np.array([float(rank[i] < rank[j]) for i, j in pairs])  # who wins by priority, as in `Tournament.pair`
     flow = np.zeros((len(p), len(pairs)))  # change of a token's probability for a unit of a pair's weight
     for column, (i, j) in enumerate(pairs):
         flow[i, column], flow[j, column] = meet[column], -meet[column]

@@ -12,7 +12,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored
 from drafttrain.verify.multidraft import SCHEMES, Multidraft, MultidraftConfig, acceptance, limit
-from tests.verify.walk import law_of
+from tests.verify.walk import first_tokens, law_of
 
 CONFIGS = {name: MultidraftConfig(scheme=name) for name in SCHEMES}
 
@@ -76,14 +76,37 @@ def test_drafts_stand_as_often_as_the_law_of_the_choice_says(scheme: str, K: int
     """All K drafts of 4 tokens through the rule's own call, each with its probability, all of its choices walked."""
     for seed in range(3):
         p, q = laws(4, 1, seed)
-        drafts = torch.cartesian_prod(*[torch.arange(4)] * K).view(-1, K)
-        weight, tokens = q[0, drafts].double().prod(1), torch.cat([torch.zeros(len(drafts), 1).long(), drafts], 1)
-        zeros = torch.zeros_like(tokens)
-        tree = Tree(tokens, zeros, zeros == 0, "iid", 1, K, law_rows=q.expand(len(drafts), 1, -1), law_of=zeros)
-        said = law_of(Multidraft(CONFIGS[scheme]), tree, Scored(p.log()[:, None].expand(len(drafts), K + 1, -1), Sampling(1.0)))
+        tree, scored, weight = all_drafts(p, q, K)
         claimed = float(acceptance(p, q, K, CONFIGS[scheme])[0])
-        assert float(weight @ said.length) == pytest.approx(claimed, abs=1e-6)
+        assert float(weight @ law_of(Multidraft(CONFIGS[scheme]), tree, scored).length) == pytest.approx(claimed, abs=1e-6)
         assert claimed <= float(limit(p, q, K)[0]) + 1e-6
+
+
+def all_drafts(p: torch.Tensor, q: torch.Tensor, K: int) -> tuple[Tree, Scored, torch.Tensor]:
+    """Every K drafts from q below one root, side by side as rows, and the probability of each. p, q: [1, V]."""
+    drafts = torch.cartesian_prod(*[torch.arange(p.shape[1])] * K).view(-1, K)
+    tokens = torch.cat([torch.zeros(len(drafts), 1).long(), drafts], 1)
+    zeros = torch.zeros_like(tokens)
+    tree = Tree(tokens, zeros, zeros == 0, "iid", 1, K, law_rows=q.expand(len(drafts), 1, -1), law_of=zeros)
+    return tree, Scored(p.log()[:, None].expand(len(drafts), K + 1, -1), Sampling(1.0)), q[0, drafts].double().prod(1)
+
+
+TIES = {
+    "the same law": ((0.25, 0.25, 0.5), (0.25, 0.25, 0.5)),
+    "equal logits": ((0.25, 0.25, 0.25, 0.25), (0.25, 0.25, 0.25, 0.25)),
+    "two of a ratio": ((0.4, 0.2, 0.3, 0.1), (0.2, 0.1, 0.2, 0.5)),
+    "one never drafted": ((0.25, 0.25, 0.5), (0.5, 0.5, 0.0)),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tie", TIES)
+def test_the_law_comes_out_where_tokens_tie(tie: str, scheme: str) -> None:
+    p, q = (torch.tensor([law]) for law in TIES[tie])
+    tree, scored, weight = all_drafts(p, q, 3 if scheme == "priority" else 2)
+    tree, scored, weight = tree.select(weight.nonzero()[:, 0]), Scored(scored.logits[weight > 0], Sampling(1.0)), weight[weight > 0]
+    out = first_tokens(law_of(Multidraft(CONFIGS[scheme]), tree, scored), tree, weight)
+    assert float((out - p[0]).abs().sum() / 2) < 1e-6
 
 
 def test_a_program_that_is_too_large_is_refused_by_name() -> None:
