@@ -19,9 +19,13 @@ from torch import Tensor
 from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Chain, Plan, Shape, Static
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored
+from drafttrain.core.tree import Layout, Tree
+from drafttrain.core.types import Committed, Scored, Verdict
 from drafttrain.drafters.grow import Frontier, grow
+from drafttrain.runtime import generate
+from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.policy import Fixed
+from drafttrain.target.adapter import Prefill
 from drafttrain.verify import RULES
 from tests.contract.test_rules import VARIANTS, made
 
@@ -95,3 +99,76 @@ def test_a_wrong_rule_is_seen() -> None:
 
     wrong = p_value("recursive", "without_replacement", Static(children=(3, 2)), WIDE, *alike(), mistaken)
     assert wrong < LEAST_P
+
+
+class Markov:
+    """A target whose law hangs on the last token alone, and its own cache: thousands of rows at once."""
+
+    device, dtype, eos_ids, head, forwards = torch.device("cpu"), torch.float32, (), None, 0
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits  # [V, V]
+
+    def new_cache(self, batch: int, capacity: int) -> Markov:
+        return self
+
+    def select(self, rows: Tensor) -> Markov:
+        return self
+
+    def settle(self, lengths: list[int]) -> None:
+        pass
+
+    def prefill(self, cache: Markov, prompts: Tensor, lengths: Tensor, features: Any, chunk: int) -> Prefill:
+        return Prefill(torch.eye(len(self.logits))[:1].log().expand(len(prompts), -1), {})  # the first token is 0
+
+    def score(self, cache: Markov, layout: Layout, sampling: Sampling, features: Any) -> Scored:
+        return Scored(self.logits[layout.tokens], sampling)
+
+    def commit(self, cache: Markov, tree: Tree, scored: Scored, verdict: Verdict, alive: Tensor) -> Committed:
+        return Committed(tree.tokens[:, :1], torch.ones_like(verdict.length))
+
+
+class MarkovDrafter:
+    """Drafts with another table through the real growing code; it remembers nothing."""
+
+    needs: frozenset[str] = frozenset()
+    calls = 0
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def begin(self, *given: Any) -> MarkovDrafter:
+        return self
+
+    def select(self, rows: Tensor) -> MarkovDrafter:
+        return self
+
+    def settle(self, lengths: list[int]) -> None:
+        pass
+
+    def propose(self, state: Any, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
+        return grow(lambda frontier: following(self.logits, frontier), roots, plan, sampling, chance).tree
+
+    def observe(self, state: Any, committed: Committed) -> None:
+        pass
+
+
+class Reusing(Seeded):
+    """Judges a round with the numbers that drafted it."""
+
+    def turn(self, number: int) -> None:
+        super().turn(number - 1 + number % 2)
+
+
+@pytest.mark.parametrize(("kind", "exact"), [(Seeded, True), (Reusing, False)], ids=["as decoding does", "numbers used twice"])
+def test_the_law_comes_out_of_whole_rounds_and_not_where_drafting_and_judging_share_their_numbers(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Seeded], exact: bool
+) -> None:
+    monkeypatch.setattr(generate, "Seeded", kind)
+    p, q = tables(3, 1), tables(3, 1) + tables(3, 2)
+    batch = Batch(Markov(p), MarkovDrafter(q), made("rejection"), Fixed(Plan(Chain(length=1), "iid")), Sampling(1.0), seed=0)  # type: ignore[arg-type]
+    batch.start([Request([1, 1], row, 4) for row in range(ROWS)])
+    batch.step()
+    seen = np.bincount([written[1] for written in batch.written], minlength=3)
+    found = float(chisquare(seen, ROWS * p[0].double().softmax(-1).numpy()).pvalue)
+    assert (found > LEAST_P) == exact
