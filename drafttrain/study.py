@@ -113,8 +113,8 @@ def check(recipe: Recipe, made: Sequence[Cell]) -> None:
         if deepest is not None and cell.recipe.runtime.shape.depth > deepest:
             depth = cell.recipe.runtime.shape.depth
             raise UserError(f"study.grid, cell '{cell.label}': its tree is {depth} deep, its drafter reaches {deepest}; leave it out")
-        if cell.recipe.runtime.policy != "fixed":
-            raise UserError(f"runtime.policy '{cell.recipe.runtime.policy}': a study forecasts rounds that are alike; set it to fixed")
+        if cell.recipe.runtime.policy_name != "fixed":
+            raise UserError(f"runtime.policy '{cell.recipe.runtime.policy_name}': a study forecasts rounds that are alike; set it to fixed")
 
 
 def _varied(recipe: Recipe, values: dict[str, Any], folder: Path) -> Recipe:

@@ -718,6 +718,12 @@ def test_report_writes_pages_and_plots_of_a_run_and_shows_its_table(workplace: P
     assert Path("out/tiny-speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_under_a_name_that_no_page_can_hold_is_refused_and_writes_nothing(workplace: Path) -> None:
+    refused = drafttrain("report", "runs/tiny", "--name", "my report", "--output", "odd")
+    assert refused.exit_code == 2 and "--name 'my report'" in refused.stderr
+    assert not Path("odd").exists()
+
+
 def test_report_of_nothing_is_refused(empty: Path) -> None:
     assert "no such file or folder" in complaint("report", "runs/tiny")
     Path("broken.jsonl").write_text("{}\n")

@@ -103,8 +103,10 @@ def write_report(runs: Sequence[Run], folder: Path, name: str) -> list[Path]:
     """NAME.jsonl, NAME.md, NAME.html and the plots in `folder`; what was written, the pages first.
 
     A NAME.md that is there keeps its text, and only its marks are renewed. Raises `UserError` where a lossy rule's quality was not
-    measured, or matplotlib is missing; nothing is written then.
+    measured, matplotlib is missing, or the name cannot stand in a mark; nothing is written then.
     """
+    if not re.fullmatch(report.NAME, name):
+        raise UserError(f"--name '{name}': letters, digits, '.', '_' and '-' make the name of a report's files; give another")
     rows = together(runs)
     html = page(name, rows)
     data, markdown, whole = (folder / f"{name}.{kind}" for kind in ("jsonl", "md", "html"))

@@ -48,8 +48,10 @@ ALL_PLOTS = "plots"
 QUALITIES = {"right": "right", "same_answer": "same answer", "argmax_agreement": "argmax", "excess_kl": "excess KL"}
 """What of a row's quality stands in tables, and its name there; one of them at least is asked of a lossy rule."""
 NONE = "–"
+NAME = r"[\w.-]+"
+"""Of a results file, as marks name it."""
 MARK = re.compile(
-    r"^(?P<head><!-- results:(?P<name>[\w.-]+)(?: (?P<view>[\w-]+))? -->\n)"
+    rf"^(?P<head><!-- results:(?P<name>{NAME})(?: (?P<view>[\w-]+))? -->\n)"
     r"(?P<body>.*?)"
     r"(?P<tail><!-- /results:(?P=name) -->)", re.S | re.M,
 )  # fmt: skip
@@ -221,7 +223,7 @@ def render_text(text: str, results: Path, where: str, link: str = "") -> str:
         ]  # fmt: skip
         return mark["head"] + "\n".join(images) + mark["tail"]
 
-    opened = re.findall(r"^<!-- results:([\w.-]+)", text, re.M)
+    opened = re.findall(rf"^<!-- results:({NAME})", text, re.M)
     closed = [mark["name"] for mark in MARK.finditer(text)]
     if opened != closed:
         lonely = next((name for name in opened if name not in closed), opened[0])

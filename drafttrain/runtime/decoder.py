@@ -334,11 +334,12 @@ class SpeculativeDecoder:
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
             rule, plan = lone.fitted(sampling)
-        policy = Fixed(plan) if self.drafter is None else self._policies.setdefault(plan, self.runtime.planner(plan))
+        if plan not in self._policies:
+            self._policies[plan] = Fixed(plan) if self.drafter is None else self.runtime.planner(plan)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return Batch(
-            self.target, self.drafter, rule, policy, sampling, seed, self.runtime.treat_as, stopper, on_round, self.runtime.prefill_chunk,
-            self.runtime.prefetch,
+            self.target, self.drafter, rule, self._policies[plan], sampling, seed, self.runtime.treat_as, stopper, on_round,
+            self.runtime.prefill_chunk, self.runtime.prefetch,
         )
 
     def _keep(self, tokens: list[int], stop: tuple[str, ...]) -> int:

@@ -26,7 +26,7 @@ CHUNK = 32
 class DecisionTraining(Config):
     """How a decision model is trained; the defaults are the paper's."""
 
-    labels: Literal["soft", "hard"] = "soft"
+    labels: Literal["soft", "hard"] = "hard"
     hidden: int = Field(default=64, ge=1)
     """Width of its one hidden layer."""
     epochs: int = Field(default=10, ge=1)

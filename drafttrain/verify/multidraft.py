@@ -4,7 +4,7 @@ Of K drafts choose one, Y, by any rule whose marginal law pI is known exactly; t
 probability min(1, p(Y) / pI(Y)), else the next token comes from max(p - pI, 0). Lossless whatever chooses; the choice decides how often a
 draft stands, at most with P* = 1 + min over S of [p(S) - q(S)^K].
 
-    priority    the draft of the highest p / q. pI(y) = T(y)^K - (T(y) - q(y))^K with T(y) the mass of q at or below y's priority
+    priority    the draft of the highest priority: p / q, which a draft may give up by lot for one drawn anew (see `Priority`); all but P*
     tournament  the winner of the drafts so far, whose law is known, against the next draft, pair by pair
     truncated   the same, but pairs of the `top` likeliest tokens are decided by a linear program (on the host)
     optimal     a linear program over all sets of drafts (on the host, small vocabularies): reaches P*
@@ -14,6 +14,7 @@ p the target's law, q the drafts'. B rows, C children at most, K of them real, V
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 from typing import Literal, Protocol
@@ -39,7 +40,7 @@ class MultidraftConfig(RuleConfig):
 
     name: Literal["multidraft"] = "multidraft"
     scheme: Literal["priority", "tournament", "truncated", "optimal"] = "priority"
-    """`priority` costs O(V log V); `truncated` and `optimal` solve linear programs on the host (needs scipy), `optimal` for small
+    """`priority` costs O(V); `truncated` and `optimal` solve linear programs on the host (needs scipy), `optimal` for small
     vocabularies only."""
     top: int = Field(default=5, ge=2)
     """`truncated`: the likeliest tokens whose pairs the program decides."""
@@ -59,22 +60,22 @@ class Multidraft(Rule):
         going = torch.ones_like(row, dtype=torch.bool)
         fell = torch.zeros_like(going)
         p = scored.law(node[:, None])[:, 0]  # [B, V]
-        q_last, K_last = p, torch.ones_like(row)  # of the drafts that fell
+        chosen_by = torch.zeros_like(p, dtype=torch.float64)  # [B, V] pI of the draft that fell, if one did
         for _ in range(tree.max_depth):
             children = tree.children[row, node]  # [B, C]
-            there = (children >= 0) & going[:, None]
-            K, safe = there.sum(1), children.clamp_min(0)
-            q = tree.law(safe[:, 0])  # [B, V]
-            tokens = tree.tokens.gather(1, safe)  # [B, C]
-            place, weight = scheme.choose(p, q, tokens, there, chance)
-            chosen = safe.gather(1, place[:, None])[:, 0]
-            ratio = p[row, tree.tokens[row, chosen]].double() / weight.clamp_min(1e-300)
-            stands = chance.bernoulli(torch.where(K > 0, ratio.clamp_max(1.0), 0.0)) & (K > 0)
-            falls = (K > 0) & ~stands
-            q_last, K_last = torch.where(falls[:, None], q, q_last), torch.where(falls, K, K_last)
-            fell, node, going = fell | falls, torch.where(stands, chosen, node), stands
+            safe, real = children.clamp_min(0), (children[:, 0] >= 0) & going  # [B, C], [B]
+            # where none is, the first is as good as any
+            there = torch.cat([torch.ones_like(real)[:, None], (children[:, 1:] >= 0) & going[:, None]], 1)
+            q, tokens = tree.law(safe[:, 0]), tree.tokens.gather(1, safe)  # [B, V], [B, C]
+            place, law = scheme.choose(p, q, tokens, there, chance)
+            token = tokens.gather(1, place[:, None])
+            ratio = p.gather(1, token).double() / law.gather(1, token).clamp_min(1e-300)
+            stands = real & chance.bernoulli(torch.where(real, ratio[:, 0].clamp_max(1.0), 0.0))
+            falls = real & ~stands
+            chosen_by = torch.where(falls[:, None], law, chosen_by)
+            fell, node, going = fell | falls, torch.where(stands, safe.gather(1, place[:, None])[:, 0], node), stands
             p = scored.law(node[:, None])[:, 0]
-        residual = normalise((p - scheme.law(p, q_last, K_last).to(p.dtype)).clamp_min(0))
+        residual = normalise((p - chosen_by.to(p.dtype)).clamp_min(0))
         path, length = tree.path_to(node)
         law = torch.where(fell[:, None], residual, p)
         return Verdict(path, length, chance.draw(law[:, None], 1, replace=True)[:, 0, 0])
@@ -86,7 +87,7 @@ class Scheme(Protocol):
     def __init__(self, config: MultidraftConfig, most: int) -> None: ...
 
     def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
-        """p, q [B, V]; the drafts' tokens [B, C], those that are `there` first -> [B] the chosen one's place, [B] pI of its token, fp64."""
+        """p, q [B, V]; the drafts' tokens [B, C], those that are `there` first, one at least -> [B] the chosen one's place, [B, V] pI."""
         ...
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
@@ -95,43 +96,133 @@ class Scheme(Protocol):
 
 
 class Priority:
-    """The draft of the highest p / q; of equals the lower id."""
+    """Tokens fall into R ranks by p / q, and the draft of the highest rank would be chosen: a rank of mass Q with T at or below it then
+    gets f Q = T^K - (T - Q)^K. Of a good drafter that is too much for the highest ranks, so before they are compared each draft of rank r
+    gives its rank up with probability lot(r) for one drawn anew, in proportion to lot Q. That leaves ranks as they were distributed, hence
+
+        pI(y) = q(y) (f + lot (m - f)),  m the mean of f over ranks drawn anew.
+
+    lot is what makes pI the nearest to p that lies between f and one level m for all ranks. B rows, C drafts, R ranks, V vocabulary.
+    """
 
     def __init__(self, config: MultidraftConfig, most: int) -> None:
         self.most = most
 
     def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
-        merit = priority(p, q)
-        drafts = torch.where(there, merit.gather(1, tokens), -1.0)  # [B, C]
-        best = drafts.amax(1, keepdim=True)
-        place = torch.where(drafts == best, tokens, q.shape[-1]).argmin(1)
-        token = tokens.gather(1, place[:, None])  # [B, 1]
-        ids = torch.arange(q.shape[-1], device=q.device)
-        below = (merit < best) | ((merit == best) & (ids >= token))  # [B, V] of this priority or less
-        tail = (q.double() * below).sum(1)
-        return place, _first_of(tail, q.gather(1, token)[:, 0].double(), there.sum(1), self.most)
+        ranks = Ranks.of(p, q, there.sum(1), self.most)
+        wins = highest(ranks, ranks.of_token.gather(1, tokens), there)
+        return chance.draw(wins[:, None], 1, replace=True)[:, 0, 0], ranks.chosen(q)
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
-        bits = priority(p, q).flip(1).view(torch.int32)  # order as the numbers do, which are not negative, and sort faster
-        order = q.shape[-1] - 1 - bits.sort(dim=1, stable=True).indices  # the lowest first, of equals the higher id
-        mass = q.gather(1, order).double()
-        return torch.zeros_like(mass).scatter_(1, order, _first_of(mass.cumsum(1), mass, K[:, None], self.most))
+        return Ranks.of(p, q, K, self.most).chosen(q)
+
+
+@dataclass
+class Ranks:
+    """Of one node's tokens by p / q, the lowest first; see `Priority`."""
+
+    of_token: Tensor  # [B, V]
+    mass: Tensor  # [B, R] Q, fp64
+    first: Tensor  # [B, R] f
+    lot: Tensor  # [B, R]
+
+    @classmethod
+    def of(cls, p: Tensor, q: Tensor, K: Tensor, most: int) -> Ranks:
+        """[B, V] p and q, [B] how many drafts, at most `most`."""
+        ratio = torch.where(q > 0, p / q.clamp_min(1e-38), 0.0)
+        of_token, least = ranked(ratio)
+        empty = torch.zeros(len(p), least.shape[1], dtype=torch.float64, device=p.device)
+        total = q.double().sum(1, keepdim=True)
+        mass = empty.scatter_add(1, of_token, q.double()) / total
+        wanted = empty.scatter_add(1, of_token, torch.where(q > 0, p, 0.0).double()) / mass.clamp_min(1e-300)
+        wanted = torch.where(mass > 0, wanted, least.double())  # [B, R] p / q
+        first = slope_of_power(mass.cumsum(1), mass, K[:, None], most)
+        return cls(of_token, mass, first, lots(wanted, first, mass))
+
+    def chosen(self, q: Tensor) -> Tensor:
+        """[B, V] pI."""
+        again = self.lot * self.mass
+        mean = (again * self.first).sum(1, keepdim=True) / again.sum(1, keepdim=True).clamp_min(1e-300)
+        share = self.first + self.lot * (mean - self.first)
+        return share.gather(1, self.of_token) * (q.double() / q.double().sum(1, keepdim=True))
+
+
+RANK_BITS = 16
+"""Of an fp32 number's bits, those that a rank leaves out: 128 ranks from a power of 2 to the next."""
+LOWEST, HIGHEST = (127 - 12) << 7, (127 + 6) << 7
+"""Bits of the ratios 2^-12 and 2^6; what lies beyond shares a rank: below it there is little to win, and above it all fall short alike."""
+
+
+def ranked(ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, V] p / q -> [B, V] each token's rank, and the least ratio of each rank, [B, R] or [1, R]: of a vocabulary no larger than the
+    ranks every token has its own, else the leading bits tell, which needs no sort."""
+    if ratio.shape[1] <= HIGHEST - LOWEST:
+        least, order = ratio.sort(dim=1, stable=True)
+        place = torch.arange(ratio.shape[1], device=ratio.device).expand_as(order)
+        return torch.zeros_like(order).scatter(1, order, place), least
+    of_token = (ratio.view(torch.int32) >> RANK_BITS).clamp(LOWEST, HIGHEST).long() - LOWEST
+    bits = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.int32, device=ratio.device) << RANK_BITS
+    return of_token, bits.view(torch.float32)[None]
+
+
+def slope_of_power(tail: Tensor, mass: Tensor, K: Tensor, most: int) -> Tensor:
+    """(tail^K - (tail - mass)^K) / mass, for K up to `most`: the sum over i < K of tail^i (tail - mass)^(K - 1 - i)."""
+    below, power, total = (tail - mass).clamp_min(0), torch.ones_like(tail), torch.zeros_like(tail)
+    for draft in range(most):
+        total = torch.where(draft < K, total * below + power, total)
+        power = power * tail
+    return total
+
+
+def lots(wanted: Tensor, first: Tensor, mass: Tensor) -> Tensor:
+    """[B, R] p / q and f, both rising, and the mass -> [B, R] the probability that a draft gives its rank up.
+
+    With a level m, ranks of f < m rise to p / q where that lies between f and m, to m where it lies above; those of f > m sink likewise.
+    What rises must equal what sinks, which fixes m: the sum is linear in m between the values that p / q and f take.
+    """
+    rising = torch.maximum(wanted, first).cummax(1).values  # of rounding
+    sinking = torch.minimum(wanted, first).cummax(1).values
+    risen, above, so_far = (_before(part) for part in (rising * mass, sinking * mass, mass))  # [B, R + 1]
+
+    def at(level: Tensor, right: bool) -> tuple[Tensor, Tensor]:
+        """What lies off the level, and the mass that lies on it."""
+        low, high = (torch.searchsorted(part, level, right=right) for part in (rising, sinking))
+        return risen.gather(1, low) + above[:, -1:] - above.gather(1, high), so_far.gather(1, high) - so_far.gather(1, low)
+
+    levels = torch.cat([rising, sinking], 1)
+    off, on = at(levels, False)
+    level = torch.where(off + levels * on <= 1, levels, 0.0).amax(1, keepdim=True)
+    off, on = at(level, True)
+    level = torch.where(on > 0, (1 - off) / on.clamp_min(1e-300), level)
+    goal = torch.where(first < level, torch.minimum(rising, level), torch.maximum(sinking, level))
+    return torch.where(first == level, 0.0, (goal - first) / (level - first)).clamp(0, 1)
+
+
+def _before(part: Tensor) -> Tensor:
+    """[B, R] -> [B, R + 1] sums of all before, and of all."""
+    return torch.cat([torch.zeros_like(part[:, :1]), part.cumsum(1)], 1)
+
+
+def highest(ranks: Ranks, own: Tensor, there: Tensor) -> Tensor:
+    """[B, C] the drafts' ranks, and which are there -> [B, C] the probability that each is the first of the highest after the lots."""
+    lot = torch.where(there, ranks.lot.gather(1, own), 0.0)[..., None]  # [B, C, 1]
+    again = ranks.lot * ranks.mass
+    again = (again / again.sum(1, keepdim=True).clamp_min(1e-300))[:, None]  # [B, 1, R]
+    rank = torch.arange(again.shape[-1], device=own.device)
+    stays = torch.where(there, own, -1)[..., None]  # one that isn't there is below all
+    at = (1 - lot) * (stays == rank) + lot * again  # [B, C, R]
+    upto = (1 - lot) * (stays <= rank) + lot * again.cumsum(-1)
+    below = (upto - at).clamp_min(0)
+    return torch.stack([_beats(at, below, upto, draft) for draft in range(own.shape[1])], 1)
+
+
+def _beats(at: Tensor, below: Tensor, upto: Tensor, draft: int) -> Tensor:
+    return (at[:, draft] * below[:, :draft].prod(1) * upto[:, draft + 1 :].prod(1)).sum(-1)
 
 
 def priority(p: Tensor, q: Tensor) -> Tensor:
     """[B, V] p / q, infinite where nothing is ever drafted."""
     return torch.where(q > 0, p / q.clamp_min(1e-38), float("inf"))
-
-
-def _first_of(tail: Tensor, mass: Tensor, K: Tensor, most: int) -> Tensor:
-    """Probability that of K draws, at most `most`, none stands above a token and one is it: tail^K - (tail - mass)^K, which is
-    mass times the sum over i < K of tail^i (tail - mass)^(K - 1 - i)."""
-    below, power = (tail - mass).clamp_min(0), torch.ones_like(tail)
-    total = torch.zeros_like(tail)
-    for draft in range(most):
-        total = torch.where(draft < K, total * below + power, total)
-        power = power * tail
-    return mass * total
 
 
 class Tournament:
@@ -148,7 +239,7 @@ class Tournament:
             loses = here & ~chance.bernoulli(torch.where(here & (winner != other), first, 1.0))
             place, winner = torch.where(loses, draft, place), torch.where(loses, other, winner)
             law = torch.where(here[:, None], joint, law)
-        return place, law.gather(1, winner[:, None])[:, 0]
+        return place, law
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
         law = q.double()
@@ -204,7 +295,7 @@ def _decide_pairs(
     """
     pairs = list(combinations(range(len(p)), 2))
     meet = np.array([one[i] * two[j] + one[j] * two[i] for i, j in pairs])
-    ahead = np.array([float(rank[i] < rank[j]) for i, j in pairs])  # who wins by priority, as in `Tournament.pair`
+    ahead = np.array([float(rank[i] < rank[j]) for i, j in pairs])  # who wins by priority
     flow = np.zeros((len(p), len(pairs)))  # change of a token's probability for a unit of a pair's weight
     for column, (i, j) in enumerate(pairs):
         flow[i, column], flow[j, column] = meet[column], -meet[column]
@@ -222,19 +313,15 @@ class Optimal:
     def __init__(self, config: MultidraftConfig, most: int) -> None: ...
 
     def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
-        counts = there.sum(1).tolist()
-        choice, weight = torch.zeros(*tokens.shape, dtype=torch.float64), torch.ones(len(tokens), dtype=torch.float64)
-        laws = []
-        for row, K in enumerate(counts):
-            law, chosen = best_choice(p[row].tolist(), q[row].tolist(), max(K, 1))
-            drawn = tokens[row, : max(K, 1)].tolist()
+        choice, laws = torch.zeros(*tokens.shape, dtype=torch.float64), []
+        for row, K in enumerate(there.sum(1).tolist()):
+            law, chosen = best_choice(p[row].tolist(), q[row].tolist(), K)
+            drawn = tokens[row, :K].tolist()
             for token in set(drawn):
                 choice[row, drawn.index(token)] = chosen[frozenset(drawn)][token]
             laws.append(law)
         place = chance.draw(choice[:, None].to(p.device), 1, replace=True)[:, 0, 0]
-        for row, (law, at) in enumerate(zip(laws, place.tolist(), strict=True)):
-            weight[row] = law[tokens[row, at]]
-        return place, weight.to(p.device)
+        return place, torch.tensor(np.array(laws), device=p.device)
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
         laws = [best_choice(p[row].tolist(), q[row].tolist(), drafts)[0] for row, drafts in enumerate(K.tolist())]
