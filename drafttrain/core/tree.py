@@ -38,6 +38,10 @@ class Skeleton:
     law_of: tuple[int, ...]
     """The row of `law_rows` each node was drawn from; siblings share one."""
 
+    def __post_init__(self) -> None:
+        laws = set(zip(self.parents[1:], self.law_of[1:], strict=True))
+        assert len(laws) == len(set(self.parents[1:])), "siblings drawn from several laws; let such a tree be of `point` draws"
+
     def first(self, nodes: int) -> Skeleton:
         """Of the first nodes alone, among them every parent of one."""
         return self if nodes == len(self.parents) else Skeleton(self.parents[:nodes], self.law_of[:nodes])
@@ -56,7 +60,7 @@ class Family:
 
 @dataclass
 class Tree:
-    """See the module. `live` marks real nodes: padding is never attended to, never accepted."""
+    """What a drafter proposes for each row of a batch. `live` marks real nodes: padding is never attended to, never accepted."""
 
     tokens: Tensor  # [B, N] int64
     parents: Tensor  # [B, N] int64, parents[:, 0] = 0

@@ -23,7 +23,7 @@ from drafttrain.target.head import TargetHead
 
 
 class Corrupt(Around):
-    """See the module."""
+    """Drafts with the drafter inside and swaps some of its tokens for random ones."""
 
     draws = frozenset({"point"})
 

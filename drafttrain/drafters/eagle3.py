@@ -143,7 +143,7 @@ class Eagle3State(DrafterState):
 
 
 class Eagle3(Drafter):
-    """See the module."""
+    """Drafts with one decoder layer over fused features of several target layers; see the module for the alignment."""
 
     Config = Eagle3Config
     config: Eagle3Config

@@ -81,7 +81,7 @@ class HybridState(DrafterState):
 
 
 class Hybrid(Around):
-    """See the module."""
+    """Drafts with a lookup and, where that pays, with the trained drafter inside, in one tree of `point` draws."""
 
     draws = frozenset({"point"})
 

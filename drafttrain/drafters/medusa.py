@@ -77,7 +77,7 @@ class MedusaState(DrafterState):
 
 
 class Medusa(Drafter):
-    """See the module."""
+    """Drafts with K heads that each guess one token further ahead from the same state; see the module for the alignment."""
 
     Config = MedusaConfig
     config: MedusaConfig

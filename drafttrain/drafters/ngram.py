@@ -174,7 +174,7 @@ class NgramState(DrafterState):
 
 
 class Ngram(Drafter):
-    """See the module."""
+    """Drafts what followed the newest tokens where they stood before in the prompt or the output; nothing is trained."""
 
     Config = NgramConfig
     config: NgramConfig

@@ -94,7 +94,7 @@ class SmallLMState(DrafterState):
 
 
 class SmallLM(Drafter):
-    """See the module."""
+    """Drafts token by token with a causal LM and a cache of its own."""
 
     Config = SmallLMConfig
     config: SmallLMConfig

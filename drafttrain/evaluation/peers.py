@@ -65,7 +65,7 @@ NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
 
 @dataclass
 class Peer:
-    """See the module."""
+    """One of transformers' own ways of decoding, measured beside ours."""
 
     target: Target
     config: PeerConfig

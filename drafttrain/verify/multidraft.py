@@ -47,7 +47,7 @@ class MultidraftConfig(RuleConfig):
 
 
 class Multidraft(Rule):
-    """See the module."""
+    """Exact for independent drafts: chooses one of the siblings by a rule whose law is known, and verifies that one."""
 
     Config = MultidraftConfig
     config: MultidraftConfig

@@ -30,7 +30,7 @@ class RecursiveConfig(RuleConfig):
 
 
 class Recursive(Rule):
-    """See the module."""
+    """Exact for any tree: tries siblings one after the other, each against what the ones before it left of the target's law."""
 
     Config = RecursiveConfig
     config: RecursiveConfig

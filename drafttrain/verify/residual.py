@@ -27,7 +27,7 @@ MOST = 1e30
 
 
 class Residual:
-    """See the module. P and Q are read, never written."""
+    """What falls left of P at some nodes, as one number a node. P and Q are read, never written."""
 
     def __init__(self, P: Tensor, Q: Tensor | None, draws: Draws, tokens: Tensor) -> None:
         """P [B, W, V]; Q [B, W, V], None where drafts were chosen with certainty; tokens: [B, W, F] the drafts in the order of trying."""

@@ -35,7 +35,7 @@ class TraversalConfig(RuleConfig):
 
 
 class Traversal(Rule):
-    """See the module."""
+    """Exact for any tree: tries nodes from the leaves up, so that a strong child makes up for a weak parent."""
 
     Config = TraversalConfig
     accepts = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))

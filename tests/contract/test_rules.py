@@ -330,9 +330,12 @@ def test_the_longest_branch_below_target_drawn_roots_is_seen_and_the_first_one_i
     assert found < 1e-6 if first else found > 0.01
 
 
+TOKEN_BY_TOKEN = {"rejection", "recursive", "recursive naive", "traversal", *(name for name in VARIANTS if name.startswith("multidraft"))}
+"""Rules that promise to be speculative sampling where there is one draft a level; a new one that does adds its name."""
 ONE_DRAFT = [
     (name, draws, 1 if name == "traversal" else 2)  # longer chains are block verification
     for name, (rule, _) in VARIANTS.items()
+    if name in TOKEN_BY_TOKEN
     for draws in ("point", "iid", "without_replacement")
     if RULES[rule].temperatures != "zero" and (draws, "chain") in RULES[rule].accepts
 ]
