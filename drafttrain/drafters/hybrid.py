@@ -8,6 +8,7 @@ and recursive verification stay exact whatever is chosen here. B rows, N nodes. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -38,6 +39,7 @@ TRAINED, FREE = 0, 1
 """Origins of nodes."""
 MEMORY = 0.15  # weight of the newest round in what the trained drafter is thought to be worth
 RETURN = 0.03  # how far that goes back to `head_gain` in each round in which it was not run
+PRIOR = 8.0  # the trained drafter's own chances are trusted as if so many tokens had stood as they said
 
 
 class HybridConfig(Config):
@@ -57,24 +59,57 @@ class HybridFamily(DrafterConfig):
     """What result rows call it."""
 
 
+@dataclass(frozen=True)
+class Worth:
+    """What the trained drafter turned out to be worth in one row."""
+
+    gain: float  # tokens that it adds to a round, a running mean
+    said: float = 0.0  # its tokens that should have stood, by its own chances, of those that could
+    stood: float = 0.0  # that did
+
+    @property
+    def trust(self) -> float:
+        """What its chances are multiplied with, level by level."""
+        return (self.stood + PRIOR) / (self.said + PRIOR)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trained drafter's part in one row's tree; node 0 is the root."""
+
+    theirs: list[bool]  # [N] nodes that it proposed
+    parents: list[int]  # [N]
+    chances: list[float]  # [N] of each of its nodes after the parent, as it said itself; 0 for the others
+
+    def gained(self, path: Sequence[int]) -> int:
+        """How many nodes of a path below the root are its own, from the first on."""
+        return next((place for place, node in enumerate(path) if not self.theirs[node]), len(path))
+
+    def outcome(self, path: Sequence[int]) -> tuple[float, float]:
+        """Of a path that stood, below the root: how many of its tokens should have stood along it, and how many did."""
+        passed = {0, *path}
+        said = sum(chance for chance, parent in zip(self.chances[1:], self.parents[1:], strict=True) if parent in passed)
+        return said, sum(self.chances[node] > 0 for node in path)
+
+
 @dataclass
 class HybridState(DrafterState):
     """Both proposers' states and what the trained one was worth."""
 
     trained: DrafterState
     free: DrafterState
-    gain: list[float]  # [B] tokens that the trained drafter adds to a round, a running mean
-    drafted: list[list[bool]]  # [B][N] nodes of the last tree that the trained drafter proposed; empty for rows that did not want it
+    worth: list[Worth]  # [B]
+    parts: list[Part | None]  # [B] of the last tree; None for rows that did not want the trained drafter
 
     def select(self, rows: Tensor) -> HybridState:
         kept = rows.tolist()
-        gain, drafted = [self.gain[row] for row in kept], [self.drafted[row] for row in kept]
-        return HybridState(self.trained.select(rows), self.free.select(rows), gain, drafted)
+        worth, parts = [self.worth[row] for row in kept], [self.parts[row] for row in kept]
+        return HybridState(self.trained.select(rows), self.free.select(rows), worth, parts)
 
     def join(self, other: DrafterState) -> HybridState:
         assert isinstance(other, HybridState)
-        gain, drafted = [*self.gain, *other.gain], [*self.drafted, *other.drafted]
-        return HybridState(self.trained.join(other.trained), self.free.join(other.free), gain, drafted)
+        worth, parts = [*self.worth, *other.worth], [*self.parts, *other.parts]
+        return HybridState(self.trained.join(other.trained), self.free.join(other.free), worth, parts)
 
     def settle(self, lengths: list[int]) -> None:
         self.trained.settle(lengths)
@@ -93,21 +128,20 @@ class Hybrid(Around):
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> HybridState:
         given = (prompts, lengths, features, head, capacity)
-        gain: list[float] = [self.options.head_gain] * len(prompts)
-        return HybridState(self.inner.begin(*given), self.free.begin(*given), gain, [[]] * len(prompts))
+        worth = [Worth(self.options.head_gain)] * len(prompts)
+        return HybridState(self.inner.begin(*given), self.free.begin(*given), worth, [None] * len(prompts))
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, HybridState)
         found = as_nodes(self.free.propose(state.free, roots, plan, sampling, chance), FREE)
-        wanted = [self.wants_head(nodes, gain, plan.shape.nodes) for nodes, gain in zip(found, state.gain, strict=True)]
-        rows = found
+        wanted = [self.wants_head(nodes, worth.gain, plan.shape.nodes) for nodes, worth in zip(found, state.worth, strict=True)]
+        rows, drafted = found, found
         if any(wanted):
             drafted = as_nodes(self.inner_tree(state.trained, roots, replace(plan, reach=True), sampling, chance), TRAINED)
-            rows = [merged(two, one) if wants else one for one, two, wants in zip(found, drafted, wanted, strict=True)]
+            trusted = [believed(two, worth.trust) for two, worth in zip(drafted, state.worth, strict=True)]
+            rows = [merged(two, one) if wants else one for one, two, wants in zip(found, trusted, wanted, strict=True)]
         chosen = [self.worth(nodes, wants, plan.shape.nodes) for nodes, wants in zip(rows, wanted, strict=True)]
-        state.drafted = [
-            [True, *(origin == TRAINED for origin in nodes.origin)] if wants else [] for nodes, wants in zip(chosen, wanted, strict=True)
-        ]
+        state.parts = [part_of(nodes, two) if wants else None for nodes, two, wants in zip(chosen, drafted, wanted, strict=True)]
         size = plan.shape.nodes
         static = None if sampling.greedy else (size, size)  # what a row draws later must not depend on the others
         return from_nodes(roots, chosen, None if static is None else size, static)
@@ -136,14 +170,15 @@ class Hybrid(Around):
         assert isinstance(state, HybridState)
         counts = committed.count.tolist()
         nodes = [[]] * len(counts) if committed.nodes is None else committed.nodes.tolist()
-        for row, count in enumerate(counts):
-            if count and state.drafted[row]:
-                run = [state.drafted[row][node] for node in nodes[row][1:count]]
-                gained = next((place for place, theirs in enumerate(run) if not theirs), len(run))
-                state.gain[row] += MEMORY * (gained - state.gain[row])
+        for row, (count, before, part) in enumerate(zip(counts, state.worth, state.parts, strict=True)):
+            if count and part is not None:
+                path = nodes[row][1:count]
+                said, stood = part.outcome(path)
+                gain = before.gain + MEMORY * (part.gained(path) - before.gain)
+                state.worth[row] = Worth(gain, before.said + said, before.stood + stood)
             elif count:
-                state.gain[row] += RETURN * (self.options.head_gain - state.gain[row])
-        state.drafted = [[]] * len(counts)
+                state.worth[row] = replace(before, gain=before.gain + RETURN * (self.options.head_gain - before.gain))
+        state.parts = [None] * len(counts)
         longest = max(*counts, 1)
         committed = replace(
             committed, tokens=committed.tokens[:, :longest], nodes=None,
@@ -170,6 +205,33 @@ def as_nodes(tree: Tree, origin: int) -> list[Nodes]:
                 number[node] = len(nodes.tokens)
         out.append(nodes)
     return out
+
+
+def believed(nodes: Nodes, trust: float) -> Nodes:
+    """The same nodes with the chance of each after its parent times `trust`, 1 at most."""
+    said, reach = [1.0, *nodes.reach], [1.0]
+    for node, parent in enumerate(nodes.parents, 1):
+        reach.append(reach[parent] * min(1.0, trust * said[node] / max(said[parent], 1e-30)))
+    return Nodes(nodes.tokens, nodes.parents, reach[1:], nodes.origin)
+
+
+def part_of(chosen: Nodes, drafted: Nodes) -> Part:
+    """What of `chosen` stands among what the trained drafter `drafted`."""
+    reach = [1.0, *drafted.reach]
+    said = {
+        path: reach[node] / max(reach[parent], 1e-30)
+        for node, (path, parent) in enumerate(zip(_paths(drafted), drafted.parents, strict=True), 1)
+    }
+    chances = [said.get(path, 0.0) for path in _paths(chosen)]
+    return Part([True, *(origin == TRAINED for origin in chosen.origin)], [0, *chosen.parents], [0.0, *chances])
+
+
+def _paths(nodes: Nodes) -> list[tuple[int, ...]]:
+    """Of each node the tokens down to it."""
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(nodes.tokens, nodes.parents, strict=True):
+        paths.append((*paths[parent], token))
+    return paths[1:]
 
 
 def merged(first: Nodes, second: Nodes) -> Nodes:

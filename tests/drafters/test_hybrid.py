@@ -11,7 +11,8 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Nodes, Tree
-from drafttrain.drafters.hybrid import FREE, TRAINED, Hybrid, HybridConfig, merged
+from drafttrain.core.types import Committed
+from drafttrain.drafters.hybrid import FREE, TRAINED, Hybrid, HybridConfig, HybridState, Worth, believed, merged, part_of
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
 from tests.families import tiny_drafter, trained_drafter
@@ -50,6 +51,67 @@ def test_the_trained_drafter_is_run_where_nothing_is_found_and_not_where_the_loo
     assert drafter.wants_head(nothing, gain=1.0, budget=8)
     assert not drafter.wants_head(sure, gain=1.0, budget=8)
     assert not drafter.wants_head(nothing, gain=0.1, budget=8)  # it adds less than it costs: plain decoding
+
+
+def test_the_trained_drafter_adds_less_where_the_lookup_is_half_sure_of_the_first_token() -> None:
+    drafter = hybrid(tiny_target(), head_cost=0.4, node_cost=0.0)
+    assert drafter.wants_head(chain([1], [0.1], FREE), gain=0.6, budget=8)
+    assert not drafter.wants_head(chain([1], [0.5], FREE), gain=0.6, budget=8)
+
+
+def test_chances_are_believed_as_far_as_they_came_true_and_never_above_their_parents() -> None:
+    said = Nodes([1, 2, 3], [0, 1, 0], [0.8, 0.4, 0.1], [TRAINED] * 3)
+    assert believed(said, 1.0).reach == pytest.approx(said.reach)
+    assert believed(said, 0.5).reach == pytest.approx([0.4, 0.1, 0.05])
+    assert believed(said, 1.6).reach == pytest.approx([1.0, 0.8, 0.16])
+
+
+def test_what_came_true_is_counted_where_it_could_and_the_lookups_tokens_are_not_the_drafters() -> None:
+    drafted = chain([4, 5, 6], [0.5, 0.4, 0.1], TRAINED)
+    tree = merged(drafted, chain([4, 9], [0.9, 0.6], FREE))  # 4 is both's, 9 hangs from it
+    part = part_of(tree, drafted)
+    assert part.chances == pytest.approx([0.0, 0.5, 0.8, 0.25, 0.0])
+    assert part.outcome([]) == (pytest.approx(0.5), 0)
+    assert part.outcome([1, 4]) == (pytest.approx(1.3), 1)  # below 9 nothing was drafted
+    assert part.outcome([1, 2, 3]) == (pytest.approx(1.55), 3)
+    assert (part.gained([1, 4]), part.gained([4])) == (1, 0)
+    assert Worth(1.0).trust == 1.0 and Worth(1.0, said=8.0, stood=0.0).trust == 0.5
+
+
+def watched(drafter: Hybrid, rounds: int) -> HybridState:
+    """The state after so many rounds of one row."""
+    states: list[HybridState] = []
+    observe = drafter.observe
+
+    def keep(state: Any, committed: Any) -> None:
+        observe(state, committed)
+        states.append(state)
+
+    drafter.observe = keep  # type: ignore[method-assign]
+    decoder = SpeculativeDecoder(tiny_target(), None, RuntimeConfig(shape=SHAPE))
+    decoder.drafter = drafter
+    decoder.generate([PROMPT], max_new_tokens=rounds)
+    return states[-1]
+
+
+def test_an_overconfident_drafter_is_believed_less_and_one_that_is_right_is_not() -> None:
+    target = tiny_target()
+    wrong = tiny_drafter("eagle3", target)
+    torch.nn.init.normal_(wrong.lm_head.weight, std=3.0)  # sure of anything
+    dear = HybridConfig(head_cost=0.0, node_cost=0.0)
+    assert watched(Hybrid(dear, wrong), 40).worth[0].trust < 0.5
+    assert watched(Hybrid(dear, trained_drafter("eagle3", target, [PROMPT])), 24).worth[0].trust > 0.9
+
+
+def test_what_a_drafter_is_thought_to_add_comes_back_while_it_is_not_run() -> None:
+    target = tiny_target()
+    drafter = hybrid(target, head_cost=1e6, head_gain=2.0)  # never worth its price
+    state = watched(drafter, 3)
+    state.worth[0] = Worth(0.5, 3.0, 1.0)
+    nothing = torch.zeros(1, 1, dtype=torch.long)
+    features = {"aux": torch.zeros(1, 1, 3 * 32)}
+    drafter.observe(state, Committed(nothing, torch.ones(1, dtype=torch.long), features))
+    assert state.worth[0] == Worth(pytest.approx(0.5 + 0.03 * 1.5), 3.0, 1.0)  # type: ignore[arg-type]
 
 
 def test_a_drafter_that_is_never_right_is_soon_left_alone() -> None:
