@@ -124,6 +124,13 @@ def test_rows_end_one_by_one_and_the_others_go_on(shape: Any) -> None:
     assert torch.equal(tree.tokens[1][tree.live[1]], alone.tokens[1][alone.live[1]])
 
 
+@pytest.mark.parametrize("shape", [Chain(length=3), Dynamic(depth=3, beam=2, top_k=2, nodes=20)])
+def test_a_row_that_ended_stays_ended_whatever_is_said_of_later_levels(shape: Any) -> None:
+    tree = grown(shape, "point", [], lambda here, logits, states: torch.tensor([here == 0, False, False])).tree
+    deepest = [int(tree.depth[row][tree.live[row]].max()) for row in range(B)]
+    assert deepest == [1, 3, 3]
+
+
 def test_what_is_asked_is_what_stands_at_the_nodes_a_level_hangs_from() -> None:
     seen: list[tuple[int, Tensor, Tensor]] = []
 

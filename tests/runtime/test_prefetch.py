@@ -15,7 +15,7 @@ from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.generate import Batch, Request
-from drafttrain.runtime.prefetch import Prefetcher
+from drafttrain.runtime.prefetch import Bets, Prefetcher
 from drafttrain.runtime.stats import Statistics
 from tests.runtime.test_rounds import PROMPTS, drafter, target
 from tests.tiny import greedy_text
@@ -125,6 +125,16 @@ class Packed:
 
     def __init__(self, tokens: torch.Tensor, position: torch.Tensor, document: torch.Tensor) -> None:
         self.tokens, self.position, self.document = tokens, position, document
+
+
+def test_a_bet_on_one_branch_is_not_won_by_another_of_the_same_length_and_next_token() -> None:
+    tree = Tree(torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).bool(), "point", 1, 2)
+    bets = Bets(None, tree, torch.tensor([[1]]), torch.tensor([[1, 0]]), torch.tensor([[7, 7]]), 0)  # type: ignore[arg-type]
+    one, seven = torch.tensor([1]), torch.tensor([7])
+    assert bets.hits(Verdict(torch.tensor([[1]]), one, seven)).tolist() == [0]
+    assert bets.hits(Verdict(torch.tensor([[2]]), one, seven)).tolist() == [-1]
+    assert bets.hits(Verdict(torch.tensor([[0]]), one - 1, seven)).tolist() == [1]
+    assert bets.hits(Verdict(torch.tensor([[1]]), one, seven - 1)).tolist() == [-1]
 
 
 def test_rows_near_their_end_bet_past_it_without_harm() -> None:

@@ -26,7 +26,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Tree
 from drafttrain.core.types import Scored
 from drafttrain.drafters.grow import grow
-from drafttrain.verify import RULES, base
+from drafttrain.verify import RULES, base, residual
 from drafttrain.verify.base import Rule
 from tests.contract.test_rules import TREES, VARIANTS, made
 
@@ -44,7 +44,7 @@ REDUCTIONS = {"any", "all", "sum", "max", "min", "amax", "amin", "equal", "allcl
 def sources() -> list[Path]:
     """The files of the lossless rules, and of what they call of `core`."""
     kinds = [inspect.getfile(kind) for kind in RULES.values() if kind.lossless]
-    return sorted({Path(file) for file in (*kinds, *map(inspect.getfile, (base, chance, sampling, tree, types)))})
+    return sorted({Path(file) for file in (*kinds, *map(inspect.getfile, (base, chance, residual, sampling, tree, types)))})
 
 
 def waits(source: str, exempt: set[str]) -> list[str]:
