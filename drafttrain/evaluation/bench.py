@@ -153,9 +153,11 @@ def evaluate(
     setting = bench.setting(suite, out_path, facts)
     journal = Journal(out_path.parent / "measurements" / f"{setting.run}.jsonl")
     with journal.alone():
+        if out_path.exists() and setting.run in {row.run for row in read_rows(out_path)}:
+            raise UserError(f"'{out_path}': another process has just finished this measurement; run again for one more")
         entries = bench.measure(suite, journal, setting.commit)
-    rows = make_rows(_samples(entries), facts, _efficiencies(entries), replace(setting, commit=_commits(entries)))
-    append_whole(out_path, [row.to_json() for row in rows])
+        rows = make_rows(_samples(entries), facts, _efficiencies(entries), replace(setting, commit=_commits(entries)))
+        append_whole(out_path, [row.to_json() for row in rows])
     return rows
 
 

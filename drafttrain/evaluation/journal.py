@@ -17,39 +17,38 @@ from drafttrain.data.shards import write_whole
 
 
 class Journal:
-    """Appends whole lines; a line torn by a kill or a full disk is dropped when the journal is opened again."""
+    """Appends whole lines; a line torn by a kill or a full disk is left out when it is read, and dropped before anything is appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: list[dict[str, Any]] = []
-        """What stood in it when it was opened."""
         with _writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                self._reopen()
+            self.entries = parse_lines(self._whole().decode(), path)
+        """What stood in it when it was opened."""
 
     def append(self, entry: dict[str, Any]) -> None:
         """Stands on the disk when this returns."""
         with _writable(self.path), self.path.open("ab") as file:
+            file.truncate(len(self._whole()))
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While this is entered no other process adds to the journal; a `UserError` where one does so now."""
+        """While this is entered no other process adds to the journal, and `entries` are what all before it left; a `UserError` where one
+        adds to it now."""
         try:
             with _locked(self.path, wait=False):
+                self.entries = parse_lines(self._whole().decode(), self.path)
                 yield
         except Timeout as error:
             raise UserError(f"'{self.path}': another process measures the same run; wait for it, or choose another output") from error
 
-    def _reopen(self) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
-        self.entries = parse_lines(whole.decode(), self.path)
+    def _whole(self) -> bytes:
+        """Its lines but one that was torn."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        return data[: data.rfind(b"\n") + 1]
 
 
 def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:

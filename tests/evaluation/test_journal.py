@@ -40,6 +40,18 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
     assert [[one["number"] for one in entries if one["who"] == who] for who in "ab"] == [[*range(20)]] * 2
 
 
+def test_whoever_opens_a_journal_that_another_writes_cuts_nothing_and_reads_all_once_alone(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"id":1}\n{"id"')  # another process is half through its line
+    late = Journal(path)
+    assert (late.entries, path.read_bytes()) == ([{"id": 1}], b'{"id":1}\n{"id"')
+    path.write_bytes(b'{"id":1}\n{"id":2}\n{"torn')
+    with late.alone():
+        assert late.entries == [{"id": 1}, {"id": 2}]
+        late.append({"id": 3})
+    assert path.read_bytes() == b'{"id":1}\n{"id":2}\n{"id":3}\n'
+
+
 def test_a_journal_is_one_processs_at_a_time_and_free_again_afterwards(tmp_path: Path) -> None:
     first, second = Journal(tmp_path / "journal.jsonl"), Journal(tmp_path / "journal.jsonl")
     with first.alone(), pytest.raises(UserError, match="another process measures the same run"), second.alone():
