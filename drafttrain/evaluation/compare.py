@@ -17,7 +17,7 @@ from rich.text import Text
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation.page import Run
 from drafttrain.evaluation.report import NONE, interval, quality, refuse_unmeasured_quality
-from drafttrain.evaluation.rows import ALL, BASELINES, Interval, Measured, Row
+from drafttrain.evaluation.rows import ALL, BASELINES, Interval, Measured, Outputs, Row
 from drafttrain.evaluation.runners import PLAIN
 from drafttrain.runtime.stats import PHASES
 
@@ -29,6 +29,7 @@ MEASURED_ON = ("device", "threads", "dtype", "versions", "repeats")
 """Where these differ, times differ for another reason than the contenders."""
 WAY = ("drafter", "drafter_fingerprint", "rule", "draws", "shape", "options", "policy")
 """Where these agree, two contenders drafted and verified alike."""
+OUTPUTS: tuple[Outputs, ...] = ("all", "not_looping")
 STEADY = 0.05  # plain decoding's speed may differ by this share before it is pointed out
 
 
@@ -50,6 +51,8 @@ class Pair:
     label: str
     left: Measured
     right: Measured
+    unlooped: tuple[Measured, Measured] | None = None
+    """Both without the prompts whose plain output loops; None where one has no such prompt left."""
 
     @property
     def task(self) -> str:
@@ -107,14 +110,14 @@ def compare(left: Run, right: Run) -> Comparison:
             told = [f"'{vars(rows[0])[named]}' {value}" if named else str(value) for rows, value in ((ours, a), (theirs, b))]
             said = f"their {named or field} differs ({told[0]} and {told[1]})"
             raise UserError(f"'{left.name}' and '{right.name}' cannot be compared: {said}; evaluate both alike")
-    found = [
-        {(row.measured.label, row.measured.task): row.measured for row in rows if row.measured.outputs == "all"} for rows in (ours, theirs)
-    ]  # fmt: skip
+    found, unlooped = ([_by_contender(rows, outputs) for rows in (ours, theirs)] for outputs in OUTPUTS)
     labels = [[label for label, task in known if task == ALL] for known in found]
     mates = counterparts(*labels)
     pairs = [
-        Pair(a if a == b else f"{a} | {b}", one, found[1][b, task])
-        for a, b in mates for (label, task), one in found[0].items() if label == a and (b, task) in found[1]
+        Pair(
+            a if a == b else f"{a} | {b}", one, found[1][b, task],
+            (unlooped[0][a, task], unlooped[1][b, task]) if (a, task) in unlooped[0] and (b, task) in unlooped[1] else None,
+        ) for a, b in mates for (label, task), one in found[0].items() if label == a and (b, task) in found[1]
     ]  # fmt: skip
     if not any(pair.label != PLAIN for pair in pairs):
         raise UserError(f"'{left.name}' and '{right.name}' have no contender in common; give their contenders the same labels")
@@ -124,6 +127,11 @@ def compare(left: Run, right: Run) -> Comparison:
     told = [*warnings(ours[0], theirs[0]), *unsteady(pairs)]
     told += unequal(again) if ours[0].temperature == 0 and ours[0].dtype == theirs[0].dtype == "float32" else []
     return Comparison(names, pairs, alone, told, again)
+
+
+def _by_contender(rows: Iterable[Row], outputs: Outputs) -> dict[tuple[str, str], Measured]:
+    """What was measured over these outputs, by label and task."""
+    return {(row.measured.label, row.measured.task): row.measured for row in rows if row.measured.outputs == outputs}
 
 
 def measured_again(pairs: Iterable[Pair]) -> list[Again]:
@@ -189,6 +197,13 @@ def figures(pair: Pair) -> list[Figure]:
     for baseline in BASELINES:
         if baseline in left.speedups and baseline in right.speedups:
             out.append(_ratio(f"speed-up over {baseline}", left.speedups[baseline], right.speedups[baseline]))
+    if pair.unlooped is not None:
+        one, other = pair.unlooped
+        out.append(_ratio("tau, no loops", one.tau_interval or _bare(one.tau), other.tau_interval or _bare(other.tau)))
+        out += [
+            _ratio(f"speed-up over {baseline}, no loops", one.speedups[baseline], other.speedups[baseline])
+            for baseline in BASELINES if baseline in one.speedups and baseline in other.speedups
+        ]  # fmt: skip
     out.append(_number("tokens/s", left.tokens_per_second, right.tokens_per_second, 1))
     for depth in range(max(len(left.alpha), len(right.alpha))):
         a, b = (one.alpha[depth] if depth < len(one.alpha) else None for one in (left, right))

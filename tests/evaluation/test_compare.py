@@ -49,6 +49,17 @@ def test_intervals_are_apart_only_where_neither_end_reaches_the_other() -> None:
     assert apart(Interval(1, None, None), Interval(9, 8.0, 10.0)) is None
 
 
+def test_what_was_reached_without_looping_outputs_stands_beside_the_whole() -> None:
+    left, right = run("a"), run("b", rounds=20)
+    slower = [
+        replace(row, measured=replace(row.measured, tau=row.measured.tau / 2, tau_interval=None))
+        if row.measured.outputs == "not_looping" else row for row in right.rows
+    ]  # fmt: skip
+    got = figure(left, replace(right, rows=slower), "tau, no loops")
+    assert (got.left.split()[0], got.right) == ("4.00", "1.00")
+    assert figure(left, right, "speed-up over plain, no loops").left == figure(left, right, "speed-up over plain").left
+
+
 def test_the_time_split_is_given_for_a_token() -> None:
     got = figure(run("a"), run("b", seconds=2.0), "ms per token: score")
     assert (got.left, got.right, got.change) == ("24.12", "48.25", "+100.0%")
@@ -119,7 +130,7 @@ def test_the_terminal_shows_both_and_marks_what_differs() -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(side_by_side(compare(run("first"), run("second", seconds=2.0, device="cuda"))))
     text = console.export_text()
-    (line,) = [line for line in text.splitlines() if "speed-up over plain" in line]
+    (line,) = [line for line in text.splitlines() if "speed-up over plain " in line]
     assert "4.1" in line and "2.0" in line and "-50.0%" in line and "differs" in line
     assert "warning: device differs: cpu | cuda" in text
     assert "first" in text and "second" in text
