@@ -73,8 +73,7 @@ class Tree:
     law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
     reach: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
     law_states: Tensor | None = None  # [B, R, D] what the drafter read those laws from, where `Plan.keep_states` asks for it
-    skeleton: Skeleton | None = None  # of a static shape, of which a tree that ended early is the beginning; where a drawn tree lacks
-    # it, `families` waits for the host to read it
+    skeleton: Skeleton | None = None  # of a whole static shape, even where the tree ended early; without it `families` waits for the host
     named: bool = False  # the first level is not the drafter's: the target named these tokens itself (`Plan.first`)
 
     @property

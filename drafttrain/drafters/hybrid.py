@@ -77,13 +77,12 @@ class Worth:
 class Part:
     """The trained drafter's part in one row's tree; node 0 is the root."""
 
-    theirs: list[bool]  # [N] nodes that it proposed
     parents: list[int]  # [N]
-    chances: list[float]  # [N] of each of its nodes after the parent, as it said itself; 0 for the others
+    chances: list[float]  # [N] of each of its nodes after the parent, as it said itself; 0 for the lookup's own
 
     def gained(self, path: Sequence[int]) -> int:
         """How many nodes of a path below the root are its own, from the first on."""
-        return next((place for place, node in enumerate(path) if not self.theirs[node]), len(path))
+        return next((place for place, node in enumerate(path) if not self.chances[node]), len(path))
 
     def outcome(self, path: Sequence[int]) -> tuple[float, float]:
         """Of a path that stood, below the root: how many of its tokens should have stood along it, and how many did."""
@@ -223,7 +222,7 @@ def part_of(chosen: Nodes, drafted: Nodes) -> Part:
         for node, (path, parent) in enumerate(zip(_paths(drafted), drafted.parents, strict=True), 1)
     }
     chances = [said.get(path, 0.0) for path in _paths(chosen)]
-    return Part([True, *(origin == TRAINED for origin in chosen.origin)], [0, *chosen.parents], [0.0, *chances])
+    return Part([0, *chosen.parents], [0.0, *chances])
 
 
 def _paths(nodes: Nodes) -> list[tuple[int, ...]]:

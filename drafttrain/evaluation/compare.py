@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from rich.box import SIMPLE
 from rich.console import Group
@@ -29,7 +30,6 @@ MEASURED_ON = ("device", "threads", "dtype", "versions", "repeats")
 """Where these differ, times differ for another reason than the contenders."""
 WAY = ("drafter", "drafter_fingerprint", "rule", "draws", "shape", "options", "policy")
 """Where these agree, two contenders drafted and verified alike."""
-OUTPUTS: tuple[Outputs, ...] = ("all", "not_looping")
 STEADY = 0.05  # plain decoding's speed may differ by this share before it is pointed out
 
 
@@ -110,7 +110,7 @@ def compare(left: Run, right: Run) -> Comparison:
             told = [f"'{vars(rows[0])[named]}' {value}" if named else str(value) for rows, value in ((ours, a), (theirs, b))]
             said = f"their {named or field} differs ({told[0]} and {told[1]})"
             raise UserError(f"'{left.name}' and '{right.name}' cannot be compared: {said}; evaluate both alike")
-    found, unlooped = ([_by_contender(rows, outputs) for rows in (ours, theirs)] for outputs in OUTPUTS)
+    found, unlooped = ([_by_contender(rows, outputs) for rows in (ours, theirs)] for outputs in get_args(Outputs))
     labels = [[label for label, task in known if task == ALL] for known in found]
     mates = counterparts(*labels)
     pairs = [
@@ -193,17 +193,9 @@ def unsteady(pairs: Iterable[Pair]) -> list[str]:
 def figures(pair: Pair) -> list[Figure]:
     """All quantities of a contender."""
     left, right = pair.left, pair.right
-    out = [_ratio("tau", left.tau_interval or _bare(left.tau), right.tau_interval or _bare(right.tau))]
-    for baseline in BASELINES:
-        if baseline in left.speedups and baseline in right.speedups:
-            out.append(_ratio(f"speed-up over {baseline}", left.speedups[baseline], right.speedups[baseline]))
+    out = _reached(left, right)
     if pair.unlooped is not None:
-        one, other = pair.unlooped
-        out.append(_ratio("tau, no loops", one.tau_interval or _bare(one.tau), other.tau_interval or _bare(other.tau)))
-        out += [
-            _ratio(f"speed-up over {baseline}, no loops", one.speedups[baseline], other.speedups[baseline])
-            for baseline in BASELINES if baseline in one.speedups and baseline in other.speedups
-        ]  # fmt: skip
+        out += _reached(*pair.unlooped, ", no loops")
     out.append(_number("tokens/s", left.tokens_per_second, right.tokens_per_second, 1))
     for depth in range(max(len(left.alpha), len(right.alpha))):
         a, b = (one.alpha[depth] if depth < len(one.alpha) else None for one in (left, right))
@@ -220,6 +212,15 @@ def figures(pair: Pair) -> list[Figure]:
     if {quality(left), quality(right)} != {NONE}:
         out.append(Figure("quality", quality(left), quality(right)))
     return out
+
+
+def _reached(left: Measured, right: Measured, which: str = "") -> list[Figure]:
+    """Accepted length and speed-ups. which: of the outputs, for the names."""
+    tau = _ratio(f"tau{which}", left.tau_interval or _bare(left.tau), right.tau_interval or _bare(right.tau))
+    return [tau] + [
+        _ratio(f"speed-up over {baseline}{which}", left.speedups[baseline], right.speedups[baseline])
+        for baseline in BASELINES if baseline in left.speedups and baseline in right.speedups
+    ]  # fmt: skip
 
 
 def side_by_side(comparison: Comparison) -> Group:

@@ -118,7 +118,7 @@ def by_forecast(findings: Sequence[Finding]) -> list[Finding]:
 def _cells(finding: Finding) -> list[str]:
     known, measured = finding.forecast, finding.measured
     times = [f"{1e3 * seconds:.2f}" for seconds in (known.draft, known.score, known.other, known.round)]
-    alpha = alpha_text(finding.alpha).replace("0.", ".") or NONE
+    alpha = alpha_text(finding.alpha, zeros=False) or NONE
     out = [finding.label, f"{known.tau:.2f}", alpha, *times, f"{known.tokens_per_second:.1f}", f"{known.speedup:.2f}"]
     if measured is None:
         return [*out, *[NONE] * 5]

@@ -20,7 +20,7 @@ class Journal:
     """Appends whole lines; a line torn by a kill or a full disk is left out when it is read, and dropped before anything is appended."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.whole = path, False  # whether its last line is known to be no torn one
         with _writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.entries = parse_lines(self._whole().decode(), path)
@@ -29,7 +29,9 @@ class Journal:
     def append(self, entry: dict[str, Any]) -> None:
         """Stands on the disk when this returns."""
         with _writable(self.path), self.path.open("ab") as file:
-            file.truncate(len(self._whole()))
+            if not self.whole:
+                file.truncate(len(self._whole()))
+                self.whole = True
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
@@ -40,7 +42,7 @@ class Journal:
         adds to it now."""
         try:
             with _locked(self.path, wait=False):
-                self.entries = parse_lines(self._whole().decode(), self.path)
+                self.entries, self.whole = parse_lines(self._whole().decode(), self.path), False
                 yield
         except Timeout as error:
             raise UserError(f"'{self.path}': another process measures the same run; wait for it, or choose another output") from error

@@ -312,7 +312,7 @@ SHOWN = 8
 
 def _alphas(row: Measured) -> str:
     more = " …" if len(row.alpha) > SHOWN else ""
-    return alpha_text(row.alpha[:SHOWN]).replace("0.", ".") + more or NONE
+    return alpha_text(row.alpha[:SHOWN], zeros=False) + more or NONE
 
 
 def _tau(row: Row | None) -> str:

@@ -15,11 +15,10 @@ from drafttrain.core.errors import UserError
 from drafttrain.evaluation.efficiency import Efficiency
 from drafttrain.evaluation.quality import Judged, Quality, pooled
 from drafttrain.evaluation.runners import GENERATE, PLAIN, Facts, Outcome
-from drafttrain.evaluation.suites import EVERY
+from drafttrain.evaluation.suites import ALL
 from drafttrain.runtime.stats import PHASES, Statistics
 
 FORMAT = 1
-ALL = EVERY
 RESAMPLES = 10_000
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t, 97.5%, of 1, 2, ... degrees of freedom; the last one stands for more, too."""

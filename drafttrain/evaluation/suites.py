@@ -23,7 +23,7 @@ Message = dict[str, str]
 PROMPTS = Path(__file__).parent / "prompts"
 SUITES = {"builtin": PROMPTS / "builtin.jsonl", "checkable": PROMPTS / "checkable.jsonl"}
 FORMS = ("prompt", "turns", "messages")
-EVERY = "all"
+ALL = "all"
 """What result rows call all tasks together."""
 
 
@@ -128,8 +128,8 @@ def item_of(data: dict[str, Any], where: str) -> Item:
     if "id" not in data or "task" not in data:
         needed = f"an object with 'id', 'task' and one of {', '.join(FORMS)} is needed"
         raise UserError(f"{where}: {needed}, got {json.dumps(data)[:60]}")
-    if str(data["task"]).strip() in ("", EVERY):
-        raise UserError(f"{where}: 'task' {data['task']!r} cannot be one task's name ('{EVERY}' means all of them together); give another")
+    if str(data["task"]).strip() in ("", ALL):
+        raise UserError(f"{where}: 'task' {data['task']!r} cannot be one task's name ('{ALL}' means all of them together); give another")
     given = [form for form in FORMS if form in data]
     if len(given) != 1:
         raise UserError(f"{where}: exactly one of {', '.join(FORMS)} is needed, got {given or 'none'}")

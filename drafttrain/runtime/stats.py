@@ -76,9 +76,10 @@ class Statistics:
         )
 
 
-def alpha_text(alpha: Iterable[float | None]) -> str:
-    """`0.62 0.00 –`: a dash where nothing was tried."""
-    return " ".join("–" if value is None else f"{value:.2f}" for value in alpha)
+def alpha_text(alpha: Iterable[float | None], zeros: bool = True) -> str:
+    """`0.62 0.00 –`: a dash where nothing was tried. zeros: False leaves out those before the point, as tables do."""
+    shown = ("–" if value is None else f"{value:.2f}" for value in alpha)
+    return " ".join(shown if zeros else (value.removeprefix("0") for value in shown))
 
 
 @dataclass(frozen=True)

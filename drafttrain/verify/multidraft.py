@@ -111,16 +111,17 @@ class Priority:
     def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
         ranks = Ranks.of(p, q, there.sum(1), self.most)
         wins = highest(ranks, ranks.of_token.gather(1, tokens), there)
-        return chance.draw(wins[:, None], 1, replace=True)[:, 0, 0], ranks.chosen(q)
+        return chance.draw(wins[:, None], 1, replace=True)[:, 0, 0], ranks.chosen()
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
-        return Ranks.of(p, q, K, self.most).chosen(q)
+        return Ranks.of(p, q, K, self.most).chosen()
 
 
 @dataclass
 class Ranks:
     """Of one node's tokens by p / q, the lowest first; see `Priority`."""
 
+    q: Tensor  # [B, V] fp64
     of_token: Tensor  # [B, V]
     mass: Tensor  # [B, R] Q, fp64
     first: Tensor  # [B, R] f
@@ -132,19 +133,20 @@ class Ranks:
         ratio = torch.where(q > 0, p / q.clamp_min(1e-38), 0.0)
         of_token, least = ranked(ratio)
         empty = torch.zeros(len(p), least.shape[1], dtype=torch.float64, device=p.device)
-        total = q.double().sum(1, keepdim=True)
-        mass = empty.scatter_add(1, of_token, q.double()) / total
+        q = q.double()
+        q = q / q.sum(1, keepdim=True)
+        mass = empty.scatter_add(1, of_token, q)
         wanted = empty.scatter_add(1, of_token, torch.where(q > 0, p, 0.0).double()) / mass.clamp_min(1e-300)
         wanted = torch.where(mass > 0, wanted, least.double())  # [B, R] p / q
         first = slope_of_power(mass.cumsum(1), mass, K[:, None], most)
-        return cls(of_token, mass, first, lots(wanted, first, mass))
+        return cls(q, of_token, mass, first, lots(wanted, first, mass))
 
-    def chosen(self, q: Tensor) -> Tensor:
+    def chosen(self) -> Tensor:
         """[B, V] pI."""
         again = self.lot * self.mass
         mean = (again * self.first).sum(1, keepdim=True) / again.sum(1, keepdim=True).clamp_min(1e-300)
         share = self.first + self.lot * (mean - self.first)
-        return share.gather(1, self.of_token) * (q.double() / q.double().sum(1, keepdim=True))
+        return share.gather(1, self.of_token) * self.q
 
 
 RANK_BITS = 16

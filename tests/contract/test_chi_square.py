@@ -101,7 +101,17 @@ def test_a_wrong_rule_is_seen() -> None:
     assert wrong < LEAST_P
 
 
-class Markov:
+class Stateless:
+    """The same for every row."""
+
+    def select(self, rows: Tensor) -> Stateless:
+        return self
+
+    def settle(self, lengths: list[int]) -> None:
+        pass
+
+
+class Markov(Stateless):
     """A target whose law hangs on the last token alone, and its own cache: thousands of rows at once."""
 
     device, dtype, eos_ids, head, forwards = torch.device("cpu"), torch.float32, (), None, 0
@@ -111,12 +121,6 @@ class Markov:
 
     def new_cache(self, batch: int, capacity: int) -> Markov:
         return self
-
-    def select(self, rows: Tensor) -> Markov:
-        return self
-
-    def settle(self, lengths: list[int]) -> None:
-        pass
 
     def prefill(self, cache: Markov, prompts: Tensor, lengths: Tensor, features: Any, chunk: int) -> Prefill:
         return Prefill(torch.eye(len(self.logits))[:1].log().expand(len(prompts), -1), {})  # the first token is 0
@@ -128,7 +132,7 @@ class Markov:
         return Committed(tree.tokens[:, :1], torch.ones_like(verdict.length))
 
 
-class MarkovDrafter:
+class MarkovDrafter(Stateless):
     """Drafts with another table through the real growing code; it remembers nothing."""
 
     needs: frozenset[str] = frozenset()
@@ -139,12 +143,6 @@ class MarkovDrafter:
 
     def begin(self, *given: Any) -> MarkovDrafter:
         return self
-
-    def select(self, rows: Tensor) -> MarkovDrafter:
-        return self
-
-    def settle(self, lengths: list[int]) -> None:
-        pass
 
     def propose(self, state: Any, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
         return grow(lambda frontier: following(self.logits, frontier), roots, plan, sampling, chance).tree
