@@ -63,6 +63,19 @@ Step = Callable[[Frontier], Tensor]
 """Frontier -> logits [B, W, Vd] of the token after each of its nodes; [B, 1, Vd] where they are all alike."""
 
 
+@dataclass
+class Parallel:
+    """The `Step` of drafters that give all laws of a round in one call (parallel heads, blocks): a node's depends on its depth alone."""
+
+    logits: Tensor  # [B, K, Vd]
+    hidden: Tensor  # [B, K, D] what they were read from
+    states: list[Tensor]  # see `grow`
+
+    def __call__(self, frontier: Frontier) -> Tensor:
+        self.states.append(self.hidden[:, frontier.level, None].expand(-1, frontier.tokens.shape[1], -1))
+        return self.logits[:, frontier.level, None]
+
+
 def grow(
     step: Step, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None = None, size: int = 0,
     states: list[Tensor] | None = None,
@@ -89,11 +102,11 @@ class _Ended:
         self.plan, self.states = plan, states
         self.rows: Tensor | None = None  # [B] bool: rows that draw nothing from here on
 
-    def after(self, level: int, logits: Tensor) -> bool:
+    def after(self, level: int, logits: Tensor, width: int) -> bool:
         """Asks at the nodes of a level; whether every row has ended, so that the next level need not be fed."""
         if self.plan.enough is None:
             return False
-        here = self.plan.enough(level, logits, self.states[-1] if self.states else None)
+        here = self.plan.enough(level, logits.expand(-1, width, -1), self.states[-1] if self.states else None)
         self.rows = here if self.rows is None else self.rows | here
         return bool(self.rows.all())
 
@@ -137,7 +150,7 @@ def _static(
         alive = real[:, stage.slot, stage.rank]
         alive = alive if stopped is None else alive & ~stopped[:, None]
         live.append(alive if ended.rows is None else alive & ~ended.rows[:, None])
-        if ended.after(level, logits):
+        if ended.after(level, logits, frontier.tokens.shape[1]):
             break
     drawn_tokens = torch.cat(tokens, 1)
     N = drawn_tokens.shape[1]  # levels follow each other: a tree that ended early is the first N nodes of the whole shape's
@@ -179,62 +192,71 @@ def _named(first: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def _best_first(
     step: Step, roots: Tensor, shape: Dynamic, plan: Plan, vocab: Tensor | None, size: int, states: list[Tensor] | None
 ) -> Growth:
-    B, device = len(roots), roots.device
+    """Candidates are numbered as they are seen, the root is 0; the children of a fed node follow each other."""
+    device = roots.device
     frontier = Frontier.of(roots)
-    number = torch.zeros(B, 1, dtype=torch.long, device=device)  # [B, W] the frontier's candidate numbers; the root is 0
-    score = torch.zeros(B, 1, device=device)  # [B, W] log probability of the path
-    tokens, scores, parents, fed = [roots[:, None]], [], [number], [number]
+    number = torch.zeros_like(frontier.tokens)  # [B, W] the frontier's candidate numbers
+    score = torch.zeros(number.shape, device=device)  # [B, W] log probability of the path
+    tokens, scores, numbers = [frontier.tokens], [score], []
     laws: list[Tensor] = []
-    seen, placed = 1, 1  # candidates and fed nodes so far
+    known = _by_level(_likeliest(step.logits, shape.top_k, vocab)) if isinstance(step, Parallel) else None
+    seen, k = 1, 0  # candidates so far, and children a fed node
     ended = _Ended(plan, states)
     for level in range(shape.depth):
         logits, W = step(frontier), frontier.tokens.shape[1]
-        shown = logits.expand(-1, W, -1)
-        stopped = None if plan.stop is None else plan.stop(level, shown)
+        numbers.append(number)
+        stopped = None if plan.stop is None else plan.stop(level, logits.expand(-1, W, -1))
         if plan.laws:
             laws.append(widen(logits.float().softmax(-1), vocab, size).expand(-1, W, -1))
-        best = logits.log_softmax(-1, dtype=torch.float32).topk(min(shape.top_k, logits.shape[-1]), -1)
-        k = best.indices.shape[-1]
-        reach = score[..., None] + best.values  # [B, W, k]
+        gain, best = _likeliest(logits, shape.top_k, vocab) if known is None else known[level]
+        k = best.shape[-1]
+        reach = score[..., None] + gain
         if stopped is not None:
             reach = reach.masked_fill(stopped[:, None, None], float("-inf"))
         if ended.rows is not None:
             reach = reach.masked_fill(ended.rows[:, None, None], float("-inf"))
-        drawn = (best.indices if vocab is None else vocab[best.indices]).expand(-1, W, -1).flatten(1)  # [B, W * k]
+        drawn = best.expand(-1, W, -1).flatten(1)  # [B, W * k]
         tokens.append(drawn)
         scores.append(reach.flatten(1))
-        parents.append(number[..., None].expand(-1, -1, k).flatten(1))
-        fed.append(torch.full_like(drawn, -1))
-        if ended.after(level, shown):
+        if ended.after(level, logits, W):
             break
         if level + 1 < shape.depth:
             score, chosen = scores[-1].topk(min(shape.beam, drawn.shape[1]), -1)  # [B, W]
             frontier = frontier.below(drawn.gather(1, chosen), chosen // k)
             number = seen + chosen
-            fed[-1] = fed[-1].scatter(1, chosen, placed + _ranks(chosen))
-            placed += chosen.shape[1]
         seen += drawn.shape[1]
-    return _rerank(tokens, scores, parents, fed, laws, shape)
+    return _rerank(torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(numbers, 1), k, len(numbers), laws, shape)
 
 
 def _rerank(
-    tokens: list[Tensor], scores: list[Tensor], parents: list[Tensor], fed: list[Tensor], laws: list[Tensor], shape: Dynamic
+    tokens: Tensor, score: Tensor, numbers: Tensor, k: int, depth: int, laws: list[Tensor], shape: Dynamic
 ) -> Growth:
-    """The likeliest candidates, parents before children: a stable sort keeps a parent ahead of a child of equal score."""
-    score = torch.cat(scores, 1)
-    B, C = score.shape
-    kept = score.sort(dim=1, descending=True, stable=True).indices[:, : shape.nodes].sort(dim=1).values + 1
-    kept = torch.cat([torch.zeros_like(kept[:, :1]), kept], 1)  # [B, N] candidate numbers, the root first
-    place = torch.zeros(B, C + 1, dtype=torch.long, device=score.device).scatter(1, kept, _ranks(kept))
-    live = torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept) > float("-inf")
-    parent, order = torch.cat(parents, 1).gather(1, kept), torch.cat(fed, 1)
-    above = place.gather(1, parent)
+    """The root and the likeliest candidates, parents before children: a stable sort keeps a parent ahead of a child of equal score.
+
+    tokens, score: [B, C] of all candidates; numbers: [B, F] those that were fed, in that order, each with k children.
+    """
+    kept = score.sort(dim=1, descending=True, stable=True).indices[:, : shape.nodes + 1].sort(dim=1).values  # [B, N]
+    score = score.gather(1, kept)
+    live = score > float("-inf")
+    hangs = (kept - 1).clamp_min(0) // k  # from which of the fed ones; the root's is unused
+    place = torch.searchsorted(kept, numbers)  # [B, F] their nodes in the tree
+    fed = torch.full_like(tokens, -1).scatter(1, numbers, torch.arange(numbers.shape[1], device=kept.device).expand_as(numbers))
     tree = Tree(
-        torch.cat(tokens, 1).gather(1, kept), torch.where(live, above, 0), live, "point", max_depth=len(scores), max_children=shape.top_k,
-        reach=torch.cat([torch.zeros_like(score[:, :1]), score], 1).gather(1, kept).exp(),
-        law_rows=torch.cat(laws, 1) if laws else None, law_of=order.gather(1, parent) if laws else None,
+        tokens.gather(1, kept), place.gather(1, hangs).masked_fill(~live, 0), live, "point", max_depth=depth, max_children=shape.top_k,
+        reach=score.exp(), law_rows=torch.cat(laws, 1) if laws else None, law_of=hangs if laws else None,
     )
-    return Growth(tree, order.gather(1, kept))
+    return Growth(tree, fed.gather(1, kept))
+
+
+def _likeliest(logits: Tensor, k: int, vocab: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, W, Vd] -> log probabilities and target ids [B, W, k] of the likeliest tokens, the best first; fewer where Vd is."""
+    best = logits.log_softmax(-1, dtype=torch.float32).topk(min(k, logits.shape[-1]), -1)
+    return best.values, best.indices if vocab is None else vocab[best.indices]
+
+
+def _by_level(best: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """[B, K, k] of all levels -> [B, 1, k] level by level."""
+    return list(zip(*(part[:, :, None].unbind(1) for part in best), strict=True))
 
 
 def top(logits: Tensor, k: int) -> Tensor:
@@ -249,11 +271,6 @@ def widen(law: Tensor, vocab: Tensor | None, size: int) -> Tensor:
     wide = law.new_zeros(*law.shape[:-1], size)
     wide[..., vocab] = law
     return wide
-
-
-def _ranks(index: Tensor) -> Tensor:
-    """[B, W] -> [B, W] holding 0, 1, 2, ... in each row."""
-    return torch.arange(index.shape[1], device=index.device).expand_as(index)
 
 
 @dataclass(frozen=True)

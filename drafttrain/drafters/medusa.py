@@ -23,7 +23,7 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
-from drafttrain.drafters.grow import Frontier, grow
+from drafttrain.drafters.grow import Parallel, grow
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
@@ -159,12 +159,7 @@ class Medusa(Drafter):
         hidden = self._hidden(state.last, plan.shape.depth)  # [B, K, D]
         logits = self._logits(hidden, state.head)  # [B, K, Vd]
         states: list[Tensor] = []
-
-        def step(frontier: Frontier) -> Tensor:
-            here, width = frontier.level, frontier.tokens.shape[1]  # all nodes of a level are alike
-            states.append(hidden[:, here, None].expand(-1, width, -1))
-            return logits[:, here, None]
-
+        step = Parallel(logits, hidden, states)
         return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size, states).tree
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
