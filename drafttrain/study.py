@@ -30,11 +30,11 @@ from drafttrain.evaluation.forecast import (
     answer,
     forecast,
     midway,
-    replayed,
+    parted_texts,
+    replay,
     round_costs,
     score_curve,
     spread,
-    texts_of,
     typical_context,
 )
 from drafttrain.evaluation.frontier import Finding, Measurement, draw, page_of, write_findings
@@ -212,12 +212,14 @@ class Study:
 
     def _replay(self, answers: list[list[int]]) -> None:
         waiting = [place for place, key in enumerate(self.keys) if not self._held("replay", key=key)]
+        if not waiting:
+            return
         drafters = [decoder.drafter for decoder in self.decoders if decoder.drafter is not None]
-        texts = texts_of(self.target, self.prompts, answers, drafters) if waiting else []
+        texts = parted_texts(self.target, self.prompts, answers, drafters)
         for place in waiting:
-            counted = replayed(self.decoders[place], texts)
-            stages.console.print(f"{self.cells[place].label}: tau {counted.tau:.2f}")
-            self._keep({"kind": "replay", "key": self.keys[place], "tau": counted.tau, "alpha": counted.alpha})
+            found = replay(self.decoders[place], *texts)
+            stages.console.print(f"{self.cells[place].label}: tau {found.tau:.2f}")
+            self._keep({"kind": "replay", "key": self.keys[place], **asdict(found)})
 
     def _time(self, answers: list[list[int]]) -> None:
         """All cells that wait, by turns with plain decoding."""
@@ -241,26 +243,28 @@ class Study:
             return
         runs = [Contender(self.cells[place].label, self.decoders[place]) for place in waiting]
         rows = bench.evaluate(self.target, runs, self.suite, self.evaluation, self.folder / "results.jsonl")
-        whole = {row.measured.label: row.measured for row in rows if (row.measured.task, row.measured.outputs) == (ALL, "all")}
+        over_all = {(row.measured.label, row.measured.outputs): row.measured for row in rows if row.measured.task == ALL}
         for place in waiting:
-            row = whole[self.cells[place].label]
-            measured = Measurement(row.tau, row.tokens_per_second, row.speedups[PLAIN].value)
+            label = self.cells[place].label
+            row, straight = over_all[label, "all"], over_all.get((label, "not_looping"))
+            not_looping = None if straight is None else straight.speedups[PLAIN].value
+            measured = Measurement(row.tau, row.tokens_per_second, row.speedups[PLAIN].value, not_looping)
             self._keep({"kind": "measured", "key": self.keys[place], "where": self.where, **asdict(measured)})
 
     def _findings(self) -> list[Finding]:
         return [self._finding(*parts) for parts in zip(self.cells, self.keys, strict=True)]
 
     def _finding(self, cell: Cell, key: str) -> Finding:
-        replay = self._held("replay", key=key)[-1]
+        accepted = self._held("replay", key=key)[-1]
         times = next(entry for entry in self._held("times", where=self.where) if key in entry["cells"])
         curve = ScoreCurve(*(tuple(values) for values in times["curve"].values()))
         cost, plain = (RoundCost(**{**found, "nodes": tuple(found["nodes"])}) for found in (times["cells"][key], times["plain"]))
-        measured = [Measurement(one["tau"], one["tokens_per_second"], one["speedup"])
+        measured = [Measurement(one["tau"], one["tokens_per_second"], one["speedup"], one.get("speedup_not_looping"))
                     for one in self._held("measured", key=key, where=self.where)]  # fmt: skip
-        foretold = forecast(replay["tau"], cost, plain, curve)
+        foretold = forecast(accepted["tau"], cost, plain, curve, accepted.get("tau_not_looping"))
         budget = _budget(cell.recipe)
         return Finding(
-            cell.label, cell.values, str(cell.drafter), budget, foretold, known_alpha(replay["alpha"]), measured[-1] if measured else None
+            cell.label, cell.values, str(cell.drafter), budget, foretold, known_alpha(accepted["alpha"]), measured[-1] if measured else None
         )  # fmt: skip
 
     def _measured_on(self) -> str:

@@ -12,6 +12,7 @@ from drafttrain.core.plan import Chain, Dynamic, Shape
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import load_drafter
 from drafttrain.evaluation.forecast import RoundCost, answer, forecasts, midway, round_costs, score_curve, spread, typical_context
+from drafttrain.evaluation.frontier import number
 from drafttrain.evaluation.runners import shape_name
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best
@@ -150,13 +151,14 @@ def named(shape: Shape) -> str:
 def table(tuned: Tuned) -> tuple[tuple[str, ...], list[list[str]]]:
     """Head and body, the fastest first."""
     pairs = sorted(zip(tuned.labels, tuned.forecasts, strict=True), key=lambda pair: -pair[1].tokens_per_second)
-    head = ("candidate", "tau", "draft ms", "score ms", "other ms", "tokens/s", "speed-up")
+    head = ("candidate", "tau", "tau, no loops", "draft ms", "score ms", "other ms", "tokens/s", "speed-up", "speed-up, no loops")
     return head, [[label, *_figures(one)] for label, one in pairs]
 
 
 def _figures(one: Forecast) -> list[str]:
     times = [f"{1e3 * seconds:.2f}" for seconds in (one.draft, one.score, one.other)]
-    return [f"{one.tau:.2f}", *times, f"{one.tokens_per_second:.1f}", f"{one.speedup:.2f}"]
+    speedups = (number(one.speedup), number(one.speedup_not_looping))
+    return [number(one.tau), number(one.tau_not_looping), *times, f"{one.tokens_per_second:.1f}", *speedups]
 
 
 def destination(recipe: Recipe, write: Path | None) -> Path:

@@ -74,8 +74,12 @@ def test_the_fastest_by_forecast_are_decoded_for_real_with_the_tau_that_was_repl
     for one in order[:2]:
         assert one["measured"]["tau"] == one["forecast"]["tau"]  # greedy, in fp32
         assert one["error"] == pytest.approx(one["forecast"]["tokens_per_second"] / one["measured"]["tokens_per_second"] - 1)
-    rows = {row.measured.label for row in read_rows(Path("runs/tiny/study/results.jsonl"))}
-    assert rows == {"plain", *(one["label"] for one in order[:2])}
+    every = [row.measured for row in read_rows(Path("runs/tiny/study/results.jsonl"))]
+    rows = {(row.label, row.task, row.outputs): row for row in every}
+    assert {label for label, *_ in rows} == {"plain", *(one["label"] for one in order[:2])}
+    for one in order[:2]:
+        assert one["measured"]["speedup_not_looping"] == rows[one["label"], "all", "not_looping"].speedups["plain"].value
+        assert one["forecast"]["tau_not_looping"] == one["forecast"]["tau"]  # answers of 12 tokens are too short to loop
 
 
 def test_table_and_plots_show_every_cell(workplace: Path) -> None:
@@ -164,6 +168,19 @@ def test_the_table_names_the_fastest_and_the_largest_error() -> None:
     assert text.index("| shallow |") < text.index("| deep |") < text.index("| idle |")
 
 
+def test_the_table_tells_what_was_reached_without_looping_outputs_and_a_dash_where_that_is_not_known() -> None:
+    known = Finding("new", {}, "", "b", Forecast(3.0, 0.0, 1.0, 0.0, 1.0, 2.0), (0.5,), Measurement(3.0, 1.0, 2.5, 1.5))
+    before = known.to_json()
+    del before["forecast"]["tau_not_looping"], before["measured"]["speedup_not_looping"]
+    older = Finding.from_json({**before, "label": "older"})
+    assert Finding.from_json(known.to_json()) == known
+    head, *lines = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in markdown([known, older], "here").splitlines()[:4])
+    rows = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+    columns = ("tau, no loops", "speed-up, no loops", "measured speed-up, no loops")
+    assert [rows["new"][name] for name in columns] == ["2.00", "2.00", "1.50"]
+    assert [rows["older"][name] for name in columns] == ["–"] * 3
+
+
 # -- tune ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +205,7 @@ def test_tune_measures_every_candidate_and_writes_the_fastest_into_the_run(workp
     before = load_recipe(run)
     result = drafttrain("tune", run, "evaluation.limit=2", "evaluation.max_new_tokens=10", "train.lr=0.5")
     assert result.exit_code == 0, result.output
+    assert "speed-up, no loops" in result.stdout
     for label in ("chain-1", "chain-2", "chain-3", "tree-8, 2 deep", "tree-8, 4 deep", "tree-8, 6 deep"):
         assert label in result.stdout
     best = next(line for line in result.stdout.splitlines() if f"{run.name}: eagle3" in line)

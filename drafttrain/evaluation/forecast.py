@@ -17,6 +17,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter
+from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import Request
@@ -116,12 +117,39 @@ def answer(target: Target, prompts: Sequence[list[int]], max_new_tokens: int) ->
     return [made.tokens for made in SpeculativeDecoder(target).generate(list(prompts), max_new_tokens, batch_size=SIDE_BY_SIDE)]
 
 
+def parted_texts(
+    target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], drafters: Sequence[Drafter]
+) -> tuple[list[Texts], list[Texts]]:
+    """`texts_of` the answers that don't go round in circles, and of those that do."""
+    parts: tuple[list[int], list[int]] = ([], [])
+    for place, tokens in enumerate(answers):
+        parts[loops(tokens)].append(place)
+    straight, looping = (texts_of(target, [prompts[i] for i in part], [answers[i] for i in part], drafters) for part in parts)
+    return straight, looping
+
+
 def texts_of(target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], drafters: Iterable[Drafter]) -> list[Texts]:
     """Prompts and answers as replay reads them, similar lengths together."""
     needs = frozenset().union(*(drafter.needs for drafter in drafters))
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]) + len(answers[place]))
     parts = [order[start : start + SIDE_BY_SIDE] for start in range(0, len(order), SIDE_BY_SIDE)]
     return [read_texts(target, [prompts[i] for i in part], [answers[i] for i in part], needs) for part in parts]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What replay counts on the target's answers."""
+
+    tau: float
+    tau_not_looping: float | None  # of the answers that don't go round in circles; None where all do
+    alpha: list[float | None]
+
+
+def replay(decoder: SpeculativeDecoder, not_looping: Iterable[Texts], looping: Iterable[Texts]) -> Replay:
+    """Of both kinds together, and of the first alone."""
+    straight = replayed(decoder, not_looping)
+    whole = straight + replayed(decoder, looping)
+    return Replay(whole.tau, straight.tau if straight.rounds else None, whole.alpha)
 
 
 def replayed(decoder: SpeculativeDecoder, texts: Iterable[Texts]) -> Statistics:
@@ -143,14 +171,16 @@ def forecasts(
 
     answers: the target's own greedy ones. timed: prompts whose rounds are timed.
     """
-    texts = texts_of(target, prompts, answers, [decoder.drafter for decoder in decoders if decoder.drafter is not None])
+    texts = parted_texts(target, prompts, answers, [decoder.drafter for decoder in decoders if decoder.drafter is not None])
     plain, *costs = round_costs([SpeculativeDecoder(target), *decoders], spread(midway(prompts, answers), timed), max_new_tokens)
-    return [forecast(replayed(decoder, texts).tau, cost, plain, curve) for decoder, cost in zip(decoders, costs, strict=True)]
+    accepted = [replay(decoder, *texts) for decoder in decoders]
+    return [forecast(one.tau, cost, plain, curve, one.tau_not_looping) for one, cost in zip(accepted, costs, strict=True)]
 
 
-def forecast(tau: float, cost: RoundCost, plain: RoundCost, curve: ScoreCurve) -> Forecast:
+def forecast(tau: float, cost: RoundCost, plain: RoundCost, curve: ScoreCurve, tau_not_looping: float | None = None) -> Forecast:
     """The parts put together."""
-    return Forecast(tau, cost.draft, mean(curve.at(nodes + 1) for nodes in cost.nodes), cost.other, plain.draft + curve.at(1) + plain.other)
+    score = mean(curve.at(nodes + 1) for nodes in cost.nodes)
+    return Forecast(tau, cost.draft, score, cost.other, plain.draft + curve.at(1) + plain.other, tau_not_looping)
 
 
 def spread(prompts: Sequence[list[int]], count: int) -> list[list[int]]:

@@ -43,6 +43,7 @@ class Measurement:
     tau: float
     tokens_per_second: float
     speedup: float
+    speedup_not_looping: float | None = None  # None: all outputs loop, or it was measured before this was told
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,17 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         known = self.forecast
-        made = {"round": known.round, "tokens_per_second": known.tokens_per_second, "speedup": known.speedup}
+        made = {
+            "round": known.round, "tokens_per_second": known.tokens_per_second,
+            "speedup": known.speedup, "speedup_not_looping": known.speedup_not_looping,
+        }  # fmt: skip
         return {**asdict(self), "forecast": {**asdict(known), **made}, "error": self.error, "speedup_error": self.speedup_error}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Finding:
         """What `to_json` gave. Raises `KeyError` or `TypeError` for anything else."""
-        known = Forecast(**{name: data["forecast"][name] for name in ("tau", "draft", "score", "other", "plain")})
+        parts = {name: data["forecast"][name] for name in ("tau", "draft", "score", "other", "plain")}
+        known = Forecast(**parts, tau_not_looping=data["forecast"].get("tau_not_looping"))
         measured = None if data["measured"] is None else Measurement(**data["measured"])
         return cls(data["label"], data["values"], data["drafter"], data["budget"], known, known_alpha(data["alpha"]), measured)
 
@@ -100,8 +105,9 @@ def page_of(file: Path) -> str:
 
 
 HEAD = (
-    "cell", "tau", "alpha_1 ..", "draft ms", "score ms", "other ms", "round ms", "tokens/s", "speed-up",
-    "measured tau", "measured tokens/s", "measured speed-up", "error", "speed-up's error",
+    "cell", "tau", "tau, no loops", "alpha_1 ..", "draft ms", "score ms", "other ms", "round ms", "tokens/s",
+    "speed-up", "speed-up, no loops", "measured tau", "measured tokens/s", "measured speed-up", "measured speed-up, no loops",
+    "error", "speed-up's error",
 )  # fmt: skip
 
 
@@ -119,11 +125,17 @@ def _cells(finding: Finding) -> list[str]:
     known, measured = finding.forecast, finding.measured
     times = [f"{1e3 * seconds:.2f}" for seconds in (known.draft, known.score, known.other, known.round)]
     alpha = alpha_text(finding.alpha, zeros=False) or NONE
-    out = [finding.label, f"{known.tau:.2f}", alpha, *times, f"{known.tokens_per_second:.1f}", f"{known.speedup:.2f}"]
+    speedups = (number(known.speedup), number(known.speedup_not_looping))
+    out = [finding.label, number(known.tau), number(known.tau_not_looping), alpha, *times, f"{known.tokens_per_second:.1f}", *speedups]
     if measured is None:
-        return [*out, *[NONE] * 5]
-    errors = (f"{finding.error:+.1%}", f"{finding.speedup_error:+.1%}")
-    return [*out, f"{measured.tau:.2f}", f"{measured.tokens_per_second:.1f}", f"{measured.speedup:.2f}", *errors]
+        return [*out, *[NONE] * 6]
+    reached = (number(measured.tau), f"{measured.tokens_per_second:.1f}", number(measured.speedup), number(measured.speedup_not_looping))
+    return [*out, *reached, f"{finding.error:+.1%}", f"{finding.speedup_error:+.1%}"]
+
+
+def number(value: float | None) -> str:
+    """A cell of a table."""
+    return NONE if value is None else f"{value:.2f}"
 
 
 def markdown(findings: Sequence[Finding], measured_on: str) -> str:

@@ -132,6 +132,7 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
     ]
     if any(GENERATE in one.speedups for one in measured):
         shared.append(Column("over generate [95%]", lambda line: _speedup(line.whole, GENERATE)))
+        shared.append(Column("over generate, no loops [95%]", lambda line: _speedup(line.straight, GENERATE)))
     if any(quality(one) != NONE for one in measured):
         shared.append(Column("quality", lambda line: quality(line.whole.measured)))
     if any(one.prefetch for one in measured):

@@ -17,6 +17,22 @@ Form = Literal["whole", "first chain"]
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One rule against the first on the same rounds."""
+
+    tau: Interval
+    """Tokens a round, the bonus token counted."""
+    difference: Interval
+    relative: Interval
+    limit: tuple[float, ...] = ()
+    """P* by level: the mean over the nodes whose children the first rule tried; none where siblings were not drawn iid."""
+    accepted: tuple[float, ...] = ()
+    """At the same nodes, the probability that this rule accepts one of the children."""
+    of_limit: tuple[Interval, ...] = ()
+    """The second over the first."""
+
+
+@dataclass(frozen=True)
 class RuleRow:
     """A line of rules.jsonl: one rule on one log of rounds."""
 
@@ -59,6 +75,10 @@ class RuleRow:
     versions: dict[str, str]
     commit: str | None
     date: str
+    looping: float | None = None
+    """Share of the logged answers that go round in circles; older rows do not say."""
+    not_looping: Comparison | None = None
+    """The figures over the rounds of the other answers; None where there are none, or nobody knows."""
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -70,14 +90,18 @@ class RuleRow:
             raise UserError(f"{where}: not a row of rules in format {FORMAT}; replay again with this drafttrain")
         given = {name: value for name, value in data.items() if name != "format"}
         try:
-            for name in ("tau", "difference", "relative"):
-                given[name] = Interval(**given[name])
-            for name in ("reached", "limit", "accepted"):
-                given[name] = tuple(given[name])
-            given["of_limit"] = tuple(Interval(**share) for share in given["of_limit"])
-            return cls(**given)
+            if given.get("not_looping") is not None:
+                given["not_looping"] = Comparison(**_compared(given["not_looping"]))
+            return cls(**{**given, **_compared(given), "reached": tuple(given["reached"])})
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: a broken row of rules ({error}); replay again, or remove the line") from error
+
+
+def _compared(data: dict[str, Any]) -> dict[str, Any]:
+    """A comparison's fields among those of a line."""
+    found: dict[str, Any] = {name: Interval(**data[name]) for name in ("tau", "difference", "relative")}
+    found |= {name: tuple(data[name]) for name in ("limit", "accepted")}
+    return {**found, "of_limit": tuple(Interval(**share) for share in data["of_limit"])}
 
 
 def read_rule_rows(path: Path) -> list[RuleRow]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE
 from rich.console import Group
@@ -13,7 +13,10 @@ from rich.text import Text
 from drafttrain.evaluation.rows import Interval
 from drafttrain.evaluation.rule_rows import CHAIN, RuleRow
 
-HEAD = ("rule", "accepted length [95%]", "difference [95%]", "relative [95%]", "reached 1 ..")
+HEAD = (
+    "rule", "accepted length [95%]", "no loops [95%]", "difference [95%]", "relative [95%]", "relative, no loops [95%]", "reached 1 ..",
+)  # fmt: skip
+NONE = "–"
 HEAD_IID = (*HEAD, "P* 1 ..", "accepts 1 ..", "of P* 1 ..")
 
 
@@ -81,13 +84,17 @@ FIGURES = (
 
 def figures_table(rows: Sequence[RuleRow]) -> str:
     """Markdown: what the logs say about each of `FIGURES`, a line a log."""
-    lines = [("figure", "draws", "drafter", "temperature", "value [95%]"), ("---", "---", "---", "---:", "---:")]
+    lines = [
+        ("figure", "draws", "drafter", "temperature", "value [95%]", "no loops [95%]"), ("---", "---", "---", "---:", "---:", "---:"),
+    ]  # fmt: skip
     logs = _by_log(rows)
     for figure in FIGURES:
         for some in logs:
             one, found = some[0], figure.value({row.rule: row for row in some})
             if figure.draws in ("any", one.draws) and found is not None:
-                lines.append((figure.name, one.draws, one.contender, str(one.temperature), _shown(found, "{:+.1%}")))
+                straight = figure.value({row.rule: replace(row, **vars(row.not_looping)) for row in some if row.not_looping is not None})
+                values = (_shown(found, "{:+.1%}"), _shown(straight, "{:+.1%}"))
+                lines.append((figure.name, one.draws, one.contender, str(one.temperature), *values))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
@@ -98,9 +105,11 @@ def _title(row: RuleRow) -> str:
 def footer(row: RuleRow) -> str:
     """What a table was measured on and with."""
     installed = ", ".join(f"{package} {version}" for package, version in row.versions.items())
+    looping = "" if row.looping is None else f"{row.looping:.0%} of the answers loop; "
     return (
         f"{row.rounds:,} rounds of {row.prompts} prompts, {row.draws} draws, decoded by {row.decoded_by} "
         f"({row.decoded_tau:.3f} tokens a round), each judged {row.chances} times; differences are to {row.against}. "
+        f"{looping}"
         f"Contender {row.contender}; target {row.target} ({row.target_fingerprint}, {row.dtype}); suite {row.suite} ({row.suite_hash}), "
         f"at most {row.max_new_tokens} new tokens, temperature {row.temperature}, top-k {row.top_k}, top-p {row.top_p}, seed {row.seed}; "
         f"{row.device}; {installed}; {row.date[:10]}."
@@ -120,10 +129,12 @@ def _head(rows: Sequence[RuleRow]) -> tuple[str, ...]:
 
 
 def _cells(row: RuleRow, columns: int) -> tuple[str, ...]:
-    own = row.rule == row.against
-    against = ("", "") if own else (_shown(row.difference, "{:+.3f}"), _shown(row.relative, "{:+.1%}"))
+    own, calm = row.rule == row.against, row.not_looping
+    calm_tau, calm_relative = (None, None) if calm is None else (calm.tau, calm.relative)
+    differences = (_shown(row.difference, "{:+.3f}"), _shown(row.relative, "{:+.1%}"), _shown(calm_relative, "{:+.1%}"))
     by_level = (row.limit, row.accepted, [share.value for share in row.of_limit])
-    cells = (row.rule, _shown(row.tau, "{:.3f}"), *against, _joined(row.reached, 2), *(_joined(part, 3) for part in by_level))
+    taus = (_shown(row.tau, "{:.3f}"), _shown(calm_tau, "{:.3f}"))
+    cells = (row.rule, *taus, *(("",) * 3 if own else differences), _joined(row.reached, 2), *(_joined(part, 3) for part in by_level))
     return cells[:columns]
 
 
@@ -131,7 +142,9 @@ def _joined(values: Sequence[float], digits: int) -> str:
     return " ".join(f"{value:.{digits}f}" for value in values)
 
 
-def _shown(interval: Interval, form: str) -> str:
+def _shown(interval: Interval | None, form: str) -> str:
+    if interval is None:
+        return NONE
     value = form.format(interval.value)
     if interval.low is None or interval.high is None:
         return value

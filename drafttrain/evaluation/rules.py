@@ -11,6 +11,7 @@ n rounds, N nodes, K levels, R laws, V vocabulary, S chances.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -26,20 +27,27 @@ from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
+from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.journal import append_whole
 from drafttrain.evaluation.limits import ACCEPTANCE, Tried, tries
+from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.rows import Interval
-from drafttrain.evaluation.rule_rows import Form, RuleRow
+from drafttrain.evaluation.rule_rows import Comparison, Form, RuleRow
 from drafttrain.evaluation.runners import Contender
 from drafttrain.evaluation.suites import Suite
+from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.policy import Fixed
 from drafttrain.runtime.rounds import Laws, RoundLog, RoundsInfo, log_rounds
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
 
 RESAMPLES = 10_000
+TOGETHER = 8
+"""Prompts decoded side by side."""
 ELEMENTS = 1 << 26
 """Probabilities that one call of a rule may look at, about."""
 
@@ -74,6 +82,11 @@ class Judged:
     lengths: np.ndarray  # [n] expected accepted length of each round, the bonus token not counted
     reached: np.ndarray  # [K] share of rounds in which a node at depth 1, 2, ... stood
     levels: Levels | None = None  # of iid draws, and rules that go from the root down
+
+    def of(self, some: np.ndarray) -> Judged:
+        """Of the rounds [n] bool alone; `reached` stays that of all."""
+        levels = None if self.levels is None else Levels(*(level[some] for level in vars(self.levels).values()))
+        return replace(self, lengths=self.lengths[some], levels=levels)
 
 
 def judges(info: RoundsInfo, further: Sequence[RuleConfig] = ()) -> tuple[list[Judge], list[str]]:
@@ -204,18 +217,6 @@ def first_chain(tree: Tree, scored: Scored) -> tuple[Tree, Scored]:
     return chain, shown
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One judge against the first."""
-
-    tau: Interval  # tokens a round, the bonus token counted
-    difference: Interval
-    relative: Interval
-    limit: tuple[float, ...] = ()
-    accepted: tuple[float, ...] = ()
-    of_limit: tuple[Interval, ...] = ()
-
-
 def compare(judged: Sequence[Judged], prompt: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
     """Pooled over rounds; intervals are the middle 95% over resampled prompts. prompt: [n] the prompt of each round."""
     _, place = np.unique(prompt, return_inverse=True)
@@ -283,7 +284,7 @@ def replay_rules(
         }  # fmt: skip
         name = fingerprint(target.fingerprint, str(target.dtype), mark, config.sampling, config.seed, config.max_new_tokens, made_from)
         log = log_rounds(
-            decoder, prompts, config.sampling, config.max_new_tokens, folder / "rounds" / name, mark, config.seed, made_from=made_from
+            decoder, prompts, config.sampling, config.max_new_tokens, folder / "rounds" / name, mark, config.seed, TOGETHER, made_from
         )
         every, left_out = judges(log.info, [rule for rule in further if not isinstance(rule, str)])
         notes |= dict.fromkeys(left_out)
@@ -292,7 +293,10 @@ def replay_rules(
         judged = judge_rounds(log, laws, every, chances, config.seed)
         prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
         accepted = torch.cat([part.accepted for part in log.parts()]).float()
-        for one, found in zip(judged, compare(judged, prompt // config.repeats), strict=True):
+        looping = looping_answers(decoder, prompts, config, folder / "rounds" / name)
+        straight = ~looping[prompt]
+        calm = compare([one.of(straight) for one in judged], prompt[straight] // config.repeats) if straight.any() else [None] * len(judged)
+        for one, found, not_looping in zip(judged, compare(judged, prompt // config.repeats), calm, strict=True):
             rows.append(
                 RuleRow(
                     log=name, contender=contender.label, target=target.name, target_fingerprint=target.fingerprint, dtype=log.info.dtype,
@@ -303,7 +307,34 @@ def replay_rules(
                     reached=tuple(float(share) for share in one.reached), against=every[0].label, law_gap=gap,
                     device=device_name(target.device), versions=versions(), commit=commit(),
                     date=datetime.now(timezone.utc).isoformat(timespec="seconds"), **vars(found),
+                    looping=float(looping.mean()), not_looping=not_looping,
                 )
             )
     append_whole(folder / "rules.jsonl", [row.to_json() for row in rows])
     return rows, list(notes)
+
+
+def looping_answers(decoder: SpeculativeDecoder, prompts: Sequence[list[int]], config: EvaluationConfig, log: Path) -> np.ndarray:
+    """Of each prompt, whether its logged answer goes round in circles. A log holds no texts: they are written again, as they were, once."""
+    file = log / "looping.json"
+    if not file.exists():
+        found = [loops(tokens) for tokens in answers_again(decoder, prompts, config)]
+        write_whole(file, lambda partial: partial.write_text(json.dumps(found)))
+    return np.array(json.loads(file.read_text()))
+
+
+def answers_again(decoder: SpeculativeDecoder, prompts: Sequence[list[int]], config: EvaluationConfig) -> list[list[int]]:
+    """What `log_rounds` decoded: a text hangs on its seed and number, and in low precision on the rows beside it, which are the same."""
+    rule, plan = decoder.runtime.fitted(config.sampling.check(), decoder.drafter)
+    out: list[list[int]] = []
+    for start in range(0, len(prompts), TOGETHER):
+        batch = Batch(
+            decoder.target, decoder.drafter, rule, Fixed(plan), config.sampling, config.seed, decoder.runtime.treat_as, None, None,
+            decoder.runtime.prefill_chunk,
+        )  # fmt: skip
+        group = prompts[start : start + TOGETHER]
+        batch.start([Request(prompt, start + place, config.max_new_tokens) for place, prompt in enumerate(group)])
+        while not batch.done:
+            batch.step()
+        out += batch.written
+    return out

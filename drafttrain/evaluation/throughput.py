@@ -42,6 +42,7 @@ class Forecast:
     score: float
     other: float
     plain: float  # seconds of a plain round
+    tau_not_looping: float | None = None  # where no output goes round in circles; None: there is none such, or it is not known
 
     @property
     def round(self) -> float:
@@ -56,6 +57,10 @@ class Forecast:
     def speedup(self) -> float:
         """Over plain decoding, whose tau is 1."""
         return self.tau * self.plain / self.round
+
+    @property
+    def speedup_not_looping(self) -> float | None:
+        return None if self.tau_not_looping is None else self.tau_not_looping * self.plain / self.round
 
 
 def best(forecasts: Sequence[Forecast]) -> int:

@@ -61,6 +61,13 @@ def test_where_all_outputs_loop_the_columns_without_loops_are_empty() -> None:
     assert (got["tau, no loops"], got["speed-up, no loops [95%]"]) == ("–", "–")
 
 
+def test_the_speed_up_over_the_librarys_own_decoding_is_told_without_loops_too() -> None:
+    looping = [sample("b", PLAIN, 1.0, 10, 10, looping=True), DRAFTED[1]]
+    peer = [sample("a", GENERATE, 2.4, 40, 40), sample("b", GENERATE, 9.0, 10, 10)]
+    got = line(results_table(rows_of(PLAINLY[0], DRAFTED[0], *looping, *peer).values()), "mine")
+    assert got["over generate, no loops [95%]"] == f"{2.4 / DRAFTED[0].decode_seconds:.2f}"
+
+
 def test_the_task_view_has_a_line_for_every_task_and_for_all() -> None:
     qa = [sample("q", PLAIN, 2.0, 20, 20, task="qa"), sample("q", "mine", 1.0, 20, 10, task="qa")]
     table = results_table(rows_of(*PLAINLY, *DRAFTED, *qa).values(), "tasks")
@@ -112,6 +119,7 @@ def test_a_speed_up_over_the_librarys_own_decoding_has_a_column_where_it_was_mea
     peer = [sample("a", GENERATE, 2.0, 40, 40), sample("b", GENERATE, 1.0, 10, 10)]
     got = line(results_table(rows_of(*PLAINLY, *DRAFTED, *peer).values()), "mine")
     assert got["over generate [95%]"].startswith("2.00 [2.00, 2.00")
+    assert got["over generate, no loops [95%]"] == got["over generate [95%]"]
     assert "over generate" not in results_table(ROWS)
 
 

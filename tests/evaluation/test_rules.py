@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +253,57 @@ def test_the_figures_are_those_of_the_rows(tmp_path: Path) -> None:
         ("multidraft", "iid"),
     ]  # fmt: skip
     tau = {row.rule: row.tau.value for row in rows if row.draws == "without_replacement"}
-    assert lines[2][-1].startswith(f"{tau['recursive'] / tau['rejection, first chain'] - 1:+.1%}")
+    assert lines[2][-2].startswith(f"{tau['recursive'] / tau['rejection, first chain'] - 1:+.1%}")
     least = min(share.value for row in rows if row.rule == "multidraft" for share in row.of_limit)
-    assert lines[4][-1].startswith(f"{least - 1:+.1%}")
+    assert lines[4][-2].startswith(f"{least - 1:+.1%}")
+
+
+@pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2))])
+def test_answers_are_written_again_as_they_were_logged(shape: Any, tmp_path: Path) -> None:
+    decoder = SpeculativeDecoder(target(), contender().decoder.drafter, RuntimeConfig(shape=shape))
+    config = EvaluationConfig(max_new_tokens=24, temperature=0.9, seed=3)
+    log = log_rounds(decoder, PROMPTS * 3, WARM, 24, tmp_path, "d", seed=3)
+    rounds = joined(list(log.parts()))
+    for number, tokens in enumerate(rules.answers_again(decoder, PROMPTS * 3, config)):
+        own = rounds.prompt == number
+        roots = [0, *(rounds.accepted[own] + 1).cumsum(0)[:-1].tolist()]  # where each round began
+        assert [tokens[place] for place in roots] == rounds.tokens[own, 0].tolist()
+
+
+def test_rows_tell_what_was_accepted_of_the_answers_that_do_not_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = cycle(range(len(SUITE.items)))
+    monkeypatch.setattr(rules, "loops", lambda _: next(places) == 0)  # the first answer of each log
+    path, rows = written(tmp_path)
+    log = RoundLog.open(tmp_path / "rounds" / rows[0].log)
+    prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
+    assert rows[0].looping == 1 / len(SUITE.items)
+    laws = Laws(log.info, contender().decoder.drafter, target().head)
+    (judged,) = judge_rounds(log, laws, [rule("recursive")], chances=2)
+    calm = [row.not_looping for row in rows if row.log == rows[0].log]
+    assert calm[0] is not None and calm[0].tau.value == pytest.approx(judged.lengths[prompt != 0].mean() + 1)
+    assert calm[0].tau != rows[0].tau
+    assert read_rule_rows(path) == rows
+    table = line_of(rules_table(rows), "traversal")
+    assert calm[1] is not None and table["no loops [95%]"].startswith(f"{calm[1].tau.value:.3f}")
+    assert table["relative, no loops [95%]"].startswith(f"{calm[1].relative.value:+.1%}")
+    assert f"| {calm[1].relative.value:+.1%} [" in figures_table(rows)
+    assert "25% of the answers loop" in rules_table(rows)
+
+
+def test_rows_of_an_older_file_have_dashes_where_nobody_knows_what_looped(tmp_path: Path) -> None:
+    path, _ = written(tmp_path)
+    older = [json.loads(text) for text in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({key: one[key] for key in one if "looping" not in key}) + "\n" for one in older))
+    rows = read_rule_rows(path)
+    assert line_of(rules_table(rows), "traversal")["relative, no loops [95%]"] == "–"
+    assert all(text.endswith("| – |") for text in figures_table(rows).splitlines()[2:])
+    assert "loop;" not in rules_table(rows)
+
+
+def line_of(table: str, rule_name: str) -> dict[str, str]:
+    """The first table's line of a rule: head -> cell."""
+    cells = [[cell.strip() for cell in text.strip("|").split(" | ")] for text in table.splitlines() if text.startswith("|")]
+    return dict(zip(cells[0], next(line for line in cells if line[0] == rule_name), strict=True))
 
 
 def test_temperature_zero_is_refused(tmp_path: Path) -> None:

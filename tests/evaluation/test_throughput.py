@@ -16,6 +16,8 @@ from drafttrain.evaluation.forecast import (
     forecast,
     forecasts,
     midway,
+    parted_texts,
+    replay,
     replayed,
     round_costs,
     score_curve,
@@ -93,6 +95,26 @@ def replayed_as_decoded(decoder: SpeculativeDecoder, prompts: list[list[int]] = 
     for name in ("rounds", "tokens", "attempts", "accepts"):
         assert vars(got)[name] == vars(counted)[name], name
     return got
+
+
+def test_replay_tells_the_accepted_length_of_the_answers_that_do_not_loop() -> None:
+    decoder = contender().decoder
+    assert decoder.drafter is not None
+    answers = [[3, 4, 5] * 30, *answer(target(), PROMPTS[1:], 21)]
+    straight, looping = (texts_of(target(), PROMPTS[part], answers[part], [decoder.drafter]) for part in (slice(1, None), slice(1)))
+    got = replay(decoder, *parted_texts(target(), PROMPTS, answers, [decoder.drafter]))
+    whole, calm = replayed(decoder, [*straight, *looping]), replayed(decoder, straight)
+    assert (got.tau, got.tau_not_looping, got.alpha) == (whole.tau, calm.tau, whole.alpha)
+    assert got.tau != got.tau_not_looping
+    known = forecast(got.tau, RoundCost(0.5, 0.1, (3,)), RoundCost(0.0, 0.1, (0,)), CURVE, got.tau_not_looping)
+    assert known.speedup_not_looping == pytest.approx(calm.tau * known.plain / known.round)
+
+
+def test_where_all_answers_loop_nothing_is_told_of_others() -> None:
+    decoder = contender().decoder
+    assert decoder.drafter is not None
+    texts = parted_texts(target(), PROMPTS[:1], [[3, 4, 5] * 30], [decoder.drafter])
+    assert replay(decoder, *texts).tau_not_looping is None
 
 
 def test_replay_asks_the_target_for_nothing() -> None:
