@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from huggingface_hub.repocard import metadata_save
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner, Result
 
@@ -28,7 +27,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.data import shards
 from drafttrain.data.store import Conversation, Store
 from drafttrain.drafters import DRAFTERS
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter, save_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.recipe import RESOLVED, VERSIONS
 from drafttrain.runtime.decision import load_decision
@@ -693,8 +692,8 @@ def test_a_decision_model_refuses_a_drafter_that_it_did_not_learn_from(workplace
     policy = "runtime.policy={name: decision, path: runs/tiny/decision-hard-t0}"
     shutil.copytree("runs/tiny/drafter", "other")
     assert drafttrain("generate", "runs/tiny", "w3", policy, "--max-new-tokens", 4).exit_code == 0
-    weights = load_file("other/model.safetensors")
-    save_file({name: value + 1 for name, value in weights.items()}, "other/model.safetensors")
+    drafter = load_drafter(Path("other"))
+    save_drafter(drafter, Path("other"), weights={name: value + 1 for name, value in drafter.state_dict().items()})
     own, other = folder_fingerprint(Path("runs/tiny/drafter")), folder_fingerprint(Path("other"))
     contender = f"evaluation.contenders=[{{label: other, drafter: other, runtime: {{policy: {policy.split('=')[1]}}}}}]"
     line = complaint("eval", "tiny.yaml", contender)
