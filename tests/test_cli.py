@@ -518,7 +518,19 @@ def test_a_suite_that_is_not_there_is_told_before_any_stage_begins(empty: Path) 
 
 def test_a_suite_that_is_not_utf8_ends_in_one_line(empty: Path) -> None:
     Path("latin.jsonl").write_bytes('{"id": "a", "task": "chat", "prompt": "café"}'.encode("latin-1"))
-    assert "is not UTF-8" in complaint("run", "tiny.yaml", "evaluation.suite=latin.jsonl")
+    assert "suite 'latin.jsonl': cannot be read" in complaint("run", "tiny.yaml", "evaluation.suite=latin.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"nonsense\n", b"[1]\n"])
+def test_files_that_are_not_utf8_or_hold_no_json_objects_are_named_in_one_line(workplace: Path, content: bytes) -> None:
+    Path("runs/tiny/results.jsonl").write_bytes(content)
+    for words in (("report", "runs/tiny"), ("compare", "runs/tiny", "runs/tiny"), ("inspect", "runs/tiny")):
+        assert "'runs/tiny/results.jsonl'" in complaint(*words)
+    Path("prompts.jsonl").write_bytes(content)
+    source = "data.sources=[{kind: jsonl, path: prompts.jsonl}]"
+    assert "prompts 'prompts.jsonl'" in complaint("regenerate", "tiny.yaml", source, "output=runs/new")
+    Path("runs/tiny/drafter/config.json").write_bytes(content)
+    assert "drafter 'runs/tiny/drafter': config.json" in complaint("generate", "runs/tiny", "w1")
 
 
 def test_an_output_that_is_a_file_ends_in_one_line(empty: Path) -> None:
