@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from huggingface_hub.repocard import metadata_save
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner, Result
 
@@ -28,7 +27,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.data import shards
 from drafttrain.data.store import Conversation, Store
 from drafttrain.drafters import DRAFTERS
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter, save_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.recipe import RESOLVED, VERSIONS
 from drafttrain.runtime.decision import load_decision
@@ -519,7 +518,19 @@ def test_a_suite_that_is_not_there_is_told_before_any_stage_begins(empty: Path) 
 
 def test_a_suite_that_is_not_utf8_ends_in_one_line(empty: Path) -> None:
     Path("latin.jsonl").write_bytes('{"id": "a", "task": "chat", "prompt": "café"}'.encode("latin-1"))
-    assert "is not UTF-8" in complaint("run", "tiny.yaml", "evaluation.suite=latin.jsonl")
+    assert "suite 'latin.jsonl': cannot be read" in complaint("run", "tiny.yaml", "evaluation.suite=latin.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"nonsense\n", b"[1]\n"])
+def test_files_that_are_not_utf8_or_hold_no_json_objects_are_named_in_one_line(workplace: Path, content: bytes) -> None:
+    Path("runs/tiny/results.jsonl").write_bytes(content)
+    for words in (("report", "runs/tiny"), ("compare", "runs/tiny", "runs/tiny"), ("inspect", "runs/tiny")):
+        assert "'runs/tiny/results.jsonl'" in complaint(*words)
+    Path("prompts.jsonl").write_bytes(content)
+    source = "data.sources=[{kind: jsonl, path: prompts.jsonl}]"
+    assert "prompts 'prompts.jsonl'" in complaint("regenerate", "tiny.yaml", source, "output=runs/new")
+    Path("runs/tiny/drafter/config.json").write_bytes(content)
+    assert "drafter 'runs/tiny/drafter': config.json" in complaint("generate", "runs/tiny", "w1")
 
 
 def test_an_output_that_is_a_file_ends_in_one_line(empty: Path) -> None:
@@ -693,8 +704,8 @@ def test_a_decision_model_refuses_a_drafter_that_it_did_not_learn_from(workplace
     policy = "runtime.policy={name: decision, path: runs/tiny/decision-hard-t0}"
     shutil.copytree("runs/tiny/drafter", "other")
     assert drafttrain("generate", "runs/tiny", "w3", policy, "--max-new-tokens", 4).exit_code == 0
-    weights = load_file("other/model.safetensors")
-    save_file({name: value + 1 for name, value in weights.items()}, "other/model.safetensors")
+    drafter = load_drafter(Path("other"))
+    save_drafter(drafter, Path("other"), weights={name: value + 1 for name, value in drafter.state_dict().items()})
     own, other = folder_fingerprint(Path("runs/tiny/drafter")), folder_fingerprint(Path("other"))
     contender = f"evaluation.contenders=[{{label: other, drafter: other, runtime: {{policy: {policy.split('=')[1]}}}}}]"
     line = complaint("eval", "tiny.yaml", contender)

@@ -6,6 +6,7 @@ p target's law, q drafter's law; both are what stands after this file, in fp32.
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,13 @@ class Sampling(NamedTuple):
 
     def check(self) -> Sampling:
         """Itself, or a `UserError` that names the value out of range."""
-        if not 0 <= self.temperature < math.inf:  # also where it is no number
-            raise UserError(f"temperature {self.temperature} is not 0 or a finite positive number; use 0 for greedy decoding, or 0.7")
-        if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k} is negative; use 0 to keep every token")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} is outside (0, 1]; use 1 to keep every token")
+        temperature, top_k, top_p = self
+        if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):  # also where it is not a number
+            raise UserError(f"temperature {temperature!r} is not 0 or a finite positive number; use 0 for greedy decoding, or 0.7")
+        if not (isinstance(top_k, Integral) and top_k >= 0):
+            raise UserError(f"top_k {top_k!r} is not a whole number from 0 up; use 0 to keep every token")
+        if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+            raise UserError(f"top_p {top_p!r} is outside (0, 1]; use 1 to keep every token")
         return self
 
     def law(self, logits: Tensor) -> Tensor:

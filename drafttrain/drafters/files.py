@@ -1,4 +1,4 @@
-"""A drafter on disk: config.json (family, options, which target) and model.safetensors. Written whole or not at all."""
+"""A drafter on disk: config.json (family, options, which target, weights' hash) and model.safetensors. Written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from drafttrain.drafters.base import Drafter
 from drafttrain.target.files import TargetShape
 
 FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_drafter(
@@ -34,14 +36,15 @@ def save_drafter(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
+        save_file(plain(drafter.state_dict() if weights is None else weights), partial / WEIGHTS, metadata={"format": "pt"})
         config = {
             "format": FORMAT,
             "drafter": drafter.config.model_dump(mode="json"),
             "target": drafter.target.to_json(),
+            "weights_sha256": _sha256(partial / WEIGHTS),
             "notes": notes or {},
         }
-        (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        save_file(plain(drafter.state_dict() if weights is None else weights), partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,16 +76,17 @@ def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
     """The drafter in `folder`, in eval mode.
 
     fingerprint: the target it is to draft for. Raises `UserError` where the drafter was trained on another target, or the files are
-    missing, truncated, or of an unknown family.
+    missing, damaged, or of an unknown family.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.exists():
         raise UserError(f"drafter '{folder}': no config.json; give the folder of a trained drafter (RUN/drafter) or its run")
     try:
-        config = json.loads(path.read_text())
-        family, shape = config["drafter"]["name"], TargetShape.from_json(config["target"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"drafter '{folder}': config.json is not a drafttrain drafter's ({error!r}); export or train it again") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+        family, shape = str(config["drafter"]["name"]), TargetShape.from_json(config["target"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"drafter '{folder}': config.json is not a drafttrain drafter's ({reason}); export or train it again") from error
     if family not in DRAFTERS:
         raise UserError(f"drafter '{folder}': unknown family '{family}'{nearest(family, DRAFTERS)}; known: {', '.join(DRAFTERS)}")
     if fingerprint is not None and shape.fingerprint != fingerprint:
@@ -92,7 +96,9 @@ def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
         )
     drafter = DRAFTERS[family](parse(DRAFTERS[family].Config, config["drafter"], str(path)), shape)
     try:
-        drafter.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / WEIGHTS)
+        _check_hash(folder / WEIGHTS, config.get("weights_sha256"))
+        drafter.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = first_line(error)
         raise UserError(f"drafter '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
@@ -100,12 +106,33 @@ def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
     return drafter.eval()
 
 
+def _check_hash(weights: Path, expected: str | None) -> None:
+    """A `UserError` where the weights are not those that were saved. expected: None in drafters of earlier versions."""
+    if expected is not None and _sha256(weights) != expected:
+        raise UserError(
+            f"drafter '{weights.parent}': {weights.name} is damaged or not its own: the content differs from the hash in {CONFIG}; "
+            f"restore the folder from a copy, or train the drafter again"
+        )
+
+
 def folder_fingerprint(folder: Path) -> str:
     """16 hex digits over the names and bytes of all files below a folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        for block in _blocks(path):
+            digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            yield block

@@ -27,7 +27,7 @@ from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import AnyFree
 from drafttrain.evaluation.efficiency import Efficiency, measure
 from drafttrain.evaluation.execute import can_execute
-from drafttrain.evaluation.journal import Journal, append_whole, parse_lines
+from drafttrain.evaluation.journal import Journal, append_whole, read_lines
 from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.peers import Peer, PeerConfig, make_peer
@@ -174,8 +174,7 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a results file, in the order in which they were measured."""
     if not path.is_file():
         raise UserError(f"results '{path}': no such file; `drafttrain eval` writes it")
-    lines = parse_lines(path.read_text(encoding="utf-8"), path)
-    return [Row.from_json(entry, f"'{path}', line {number}") for number, entry in enumerate(lines, 1)]
+    return [Row.from_json(entry, f"'{path}', line {number}") for number, entry in enumerate(read_lines(path), 1)]
 
 
 @dataclass

@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 
+MEND = "restore the file or move it away and run again"
+
 
 class Journal:
     """Appends whole lines; a line torn by a kill or a full disk is left out when it is read, and dropped before anything is appended."""
@@ -23,7 +25,7 @@ class Journal:
         self.path, self.whole = path, False  # whether its last line is known to be no torn one
         with _writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.entries = parse_lines(self._whole().decode(), path)
+            self.entries = parse_lines(_text(self._whole(), path), path)
         """What stood in it when it was opened."""
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -42,7 +44,7 @@ class Journal:
         adds to it now."""
         try:
             with _locked(self.path, wait=False):
-                self.entries, self.whole = parse_lines(self._whole().decode(), self.path), False
+                self.entries, self.whole = parse_lines(_text(self._whole(), self.path), self.path), False
                 yield
         except Timeout as error:
             raise UserError(f"'{self.path}': another process measures the same run; wait for it, or choose another output") from error
@@ -53,16 +55,30 @@ class Journal:
         return data[: data.rfind(b"\n") + 1]
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file's JSON objects, one a line, or a `UserError` that names it."""
+    return parse_lines(_text(path.read_bytes(), path), path)
+
+
 def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
-    """JSON lines; `path` is what an error names."""
+    """JSON objects, one a line; `path` is what an error names."""
     entries = []
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):  # `splitlines` would cut within strings
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
-            advice = "restore the file or move it away and run again"
-            raise UserError(f"'{path}', line {number}: not JSON; {advice}") from error
+            raise UserError(f"'{path}', line {number}: not JSON; {MEND}") from error
+        if not isinstance(entry, dict):
+            raise UserError(f"'{path}', line {number}: {type(entry).__name__}, not an object; {MEND}")
+        entries.append(entry)
     return entries
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}': not UTF-8 ({error}); {MEND}") from error
 
 
 def append_whole(path: Path, entries: Sequence[dict[str, Any]]) -> None:

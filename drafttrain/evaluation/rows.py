@@ -202,7 +202,7 @@ class Row(Setting):
                 data["tau_interval"] = Interval(**data["tau_interval"])
             data["positions"] = tuple(_tuple(stretch) for stretch in data.get("positions", ()))
             return cls(**shared, measured=Measured(**data))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: a broken result row ({error}); evaluate again, or remove the line") from error
 
 

@@ -101,7 +101,10 @@ def load_suite(name: str) -> Suite:
             raise UserError(
                 f"suite '{name}'{near}: no such file; give {', '.join(known)}, `LAYOUT:PATH` or the path of a JSONL file"
             )
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold what `splitlines` takes for a line's end
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold what `splitlines` takes for a line's end
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"suite '{path}': cannot be read ({error}); give a JSONL file in UTF-8") from error
         title = name if name in SUITES else path.stem
         items = [read_item(line, f"suite '{name}', line {place}") for place, line in enumerate(lines, 1) if line.strip()]
     if not items:

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, groupby
+from numbers import Integral
 from operator import or_
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, nearest
@@ -31,8 +34,11 @@ from drafttrain.target.template import render
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
 
-Prompt = str | list[dict[str, str]] | list[int]
-"""A user's message (wrapped in the chat template where there is one), a conversation, or token ids as they are."""
+Prompt = str | list[dict[str, str]] | list[int] | Tensor
+"""A user's message (wrapped in the chat template where there is one), a conversation, or token ids as they are: a list, or [T] integers."""
+
+Stop = str | Sequence[str] | None
+"""What ends a text: a string, several, or nothing but the target's own end."""
 
 HALF = "\ufffd"
 """What a tokenizer shows for the bytes of a character that is not whole yet."""
@@ -235,7 +241,7 @@ class SpeculativeDecoder:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int = 0, stop: str | Sequence[str] = (), n: int = 1, batch_size: int = 16, on_round: RoundHook | None = None, **refused: Any,
+        seed: int = 0, stop: Stop = None, n: int = 1, batch_size: int = 16, on_round: RoundHook | None = None, **refused: Any,
     ) -> list[Generation]:
         """`n` samples of each prompt, prompt after prompt.
 
@@ -243,10 +249,9 @@ class SpeculativeDecoder:
         Raises `UserError` for an empty or too long prompt, for options out of range, and for options that no rule can honour exactly.
         """
         _refuse(refused)
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: at least one row is decoded at a time")
+        _check_count("batch_size", batch_size, "at least one row is decoded at a time")
         stops = self._stops(stop)
-        requests = self._requests(prompts, max_new_tokens, n)
+        requests = self._requests(_as_list(prompts), max_new_tokens, n)
         out: list[Generation] = []
         for start in range(0, len(requests), batch_size):
             group = requests[start : start + batch_size]
@@ -261,7 +266,7 @@ class SpeculativeDecoder:
 
     def stream(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-        stop: str | Sequence[str] = (), on_round: RoundHook | None = None, **refused: Any,
+        stop: Stop = None, on_round: RoundHook | None = None, **refused: Any,
     ) -> Iterator[Piece]:
         """One sample as it is written: what may yet become a stop string, or half a character, waits. After the last piece, `statistics`
         holds what it took, and `round_seconds` each round's phases."""
@@ -285,20 +290,21 @@ class SpeculativeDecoder:
         self.round_seconds = batch.clock.runs()[1:]
         self.statistics = batch.statistics()[0]
 
-    def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    def _stops(self, stop: Stop) -> tuple[str, ...]:
+        given: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        if not _all_are(str, given):
+            raise UserError(f"stop {stop!r}: expected a string or a list of strings; leave it out to end at no text")
+        stops = tuple(given)
         if "" in stops:
             raise UserError("stop '': an empty string stands everywhere and would end every text; leave it out")
         if stops and self.target.tokenizer is None:
             raise UserError(f"stop {stops[0]!r}: this target has no tokenizer to read texts with; leave stop out")
         return stops
 
-    def _requests(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
-        if n < 1:
-            raise UserError(f"n {n}: at least one sample a prompt is needed")
-        tokenized = [self.tokenize(prompt) for prompt in _as_list(prompts)]
+    def _requests(self, prompts: Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:
+        _check_count("max_new_tokens", max_new_tokens, "an answer has at least one token")
+        _check_count("n", n, "at least one sample is drawn of a prompt")
+        tokenized = [self.tokenize(prompt) for prompt in prompts]
         room = self.target.max_context - max_new_tokens
         for prompt in tokenized:
             if len(prompt) > room:
@@ -310,26 +316,33 @@ class SpeculativeDecoder:
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """The ids that stand in the cache before the first new token."""
-        tokenizer = self.target.tokenizer
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            vocab_size = self.target.vocab_size
-            for token in prompt:
-                if not 0 <= int(token) < vocab_size:
-                    raise UserError(f"token id {token} in a prompt: the target's ids are 0 to {vocab_size - 1}")
-            return [int(token) for token in prompt]
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        tokenizer, vocab_size = self.target.tokenizer, self.target.vocab_size
+        given: Any = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+        if isinstance(given, (str, list, tuple)) and not (given.strip() if isinstance(given, str) else given):
             raise UserError("an empty prompt: give a message, a conversation or token ids")
+        if _all_are(Integral, given):
+            for token in given:
+                if not 0 <= token < vocab_size:
+                    raise UserError(f"token id {token} in a prompt: the target's ids are 0 to {vocab_size - 1}")
+            return [int(token) for token in given]
+        if not isinstance(given, str) and not _all_are(dict, given):
+            raise UserError(
+                f"prompt {shortened(given)}: expected a message's text, a conversation such as "
+                f'[{{"role": "user", "content": "..."}}], or a list of token ids'
+            )
         if tokenizer is None:
             raise UserError("this target has no tokenizer: give prompts as token ids")
-        if isinstance(prompt, str) and not tokenizer.chat_template:
-            return list(tokenizer(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if isinstance(given, str) and not tokenizer.chat_template:
+            return list(tokenizer(given)["input_ids"])
+        messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
         return list(tokenizer(render(tokenizer, messages, "prompt"), add_special_tokens=False)["input_ids"])
 
     def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> Batch:
         """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed {seed}: expected 0 to 2^63 - 1; take another one")
+        if not (_is_whole(seed) and 0 <= seed < 2**63):
+            raise UserError(f"seed {seed!r}: expected a whole number from 0 to 2^63 - 1; take another one")
+        if not (on_round is None or callable(on_round)):
+            raise UserError(f"on_round {on_round!r}: expected a function of a tree, what the target scored, and the verdict")
         rule, plan = self.runtime.fitted(sampling.check(), self.drafter)
         if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
@@ -406,12 +419,24 @@ def _pieces(text: str, origins: list[int], start: int) -> Iterator[Piece]:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several: a lone conversation or a lone list of ids is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], (dict, int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    """One prompt or several: a lone conversation or a lone list of ids is one prompt, and what is neither is left to `tokenize`."""
+    given: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    lone = not isinstance(given, (list, tuple)) or (len(given) > 0 and isinstance(given[0], (dict, Integral)))
+    return [given] if lone else list(given)
+
+
+def _all_are(kind: type, given: Any) -> bool:
+    """Whether it is a list of nothing else."""
+    return isinstance(given, (list, tuple)) and all(isinstance(one, kind) for one in given)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: Any, reason: str) -> None:
+    if not _is_whole(value) or value < 1:
+        raise UserError(f"{name} {value!r}: {reason}; give a whole number from 1 up")
 
 
 def _auto_draws(shape: str, sampling: Sampling, able: frozenset[str]) -> Draws:

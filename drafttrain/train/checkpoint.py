@@ -91,7 +91,7 @@ def _whole(folder: Path) -> Progress | None:
         progress = Progress(**known)
         if all(sha256(folder / name) == digest for name, digest in progress.files.items()):
             return progress
-    except (OSError, json.JSONDecodeError, TypeError):
+    except (OSError, ValueError, TypeError):  # ValueError: not UTF-8, not JSON
         pass
     return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.journal import Journal, append_whole, parse_lines
+from drafttrain.evaluation.journal import Journal, append_whole, parse_lines, read_lines
 
 ENTRIES = [{"id": f"a{separator}b"} for separator in ("\u2028", "\u2029", "\x85", "\n", "\r\n")]
 
@@ -22,6 +22,18 @@ def test_what_was_written_is_read_back_whatever_its_strings_hold(tmp_path: Path)
     text = (tmp_path / "whole.jsonl").read_text(encoding="utf-8")
     assert parse_lines(text, tmp_path) == parse_lines(text.removesuffix("\n"), tmp_path) == ENTRIES
     assert parse_lines("", tmp_path) == []
+
+
+UNREADABLE = [(b"{}\n\xff\n", "not UTF-8"), (b"{}\n{\n", "line 2: not JSON"), (b"{}\n5\n", "line 2: int, not an object")]
+
+
+@pytest.mark.parametrize(("content", "reason"), UNREADABLE)
+def test_lines_that_cannot_be_read_are_refused_with_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(content)
+    for read in (read_lines, Journal):
+        with pytest.raises(UserError, match=f"journal.jsonl'.*{reason}"):
+            read(path)
 
 
 def adds(path: Path, who: str) -> None:

@@ -213,11 +213,49 @@ def test_a_lone_stop_string_is_one_and_not_its_letters() -> None:
         ({"prompts": [[1, VOCAB]]}, f"token id {VOCAB} in a prompt: the target's ids are 0 to {VOCAB - 1}"),
         ({"prompts": [[-1]]}, "token id -1 in a prompt"),
         ({"stop": "x"}, "no tokenizer to read texts with"),
+        ({"stop": 5}, "stop 5: expected a string or a list of strings"),
+        ({"stop": ["x", None]}, "stop ['x', None]: expected a string"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens 4.0: an answer has at least one token; give a whole number from 1 up"),
+        ({"max_new_tokens": None}, "max_new_tokens None"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens -3"),
+        ({"n": 0}, "n 0: at least one sample"),
+        ({"n": 1.5}, "n 1.5"),
+        ({"batch_size": None}, "batch_size None"),
+        ({"seed": None}, "seed None: expected a whole number"),
+        ({"seed": 0.5}, "seed 0.5"),
+        ({"temperature": "hot"}, "temperature 'hot' is not 0 or a finite positive number"),
+        ({"temperature": None}, "temperature None"),
+        ({"top_k": 1.5}, "top_k 1.5 is not a whole number"),
+        ({"top_p": "0.9"}, "top_p '0.9' is outside"),
+        ({"on_round": 1}, "on_round 1"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         decoder(Chain(length=2)).generate(**{"prompts": PROMPTS, "max_new_tokens": 4, **options})
+
+
+NO_PROMPTS = (
+    None, 5, 1.5, b"text", {"role": "user", "content": "Hello."}, [None], [5, "a"], [[5, "a"]], [[[5]]], torch.ones(3), torch.tensor(3)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prompts", NO_PROMPTS)
+def test_what_is_no_prompt_is_refused_with_what_would_be_one(prompts: Any) -> None:
+    with pytest.raises(UserError, match=r"prompt .*: expected a message's text, a conversation .*, or a list of token ids"):
+        decoder(Chain(length=2)).generate(prompts, max_new_tokens=4)
+    with pytest.raises(UserError, match="prompt"):
+        next(decoder(Chain(length=2)).stream(prompts, max_new_tokens=4))
+
+
+def test_token_ids_may_come_as_integer_tensors_and_no_stop_as_none() -> None:
+    speculative = decoder(Chain(length=2))
+    expected = [one.tokens for one in speculative.generate([PROMPTS[0], PROMPTS[0]], max_new_tokens=4)]
+    ids = torch.tensor(PROMPTS[0])
+    for prompts in ([ids, ids], torch.stack([ids, ids]), [tuple(PROMPTS[0])] * 2):
+        assert [one.tokens for one in speculative.generate(prompts, max_new_tokens=4, stop=None)] == expected
+    assert speculative.generate(ids, max_new_tokens=4)[0].tokens == expected[0]
 
 
 def test_a_hook_sees_every_round_before_it_is_cut() -> None:
