@@ -4,7 +4,8 @@ name.
 A page marks where figures belong, at the beginning of a line, and everything between its marks is replaced when it is rendered:
 
     <!-- results:NAME -->            one line a contender, from NAME.jsonl (`results:NAME tasks`: one a contender and task;
-    <!-- /results:NAME -->           `results:NAME lengths`: what was accepted alone, where other jobs spoilt the times)
+    <!-- /results:NAME -->           `results:NAME brief`: the columns that a reader compares; `results:NAME lengths`: what was
+                                     accepted alone, where other jobs spoilt the times)
 
 `results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them. Of a file that `drafttrain eval
 --replay-rules` wrote, `results:NAME rules` gives a table a log and `results:NAME figures` one of all logs; of one that `drafttrain study`
@@ -36,10 +37,10 @@ from drafttrain.evaluation.rule_tables import figures_table, rules_table
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 from drafttrain.runtime.stats import alpha_text
 
-View = Literal["summary", "tasks", "lengths"]
+View = Literal["summary", "brief", "tasks", "lengths"]
 TABLES: dict[str, Callable[[Path], str]] = {
     "summary": lambda file: results_table(read_rows(file)), "tasks": lambda file: results_table(read_rows(file), "tasks"),
-    "lengths": lambda file: results_table(read_rows(file), "lengths"),
+    "brief": lambda file: results_table(read_rows(file), "brief"), "lengths": lambda file: results_table(read_rows(file), "lengths"),
     "rules": lambda file: rules_table(read_rule_rows(file)), "figures": lambda file: figures_table(read_rule_rows(file)),
     "study": page_of,
 }  # fmt: skip
@@ -48,6 +49,8 @@ ALL_PLOTS = "plots"
 QUALITIES = {"right": "right", "same_answer": "same answer", "argmax_agreement": "argmax", "excess_kl": "excess KL"}
 """What of a row's quality stands in tables, and its name there; one of them at least is asked of a lossy rule."""
 NONE = "–"
+BRIEF = ("contender", "tau", "tau, no loops", "tokens/s", "speed-up [95%]", "speed-up, no loops [95%]", "quality", "differ from plain")
+"""Columns of the view of that name."""
 NAME = r"[\w.-]+"
 """Of a results file, as marks name it."""
 MARK = re.compile(
@@ -110,6 +113,8 @@ def table(lines: Sequence[Line], view: View = "summary") -> tuple[list[str], lis
 
 def columns(lines: Sequence[Line], view: View) -> list[Column]:
     """Those of a view; baselines, qualities and prefetching have one where any of the lines was measured so."""
+    if view == "brief":
+        return [column for column in columns(lines, "summary") if column.head in BRIEF]
     measured = [line.whole.measured for line in lines]
     named = [Column("contender", lambda line: plots.name_of(line.whole.measured), names=True)]
     if view == "lengths":

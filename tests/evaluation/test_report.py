@@ -179,6 +179,13 @@ def test_a_mark_can_ask_for_accepted_lengths_alone(tmp_path: Path) -> None:
     assert "tokens/s" not in path.read_text()
 
 
+def test_a_brief_table_keeps_what_a_reader_compares_and_is_of_whole_suites(tmp_path: Path) -> None:
+    path = page(tmp_path, ROWS, PAGE.replace("results:quick -->\n<", "results:quick brief -->\n<"))
+    render(path, tmp_path / "results")
+    brief = line(path.read_text(), "mine")
+    assert {"tau", "tau, no loops", "speed-up, no loops [95%]"} < set(brief) and "yield" not in brief and "task" not in brief
+
+
 def test_plots_are_linked_from_where_the_page_lies_and_are_stale_until_drawn_from_the_same_results(tmp_path: Path) -> None:
     path = page(tmp_path, ROWS, PAGE.replace("results:quick -->\n<", "results:quick alpha -->\n<"))
     render(path, tmp_path / "results")
@@ -296,7 +303,7 @@ def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
     [
         ("<!-- results:quick -->\n", "no matching '<!-- /results:quick -->'"),
         ("<!-- results:quick -->\n<!-- /results:quack -->\n", "no matching"),
-        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "summary, tasks, lengths, rules, figures, study, plots, speedup"),
+        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "summary, tasks, brief, lengths, rules, figures, study, plots, speedup"),
         ("<!-- results:gone -->\n<!-- /results:gone -->\n", "gone.jsonl': no such file"),
     ],
 )
