@@ -29,6 +29,7 @@ PUBLIC = {
     "Generation": "drafttrain.runtime.decoder",
     "Piece": "drafttrain.runtime.decoder",
     "RuntimeConfig": "drafttrain.runtime.decoder",
+    "Stream": "drafttrain.runtime.decoder",
     "Statistics": "drafttrain.runtime.stats",
     "SpeculativeDecoder": "drafttrain.runtime.decoder",
     "Target": "drafttrain.target.adapter",
@@ -37,8 +38,8 @@ PUBLIC = {
 """Public names and where they live; imported when first asked for, so that `drafttrain --help` needs no torch."""
 
 __all__ = [  # noqa: RUF022
-    "SpeculativeDecoder", "Generation", "Piece", "Statistics", "RuntimeConfig", "Chain", "Static", "Dynamic", "Target", "TargetConfig",
-    "Recipe", "load_recipe", "load_drafter", "save_drafter", "UserError", "__version__",
+    "SpeculativeDecoder", "Generation", "Piece", "Stream", "Statistics", "RuntimeConfig", "Chain", "Static", "Dynamic",
+    "Target", "TargetConfig", "Recipe", "load_recipe", "load_drafter", "save_drafter", "UserError", "__version__",
 ]  # fmt: skip
 
 

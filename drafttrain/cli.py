@@ -512,9 +512,9 @@ def _stream(recipe: Recipe, prompt: Any, plain: bool = False, trace: Path | None
     decoder = SpeculativeDecoder.from_pretrained(recipe.target, folder, recipe.runtime)
     recorder = None if trace is None else Recorder(decoder.target)
     notes = Console(stderr=True, highlight=False)
-    terminal.stream(decoder, prompt, Console(highlight=False), notes, on_round=recorder, **options)
+    answer = terminal.stream(decoder, prompt, Console(highlight=False), notes, on_round=recorder, **options)
     if trace is not None and recorder is not None:
-        write_trace(trace, decoder, recorder, prompt, options)
+        write_trace(trace, decoder, answer, recorder, prompt, options)
         notes.print(f"trace: {trace}", soft_wrap=True, style="dim")
 
 

@@ -165,9 +165,9 @@ def shown_samples(store: Store, samples: int) -> Iterator[RenderableType]:
 
 
 def tokenizer_of(store: Store) -> Any | None:
-    """The tokenizer that made the store, or None."""
+    """The tokenizer that made the store, if it lies on this machine."""
     try:
-        tokenizer = load_tokenizer(resolve(TargetConfig(model=store.index.origin.name)), False)
+        tokenizer = load_tokenizer(resolve(TargetConfig(model=store.index.origin.name), download=False), False)
     except (UserError, OSError, ValueError):
         return None
     return tokenizer if tokenizer_hash(tokenizer) == store.index.origin.tokenizer else None

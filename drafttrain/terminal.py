@@ -8,18 +8,19 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from drafttrain.runtime.decoder import Piece, Prompt, SpeculativeDecoder
+from drafttrain.runtime.decoder import Piece, Prompt, SpeculativeDecoder, Stream
 from drafttrain.runtime.stats import Statistics, alpha_text
 
 STYLES = {0: "", 1: "green"}
 """By origin: the target's tokens plain, the drafter's accepted ones green."""
 
 
-def stream(decoder: SpeculativeDecoder, prompt: Prompt, text: Console, notes: Console, **options: Any) -> Statistics:
+def stream(decoder: SpeculativeDecoder, prompt: Prompt, text: Console, notes: Console, **options: Any) -> Stream:
     """Writes one answer to `text` as it is decoded, then its statistics to `notes`. options: of `SpeculativeDecoder.stream`."""
-    show(decoder.stream(prompt, **options), text)
-    notes.print(summary(decoder.statistics, decoder.drafter is not None))
-    return decoder.statistics
+    answer = decoder.stream(prompt, **options)
+    show(answer, text)
+    notes.print(summary(answer.statistics, decoder.drafter is not None))
+    return answer
 
 
 def show(pieces: Iterator[Piece], text: Console) -> None:

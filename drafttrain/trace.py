@@ -20,8 +20,8 @@ from drafttrain.core.types import Scored, Verdict
 from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.page import document
 from drafttrain.evaluation.plots import PHASE_COLOURS
-from drafttrain.runtime.decoder import Prompt, SpeculativeDecoder
-from drafttrain.runtime.stats import alpha_text
+from drafttrain.runtime.decoder import Prompt, SpeculativeDecoder, Stream
+from drafttrain.runtime.stats import Statistics, alpha_text
 from drafttrain.target.adapter import Target
 
 State = Literal["root", "accepted", "rejected", "unreached", "next"]
@@ -128,10 +128,12 @@ def check_writable(path: Path) -> None:
         raise UserError(f"trace '{path}' {reason}; name a file such as trace.html in a folder that exists")
 
 
-def write_trace(path: Path, decoder: SpeculativeDecoder, recorder: Recorder, prompt: Prompt, options: dict[str, Any]) -> None:
-    """One self-contained page of the decoding that `decoder.stream` just ended, with `recorder` as its hook."""
-    rounds = recorder.finish(decoder.round_seconds, decoder.statistics.tokens)
-    html = render(rounds, Texts(recorder.target), header(decoder, prompt, options))
+def write_trace(
+    path: Path, decoder: SpeculativeDecoder, answer: Stream, recorder: Recorder, prompt: Prompt, options: dict[str, Any]
+) -> None:
+    """One self-contained page of an answer that `decoder` has streamed to its end, with `recorder` as its hook."""
+    rounds = recorder.finish(answer.round_seconds, answer.statistics.tokens)
+    html = render(rounds, Texts(recorder.target), header(decoder, answer.statistics, prompt, options))
     write_whole(path, lambda partial: partial.write_text(html, encoding="utf-8"))
 
 
@@ -164,9 +166,9 @@ class Texts:
         return out
 
 
-def header(decoder: SpeculativeDecoder, prompt: Prompt, options: dict[str, Any]) -> dict[str, str]:
+def header(decoder: SpeculativeDecoder, took: Statistics, prompt: Prompt, options: dict[str, Any]) -> dict[str, str]:
     """What was decoded how, and what it took."""
-    drafter, took = decoder.drafter, decoder.statistics
+    drafter = decoder.drafter
     asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"] if prompt and isinstance(prompt[-1], dict) else prompt)
     temperature = options.get("temperature", 0.0)
     shape = decoder.runtime.shape

@@ -794,6 +794,23 @@ def test_inspect_shows_token_ids_where_the_tokenizer_is_gone(workplace: Path) ->
     assert " ".join(map(str, Store.open("runs/tiny/data")[0].tokens[:5].tolist())) in said
 
 
+def test_inspect_downloads_no_tokenizer(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    from drafttrain.inspection import tokenizer_of
+
+    asked: list[bool] = []
+
+    def snapshot(name: str, local_files_only: bool, **options: Any) -> str:
+        asked.append(local_files_only)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    shutil.move("target", "elsewhere")  # its name could be a repository's now
+    assert tokenizer_of(Store.open("runs/tiny/data")) is None
+    assert asked == [True]
+
+
 def test_inspect_of_neither_is_refused(empty: Path) -> None:
     assert "does not exist" in complaint("inspect", "runs/tiny")
     assert "holds neither a store nor a run" in complaint("inspect", "target")

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import torch
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.tree import Tree
-from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, Stream
 from drafttrain.runtime.stats import START, Clock
 from drafttrain.trace import KEY, Node, Recorder, Round, Texts, check_writable, drawn_with, write_trace
 from drafttrain.trace import _rows as rows_of_tree
@@ -28,23 +28,33 @@ SHAPES = {
 }  # fmt: skip
 
 
-def traced(shape: str = "dynamic", **options: Any) -> tuple[SpeculativeDecoder, Recorder, list[Round], str]:
-    """A decoding with a recorder: decoder, recorder, finished rounds, text."""
+class Traced(NamedTuple):
+    """A decoding with a recorder."""
+
+    decoder: SpeculativeDecoder
+    answer: Stream
+    recorder: Recorder
+    rounds: list[Round]
+    text: str
+
+
+def traced(shape: str = "dynamic", **options: Any) -> Traced:
     inner = contender().decoder
     decoder = SpeculativeDecoder(inner.target, inner.drafter, RuntimeConfig(shape=SHAPES[shape]))
     recorder = Recorder(decoder.target)
-    text = "".join(piece.text for piece in decoder.stream(PROMPT, on_round=recorder, **options))
-    return decoder, recorder, recorder.finish(decoder.round_seconds, decoder.statistics.tokens), text
+    answer = decoder.stream(PROMPT, on_round=recorder, **options)
+    text = "".join(piece.text for piece in answer)
+    return Traced(decoder, answer, recorder, recorder.finish(answer.round_seconds, answer.statistics.tokens), text)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_rounds_give_the_decoded_text_and_the_statistics(shape: str, temperature: float) -> None:
-    decoder, _, rounds, text = traced(shape, max_new_tokens=20, temperature=temperature, seed=3)
+    decoder, answer, _, rounds, text = traced(shape, max_new_tokens=20, temperature=temperature, seed=3)
     tokens = [rounds[0].nodes[0].token, *(token for one in rounds for token in one.given[: one.kept])]
     assert "".join(Texts(decoder.target).pieces(tokens)) == text
     assert len(tokens) == 20
-    assert (len(rounds), sum(one.kept for one in rounds)) == (decoder.statistics.rounds, decoder.statistics.tokens)
+    assert (len(rounds), sum(one.kept for one in rounds)) == (answer.statistics.rounds, answer.statistics.tokens)
     assert any(node.state == "accepted" for one in rounds for node in one.nodes)
     assert {node.state for one in rounds for node in one.nodes} <= set(KEY)
 
@@ -56,7 +66,7 @@ def test_the_next_root_is_the_token_that_the_round_before_ended_with() -> None:
 
 
 def test_p_is_the_targets_own_probability_and_the_greedy_token_is_its_likeliest() -> None:
-    decoder, _, rounds, _ = traced(max_new_tokens=12)
+    decoder, _, _, rounds, _ = traced(max_new_tokens=12)
     text = list(PROMPT)
     for one in rounds:
         root, paths = one.nodes[0], [[0]]
@@ -85,11 +95,11 @@ def test_q_is_the_law_a_token_was_drawn_from_and_absent_where_none_was_recorded(
 
 
 def test_every_round_has_its_times_and_the_recorders_own_count_nowhere() -> None:
-    decoder, _, rounds, _ = traced(max_new_tokens=20)
+    _, answer, _, rounds, _ = traced(max_new_tokens=20)
     for one in rounds:
         assert {"draft", "score", "verify", "commit", "other"} == set(one.seconds)
     spent = sum(second for one in rounds for second in one.seconds.values())
-    assert spent == pytest.approx(decoder.statistics.decode_seconds)
+    assert spent == pytest.approx(answer.statistics.decode_seconds)
 
 
 def test_the_clock_stands_still_while_somebody_looks_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +108,7 @@ def test_the_clock_stands_still_while_somebody_looks_on(monkeypatch: pytest.Monk
         (START, 0.0), (START, 1.0), ("prefill", 3.0), (START, 10.0), ("score", 11.0), ("verify", 11.5), ("pause", 99.0), ("verify", 100.0),
     ]  # fmt: skip
     assert clock.runs() == [{"prefill": 2.0}, {"score": 1.0, "verify": 1.5}]
-    assert clock.seconds() == {"prefill": 2.0, "draft": 0.0, "score": 1.0, "verify": 1.5, "commit": 0.0, "other": 0.0}
+    assert clock.take() == {"prefill": 2.0, "draft": 0.0, "score": 1.0, "verify": 1.5, "commit": 0.0, "other": 0.0}
     assert clock.runs() == []
 
 
@@ -124,8 +134,8 @@ def in_browser(path: Path) -> str:
 
 
 def test_a_browser_shows_every_node_of_every_round_and_its_script_runs(tmp_path: Path) -> None:
-    decoder, recorder, rounds, text = traced("static", max_new_tokens=16, temperature=1.0)
-    write_trace(tmp_path / "trace.html", decoder, recorder, "What <b>is</b> it?", {"temperature": 1.0})
+    decoder, answer, recorder, rounds, text = traced("static", max_new_tokens=16, temperature=1.0)
+    write_trace(tmp_path / "trace.html", decoder, answer, recorder, "What <b>is</b> it?", {"temperature": 1.0})
     dom = in_browser(tmp_path / "trace.html")
     for state in KEY:
         assert dom.count(f'data-state="{state}"') == sum(node.state == state for one in rounds for node in one.nodes)
@@ -137,13 +147,13 @@ def test_a_browser_shows_every_node_of_every_round_and_its_script_runs(tmp_path:
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
-    decoder, recorder, *_ = traced(max_new_tokens=8)
-    write_trace(tmp_path / "trace.html", decoder, recorder, PROMPT, {})
+    decoder, answer, recorder, *_ = traced(max_new_tokens=8)
+    write_trace(tmp_path / "trace.html", decoder, answer, recorder, PROMPT, {})
     assert not re.search(r"""(src|href)=|@import|url\(|https?:""", (tmp_path / "trace.html").read_text())
 
 
 def test_an_answer_without_rounds_has_a_page_that_says_so(tmp_path: Path) -> None:
-    decoder, recorder, rounds, _ = traced(max_new_tokens=1)
+    decoder, answer, recorder, rounds, _ = traced(max_new_tokens=1)
     assert rounds == []
-    write_trace(tmp_path / "trace.html", decoder, recorder, PROMPT, {})
+    write_trace(tmp_path / "trace.html", decoder, answer, recorder, PROMPT, {})
     assert "No round was needed" in (tmp_path / "trace.html").read_text()

@@ -161,7 +161,7 @@ def _fused_forward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Output [B, H, T, d], log-sum-exp [B, H, T] fp32, and what the kernel wants back."""
     if query.is_cuda:
-        wide = bias.expand(query.shape[0], query.shape[1], -1, -1)
+        wide = aligned(bias).expand(query.shape[0], query.shape[1], -1, -1)
         out, lse, seed, offset = torch.ops.aten._scaled_dot_product_efficient_attention(query, keys, values, wide, True, scale=scale)
         return out, lse[..., : query.shape[2]], (seed, offset)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, attn_mask=bias, scale=scale)
@@ -173,7 +173,7 @@ def _fused_backward(
     extra: tuple[Tensor, Tensor] | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if extra is not None:
-        wide = bias.expand(query.shape[0], query.shape[1], -1, -1)
+        wide = aligned(bias).expand(query.shape[0], query.shape[1], -1, -1)
         padded = F.pad(lse, (0, -lse.shape[-1] % 32))  # the kernel's own layout
         d_query, d_keys, d_values, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             grad, query, keys, values, wide, out, padded, *extra, 0.0, [True, True, True, False], scale=scale
@@ -182,6 +182,12 @@ def _fused_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, keys, values, out, lse, 0.0, False, attn_mask=bias, scale=scale
     )
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """[..., T] the same numbers, rows a multiple of 8 apart: CUDA's fused attention asks for it."""
+    T = bias.shape[-1]
+    return bias if bias.stride(-2) % 8 == 0 else F.pad(bias, (0, -T % 8))[..., :T]
 
 
 def document_mask(document: Tensor) -> Tensor:

@@ -66,12 +66,12 @@ def measure(
 def _rounds(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling, seed: int, new_tokens: int) -> Iterator[Round]:
     batch, replay = decoder.batch(sampling, seed), Replay(decoder)
     batch.start([Request(prompt, 0, new_tokens)])
-    batch.clock.seconds()  # waits for the device and forgets the prefill
+    batch.clock.take()  # waits for the device and forgets the prefill
     while not batch.done:
         start = time.perf_counter()
         with replay:
             batch.step()
-        drafting = batch.clock.seconds()["draft"]
+        drafting = batch.clock.take()["draft"]
         yield Round(time.perf_counter() - start - replay.seconds, drafting, replay.target_seconds, replay.drafter_seconds)
 
 

@@ -98,12 +98,12 @@ def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, r
 
     batch = decoder.batch(Sampling(), on_round=look)
     batch.start([Request(prompt, 0, min(max_new_tokens, decoder.target.max_context - len(prompt)))])
-    batch.clock.seconds()  # waits for the device and forgets the prefill
+    batch.clock.take()  # waits for the device and forgets the prefill
     out: list[Played] = []
     while not batch.done and len(out) < rounds:
         before = drafter.calls if drafter else 0
         batch.step()
-        out.append(Played(batch.clock.seconds(), (drafter.calls if drafter else 0) - before, nodes[0]))
+        out.append(Played(batch.clock.take(), (drafter.calls if drafter else 0) - before, nodes[0]))
     return out
 
 

@@ -144,6 +144,8 @@ class Rounds:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.forwards == 1:
+            if self.target.device.type == "cuda":
+                torch.cuda.synchronize(self.target.device)
             self.prefill_end = time.perf_counter()
 
     def statistics(self, tokens: int, start: float, wall: float) -> Statistics:

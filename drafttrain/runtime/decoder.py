@@ -178,6 +178,26 @@ class Piece:
     origin: int
 
 
+class Stream(Iterator[Piece]):
+    """One answer as it is written, piece by piece, and what it took so far."""
+
+    def __init__(self, pieces: Iterator[Piece], batch: Batch) -> None:
+        self._pieces, self._batch = pieces, batch
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of the rounds so far (waits for the device)."""
+        return self._batch.statistics()[0]
+
+    @property
+    def round_seconds(self) -> list[dict[str, float]]:
+        """Each round's seconds a phase."""
+        return self._batch.clock.runs()[1:]
+
+
 class SpeculativeDecoder:
     """Decodes a target's own text faster, with a drafter; without one, plainly and by the same loop."""
 
@@ -267,12 +287,14 @@ class SpeculativeDecoder:
     def stream(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
         stop: Stop = None, on_round: RoundHook | None = None, **refused: Any,
-    ) -> Iterator[Piece]:
-        """One sample as it is written: what may yet become a stop string, or half a character, waits. After the last piece, `statistics`
-        holds what it took, and `round_seconds` each round's phases."""
+    ) -> Stream:
+        """One sample as it is written: what may yet become a stop string, or half a character, waits."""
         _refuse(refused)
         stops, request = self._stops(stop), self._requests([prompt], max_new_tokens, 1)
         batch = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
+        return Stream(self._written(batch, request, stops), batch)
+
+    def _written(self, batch: Batch, request: list[Request], stops: tuple[str, ...]) -> Iterator[Piece]:
         tokens: list[int] = []
         origins: list[int] = []  # of each whole character
         text = shown = ""
@@ -287,8 +309,6 @@ class SpeculativeDecoder:
                     yield from _pieces(sure, origins, len(shown))
                     shown = sure
         yield from _pieces(text, origins + [0] * len(text), len(shown))
-        self.round_seconds = batch.clock.runs()[1:]
-        self.statistics = batch.statistics()[0]
 
     def _stops(self, stop: Stop) -> tuple[str, ...]:
         given: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop

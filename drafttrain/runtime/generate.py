@@ -6,7 +6,8 @@ B rows, N nodes, D depth, V vocabulary. A round waits for the host once, to hand
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,12 +89,33 @@ class Batch:
         self.candidates: Tensor | None = None  # [B, w] the target's, for its first level, where the rule left the last round open
         self.history, self.clock = History(), Clock(target.device)
         self.now: Callable[[], float] = time.perf_counter  # what policies are told of time
-        self.calls_before = (target.forwards, drafter.calls if drafter else 0)
+        self.calls = [0, 0]  # of target and drafter, by this batch alone
         rule.prepare(target)
 
     @torch.inference_mode()
     def start(self, requests: Sequence[Request]) -> list[Emission]:
         """Reads the prompts (equal ones once) and draws each row's first token."""
+        with self._counting():
+            return self._start(requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[Emission]:
+        """One round for every row that is not done."""
+        with self._counting():
+            return self._step()
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        before = self._calls_of_all()
+        try:
+            yield
+        finally:
+            self.calls = [mine + now - then for mine, now, then in zip(self.calls, self._calls_of_all(), before, strict=True)]
+
+    def _calls_of_all(self) -> tuple[int, int]:
+        return self.target.forwards, self.drafter.calls if self.drafter else 0
+
+    def _start(self, requests: Sequence[Request]) -> list[Emission]:
         self.clock.start()
         device = self.target.device
         distinct, copies = _distinct([request.prompt for request in requests])
@@ -132,9 +154,7 @@ class Batch:
         self.clock.lap("prefill")
         return out
 
-    @torch.inference_mode()
-    def step(self) -> list[Emission]:
-        """One round for every row that is not done."""
+    def _step(self) -> list[Emission]:
         begun = self.now()
         self.clock.start()
         plan = self.policy.plan(self.history)
@@ -180,8 +200,7 @@ class Batch:
         """Each request's counts; times and calls, which rows share, stand with the first."""
         rows = [self.tally.row(index) for index in range(len(self.written))]
         rows[0].seconds = self.clock.seconds()
-        rows[0].target_forwards = self.target.forwards - self.calls_before[0]
-        rows[0].drafter_calls = self.drafter.calls - self.calls_before[1] if self.drafter else 0
+        rows[0].target_forwards, rows[0].drafter_calls = self.calls
         rows[0].syncs = self.history.syncs
         rows[0].bets, rows[0].hits = self.history.bets, self.history.hits
         rows[0].prefetch_calls, rows[0].calls_saved = self.history.prefetch_calls, self.history.calls_saved

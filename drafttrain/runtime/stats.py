@@ -139,7 +139,7 @@ class Clock:
     """Laps by phase. On CUDA they are events, read once at the end: timing makes nothing wait."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.laps: list[tuple[str, float | torch.cuda.Event]] = []
         self.start()
 
@@ -159,13 +159,13 @@ class Clock:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def runs(self) -> list[dict[str, float]]:
         """Seconds a phase of each run of laps: the prefill's first, then every round's."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         runs: list[dict[str, float]] = [{}]
         for (_, before), (phase, after) in zip(self.laps, self.laps[1:], strict=False):
             if phase == START:
@@ -175,10 +175,14 @@ class Clock:
         return [run for run in runs if run]
 
     def seconds(self) -> dict[str, float]:
-        """Seconds a phase so far; forgets the laps."""
+        """Seconds a phase so far."""
         runs = self.runs()
-        self.laps = self.laps[-1:]
         return {phase: sum(run.get(phase, 0.0) for run in runs) for phase in PHASES}
+
+    def take(self) -> dict[str, float]:
+        """The same, and forgets the laps."""
+        seconds, self.laps = self.seconds(), self.laps[-1:]
+        return seconds
 
 
 def _elapsed(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:

@@ -62,8 +62,8 @@ def cache_root() -> Path:
     return Path(os.environ.get("DRAFTTRAIN_CACHE") or Path.home() / ".cache" / "drafttrain")
 
 
-def resolve(config: TargetConfig) -> Path:
-    """The local folder that holds the target, downloading or converting it if need be.
+def resolve(config: TargetConfig, download: bool = True) -> Path:
+    """The local folder that holds the target, converting it if need be, and downloading it unless told not to.
 
     Raises `UserError` where the name is neither a folder nor a repository that can be reached.
     """
@@ -77,7 +77,7 @@ def resolve(config: TargetConfig) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "README.md"]
     try:
-        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=patterns))
+        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=patterns, local_files_only=not download))
     except Exception as error:
         raise UserError(
             f"target '{config.model}': neither a local folder nor a Hub repository that can be loaded ({first_line(error)}); "

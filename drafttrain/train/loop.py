@@ -441,11 +441,12 @@ class Run:
             self.accelerator.log(line, step=self.progress.step)
 
     def _forget_after(self, step: int) -> None:
-        """Drops log lines of steps that will be done again."""
+        """Drops log lines of steps that will be done again, and damaged ones."""
         path = self.output / "train.jsonl"
         if not self.lead or not path.exists():
             return
-        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if (done := _step_of(line)) is not None and done <= step]
         write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
 
     def _bar(self) -> Bar:
@@ -472,3 +473,11 @@ def _main_thread() -> bool:
     import threading
 
     return threading.current_thread() is threading.main_thread()
+
+
+def _step_of(line: str) -> int | None:
+    """Of a line of the log; None where it is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -139,4 +139,6 @@ class JudgeHead(nn.Module):
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = first_line(error)
             raise UserError(f"judge '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
+        if known.get("weights") not in (None, sha256((folder / "model.safetensors").read_bytes()).hexdigest()):
+            raise UserError(f"judge '{folder}': model.safetensors is damaged or not its own (config.json has another hash); train it again")
         return head.eval()

@@ -92,3 +92,11 @@ def test_eagle3_keeps_a_third_less_for_its_backward_pass(monkeypatch: pytest.Mon
     fewer = kept(work)
     plain(monkeypatch)
     assert fewer < 0.67 * kept(work)
+
+
+@pytest.mark.parametrize("length", [5, 8, 11])
+def test_an_aligned_bias_is_the_same_with_rows_as_fused_attention_wants_them(length: int) -> None:
+    bias = layers.document_bias(torch.tensor([[0] * 3 + [1] * (length - 3), [0] * length]), torch.bfloat16)
+    wide = layers.aligned(bias).expand(2, 3, length, length)
+    assert torch.equal(wide, bias.expand(2, 3, length, length))
+    assert wide.stride(-1) == 1 and wide.stride(-2) % 8 == 0

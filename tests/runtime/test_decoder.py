@@ -160,10 +160,24 @@ def test_a_stop_string_ends_the_text_before_it_wherever_it_falls_in_a_block() ->
 def test_streamed_pieces_join_to_the_generated_text_with_both_origins() -> None:
     speculative = decoder(Chain(length=4))
     speculative.target.tokenizer = Letters()
-    pieces = list(speculative.stream(PROMPTS[0], max_new_tokens=24))
+    answer = speculative.stream(PROMPTS[0], max_new_tokens=24)
+    pieces = list(answer)
     assert "".join(piece.text for piece in pieces) == speculative.generate(PROMPTS[0], max_new_tokens=24)[0].text
     assert {piece.origin for piece in pieces} == {0, 1}
-    assert speculative.statistics.tokens == 23
+    assert answer.statistics.tokens == 23
+    assert answer.statistics.decode_seconds == answer.statistics.decode_seconds > 0  # told as often as asked
+
+
+def test_streams_of_one_decoder_do_not_mix_their_figures() -> None:
+    speculative = decoder(Chain(length=4))
+    speculative.target.tokenizer = Letters()
+    long, short = (speculative.stream(PROMPTS[0], max_new_tokens=count) for count in (24, 9))
+    next(long)
+    list(short)
+    list(long)
+    alone = speculative.generate(PROMPTS[0], max_new_tokens=24)[0].statistics
+    assert (long.statistics.tokens, short.statistics.tokens) == (23, 8)
+    assert (long.statistics.target_forwards, long.statistics.drafter_calls) == (alone.target_forwards, alone.drafter_calls)
 
 
 def test_no_part_of_a_stop_string_is_ever_streamed() -> None:

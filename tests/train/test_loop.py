@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     run("medusa", store, target, tmp_path / "run", steps=6)
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     damage(newest)
-    (tmp_path / "run" / "train.jsonl").write_text("")
+    (tmp_path / "run" / "train.jsonl").write_bytes(b'{"step"}\n{"loss": 1.0}\n[1]\n\xff{}\n{"step": 1, "lo')
     with pytest.warns(UserWarning, match=f"{newest.name}' is damaged"):
         run("medusa", store, target, tmp_path / "run", steps=6)
     assert len(losses(tmp_path / "run")) == 3  # steps 4 to 6 were done again

@@ -129,7 +129,11 @@ def test_a_saved_head_comes_back_and_is_refused_for_another_target(tmp_path: Pat
     assert {name: value.tolist() for name, value in again.state_dict().items()} == {n: v.tolist() for n, v in head.state_dict().items()}
     with pytest.raises(UserError, match="trained on the states of target in-memory, but this target is other"):
         JudgeHead.load(tmp_path, "other")
-    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + bytes([weights.read_bytes()[-1] ^ 1]))  # still whole, with one bit of a weight turned
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        JudgeHead.load(tmp_path)
+    weights.write_bytes(b"cut")
     with pytest.raises(UserError, match=r"model\.safetensors is missing, truncated"):
         JudgeHead.load(tmp_path)
     with pytest.raises(UserError, match=r"no config\.json"):
