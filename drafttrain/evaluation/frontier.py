@@ -14,7 +14,7 @@ from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.evaluation import plots
-from drafttrain.evaluation.journal import parse_lines
+from drafttrain.evaluation.journal import read_lines
 from drafttrain.evaluation.rows import known_alpha
 from drafttrain.evaluation.throughput import Forecast, best, frontier
 from drafttrain.runtime.stats import alpha_text
@@ -97,7 +97,7 @@ def page_of(file: Path) -> str:
     """`markdown` of a file that `write_findings` wrote, or a `UserError`."""
     if not file.is_file():
         raise UserError(f"study '{file}': no such file; `drafttrain study` writes it")
-    lines = parse_lines(file.read_text(encoding="utf-8"), file)
+    lines = read_lines(file)
     try:
         return markdown([Finding.from_json(line) for line in lines], lines[0]["measured_on"])
     except (KeyError, TypeError, IndexError) as error:

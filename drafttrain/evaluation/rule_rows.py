@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.journal import parse_lines
+from drafttrain.evaluation.journal import read_lines
 from drafttrain.evaluation.rows import Interval
 
 FORMAT = 2
@@ -108,5 +108,4 @@ def read_rule_rows(path: Path) -> list[RuleRow]:
     """All rows of a rules.jsonl, in the order in which they were made."""
     if not path.is_file():
         raise UserError(f"results '{path}': no such file; `drafttrain eval --replay-rules` writes it")
-    lines = parse_lines(path.read_text(encoding="utf-8"), path)
-    return [RuleRow.from_json(entry, f"'{path}', line {number}") for number, entry in enumerate(lines, 1)]
+    return [RuleRow.from_json(entry, f"'{path}', line {number}") for number, entry in enumerate(read_lines(path), 1)]

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from drafttrain.core.errors import UserError
+from drafttrain.evaluation.frontier import page_of
 from drafttrain.evaluation.journal import Journal, append_whole, parse_lines, read_lines
+from drafttrain.evaluation.rule_rows import read_rule_rows
 
 ENTRIES = [{"id": f"a{separator}b"} for separator in ("\u2028", "\u2029", "\x85", "\n", "\r\n")]
 
@@ -31,7 +33,7 @@ UNREADABLE = [(b"{}\n\xff\n", "not UTF-8"), (b"{}\n{\n", "line 2: not JSON"), (b
 def test_lines_that_cannot_be_read_are_refused_with_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_bytes(content)
-    for read in (read_lines, Journal):
+    for read in (read_lines, Journal, page_of, read_rule_rows):
         with pytest.raises(UserError, match=f"journal.jsonl'.*{reason}"):
             read(path)
 
