@@ -168,7 +168,7 @@ def inline_svg(name: str, drawn: str) -> str:
 
 
 def _figures(title: str, lines: Sequence[Line]) -> list[str]:
-    measured = [line.whole.measured for line in lines]
+    measured = [line.whole.uncut for line in lines]
     out = []
     for name in plots.shown(measured):
         drawn = io.StringIO()

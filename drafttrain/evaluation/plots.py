@@ -147,7 +147,7 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
 
 
 def draw_position(axes: Axes, rows: Sequence[Measured]) -> None:
-    """Accepted length of the rounds that begin in each stretch of the answers."""
+    """Accepted length of the rounds that begin in each stretch of the answers; `rows` as `Row.uncut` gives them."""
     labels = contenders(rows)
     for row in rows:
         if row.label in labels and row.task == ALL and row.positions:
@@ -249,7 +249,8 @@ PLOTS: dict[str, Plot] = {
     ),
     "position": Plot(
         "Acceptance along the answer",
-        f"Accepted length of the rounds that begin in each {STRETCH} tokens of the answers; dotted: over all of them.",
+        f"Accepted length of the rounds that begin in each {STRETCH} tokens of the answers, up to where the length limit may cut a round; "
+        "dotted: over all rounds.",
         lambda rows: any(rounds >= FEW_ROUNDS for row in _whole(rows) if row.label != PLAIN for rounds, _ in row.positions),
         draw_position, _even,
     ),

@@ -241,7 +241,7 @@ def plot_files(name: str, rows: Iterable[Row]) -> Iterator[tuple[list[Measured],
     """What the plots of a results file are made from: (rows of one setting, plot, name of its files without suffix)."""
     for number, lines in enumerate(by_setting(rows, "tasks"), 1):
         refuse_unmeasured_qualities(lines)
-        measured = [line.whole.measured for line in lines]
+        measured = [line.whole.uncut for line in lines]
         for plot in plots.shown(measured):
             yield measured, plot, f"{name}-{plot}" if number == 1 else f"{name}-{number}-{plot}"
 

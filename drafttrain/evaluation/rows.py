@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from itertools import accumulate
 from operator import add, mul
@@ -180,6 +180,13 @@ class Row(Setting):
     """A line of results.jsonl."""
 
     measured: Measured
+
+    @property
+    def uncut(self) -> Measured:
+        """`measured`, its `positions` ending where the length limit may cut a round, which then kept less than stood."""
+        deepest = max(self.measured.draft_length, len(self.measured.alpha))  # a lookup's chain may be longer than the shape
+        room = max(0, self.max_new_tokens - deepest)
+        return replace(self.measured, positions=self.measured.positions[: room // STRETCH])
 
     def to_json(self) -> dict[str, Any]:
         flat = asdict(self)

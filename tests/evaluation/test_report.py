@@ -259,6 +259,15 @@ def test_curves_of_alpha_end_where_too_few_rounds_are_behind_them_and_no_marker_
     assert line(results_table([replace(ROWS[-2], measured=row)]), "mine")["alpha_1 .."] == "1.00 .00 1.00 –"
 
 
+def test_where_every_draft_stands_the_curve_along_the_answers_is_flat_though_the_length_limit_cuts_their_last_rounds() -> None:
+    answers = [sample(str(n), "mine", 1.0, 127, 26) for n in range(20)]
+    mine = [replace(one, outcome=replace(one.outcome, kept=[5] * 25 + [2])) for one in answers]
+    plain = [sample(one.item, PLAIN, 4.0, 127, 127) for one in mine]
+    rows = [replace(row, max_new_tokens=128).uncut for row in rows_of(*plain, *mine).values() if row.measured.outputs == "all"]
+    (axes,) = plots.figure("position", rows).axes
+    assert list(axes.lines[0].get_ydata()) == [5.0] * 7
+
+
 def test_a_plot_that_the_rows_have_no_data_for_is_left_out() -> None:
     measured = [row.measured for row in ROWS]
     assert "position" in plots.shown([row.measured for row in with_rounds()])

@@ -178,6 +178,13 @@ def test_rounds_are_counted_where_in_the_answer_they_begin() -> None:
     assert by_position(DRAFTED) == ()
 
 
+@pytest.mark.parametrize(("draft_length", "depths", "stretches"), [(16, 0, 7), (17, 0, 6), (0, 0, 8), (4, 24, 6)])
+def test_stretches_in_which_the_length_limit_can_cut_a_round_are_not_shown(draft_length: int, depths: int, stretches: int) -> None:
+    row = rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"]
+    measured = replace(row.measured, draft_length=draft_length, alpha=(0.5,) * depths, positions=((20, 40),) * 8)
+    assert len(replace(row, max_new_tokens=128, measured=measured).uncut.positions) == stretches
+
+
 def test_the_last_round_keeps_what_the_limit_left() -> None:
     verdicts = [Verdict(torch.zeros(1, 3), torch.tensor([length]), torch.tensor([7])) for length in (3, 0, 2)]
     assert kept_tokens(verdicts, 6) == [4, 1, 1]
