@@ -1,19 +1,44 @@
 """`drafttrain tune`: the shape (and of several drafters the one) that decodes fastest on this device, by the model of
-`evaluation/throughput.py` and a short measurement of it."""
+`evaluation/throughput.py` and a short measurement of it.
+
+Whatever was measured stands in OUTPUT/tune/journal.jsonl, from where a command that was stopped goes on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
+from pydantic import TypeAdapter
+from rich.progress import Progress, TaskID
+
+from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Shape
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.files import load_drafter
-from drafttrain.evaluation.forecast import RoundCost, answer, forecasts, midway, round_costs, score_curve, spread, typical_context
+from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.evaluation.bench import progress_bar
+from drafttrain.evaluation.forecast import (
+    Replay,
+    RoundCost,
+    answer,
+    forecast,
+    midway,
+    parted_texts,
+    replay,
+    round_costs,
+    score_curve,
+    spread,
+    typical_context,
+)
 from drafttrain.evaluation.frontier import number
-from drafttrain.evaluation.runners import shape_name
+from drafttrain.evaluation.journal import Journal
+from drafttrain.evaluation.machine import device_name, versions
+from drafttrain.evaluation.runners import PLAIN, shape_name
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best
 from drafttrain.recipe import RESOLVED, Recipe
@@ -26,6 +51,10 @@ TREES = ((4, 3), (8, 4), (16, 4), (32, 8), (60, 10))
 DEPTHS = (2, 4, 6)
 PRICED = 2
 """Prompts on which a hybrid's prices are measured."""
+TIMED = 4
+"""Prompts whose rounds are timed."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,8 +63,20 @@ class Candidate:
 
     recipe: Recipe  # of the run that trained it, with the runtime that is tried
     drafter: Drafter
+    weights: str  # fingerprint of the drafter's folder
     decoder: SpeculativeDecoder  # of the same, which drafts always
     label: str
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of what is measured."""
+        return fingerprint(self.weights, self.decoder.runtime)
+
+    def under(self, **changes: Any) -> Candidate:
+        """The same with other values of its runtime."""
+        runtime = self.recipe.runtime.model_copy(update=changes)
+        recipe = self.recipe.model_copy(update={"runtime": runtime})
+        return candidate(self.decoder.target, recipe, self.drafter, self.weights)
 
 
 @dataclass(frozen=True)
@@ -47,6 +88,38 @@ class Tuned:
     chosen: int
     recipe: Recipe  # the best drafter's, with the best runtime
     number: int  # which of the recipes that is
+
+
+@dataclass
+class Kept:
+    """Measurements that are made once: whatever stands in the journal is read."""
+
+    target: Target
+    max_new_tokens: int
+    where: str  # fingerprint of what all of them depend on
+    journal: Journal  # nobody else's meanwhile
+    progress: Progress
+    bar: TaskID
+
+    def once(self, what: str, depends: Sequence[Any], kind: TypeAdapter[T], measure: Callable[[], T]) -> T:
+        """depends: on what else the measurement depends. kind: what it gives, to and from JSON."""
+        self.progress.update(self.bar, description=f"tune: {what}")
+        key = fingerprint(self.where, what, *depends)
+        entry = next((one for one in self.journal.entries if one["key"] == key), None)
+        if entry is None:
+            entry = {"what": what, "key": key, "found": kind.dump_python(measure(), mode="json")}
+            self.journal.append(entry)
+        self.progress.advance(self.bar)
+        return kind.validate_python(entry["found"])
+
+    def costs(self, what: str, tried: Sequence[Candidate], prompts: Sequence[list[int]], rounds: int) -> dict[str, RoundCost]:
+        """By candidate's key, and plain decoding's; all by turns: a busy machine hits all."""
+        decoders = {PLAIN: SpeculativeDecoder(self.target), **{one.key: one.decoder for one in tried}}
+
+        def measure() -> dict[str, RoundCost]:
+            return dict(zip(decoders, round_costs([*decoders.values()], prompts, self.max_new_tokens, rounds), strict=True))
+
+        return self.once(what, sorted(decoders), TypeAdapter(dict[str, RoundCost]), measure)
 
 
 def tune(recipes: Sequence[Recipe]) -> Tuned:
@@ -63,10 +136,18 @@ def tune(recipes: Sequence[Recipe]) -> Tuned:
     suite, reader = first.evaluation.chosen(load_suite(first.evaluation.suite)), SpeculativeDecoder(target)
     prompts = [reader.tokenize(item.opening()) for item in suite.items]
     limit = first.evaluation.max_new_tokens
-    answers = answer(target, prompts, limit)
-    curve = score_curve(target, typical_context(prompts, answers), frozenset().union(*(one.drafter.needs for one in tried)))
-    tried = priced(target, tried, curve, spread(midway(prompts, answers), PRICED), limit)
-    found = forecasts(target, [one.decoder for one in tried], prompts, answers, limit, curve)
+    where = fingerprint(
+        target.fingerprint, str(target.dtype), suite.hash, limit, device_name(target.device), torch.get_num_threads(), versions()
+    )
+    journal = Journal(first.folder / "tune" / "journal.jsonl")
+    with journal.alone(), progress_bar() as progress:
+        hybrid = any(one.recipe.runtime.hybrid for one in tried)
+        kept = Kept(target, limit, where, journal, progress, progress.add_task("tune", total=3 + hybrid + len(tried)))
+        answers = kept.once("answers", (), TypeAdapter(list[list[int]]), lambda: answer(target, prompts, limit))
+        context, needs = typical_context(prompts, answers), frozenset().union(*(one.drafter.needs for one in tried))
+        curve = kept.once("score curve", (needs,), TypeAdapter(ScoreCurve), lambda: score_curve(target, context, needs))
+        tried = priced(kept, tried, curve, spread(midway(prompts, answers), PRICED))
+        found = forecasts(kept, tried, curve, prompts, answers)
     chosen = best(found)
     runtime = tried[chosen].recipe.runtime
     if found[chosen].speedup < 1:
@@ -79,50 +160,60 @@ def tune(recipes: Sequence[Recipe]) -> Tuned:
 def candidates(target: Target, recipe: Recipe) -> list[Candidate]:
     """Every shape that the recipe's drafter can draft and its rule verifies, the recipe's own first."""
     folder = find_drafter(recipe.folder)
-    drafter = load_drafter(folder, target.fingerprint)
+    drafter, weights = load_drafter(folder, target.fingerprint), folder_fingerprint(folder)
     out = []
     for shape in shapes(drafter.max_depth, recipe.runtime.shape):
         runtime = recipe.runtime.model_copy(update={"shape": shape})
         if fits(runtime, recipe):
-            out.append(candidate(target, recipe.model_copy(update={"runtime": runtime}), drafter))
+            out.append(candidate(target, recipe.model_copy(update={"runtime": runtime}), drafter, weights))
     return out
 
 
-def candidate(target: Target, recipe: Recipe, drafter: Drafter) -> Candidate:
+def candidate(target: Target, recipe: Recipe, drafter: Drafter, weights: str) -> Candidate:
     """The drafter under the recipe's runtime."""
     steady = recipe.runtime.model_copy(update={"policy": "fixed"})  # what is measured is drafting
     decoder = SpeculativeDecoder(target, drafter, steady)
     assert decoder.drafter is not None
-    return Candidate(recipe, drafter, decoder, f"{recipe.folder.name}: {decoder.drafter.config.name} {named(recipe.runtime.shape)}")
+    label = f"{recipe.folder.name}: {decoder.drafter.config.name} {named(recipe.runtime.shape)}"
+    return Candidate(recipe, drafter, weights, decoder, label)
 
 
-def priced(
-    target: Target, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]], max_new_tokens: int
-) -> list[Candidate]:
+def priced(kept: Kept, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]]) -> list[Candidate]:
     """Hybrids with this device's prices for their shapes, measured behind a few prompts; the others as they are.
 
     head_cost: what the trained drafter takes to draft this shape alone; node_cost: what its nodes add to the target's forward, shared
     among them; both in forwards of one token.
     """
-    hybrids = [place for place, one in enumerate(tried) if one.recipe.runtime.hybrid is not None]
-    if not hybrids:
+    alone = {place: one.under(hybrid=None) for place, one in enumerate(tried) if one.recipe.runtime.hybrid is not None}
+    if not alone:
         return [*tried]
-    alone = [one.decoder.runtime.model_copy(update={"hybrid": None}) for one in tried]
-    bare = [SpeculativeDecoder(target, tried[place].drafter, alone[place]) for place in hybrids]
-    plain, *costs = round_costs([SpeculativeDecoder(target), *bare], prompts, max_new_tokens, rounds=6)  # by turns: a busy machine hits all
+    costs = kept.costs("prices", [*alone.values()], prompts, rounds=6)
     out = [*tried]
-    for place, cost in zip(hybrids, costs, strict=True):
+    for place, bare in alone.items():
         runtime = out[place].recipe.runtime
         assert runtime.hybrid is not None
-        hybrid = runtime.hybrid.model_copy(update=prices(cost, plain, curve, runtime.shape.nodes))
-        recipe = out[place].recipe.model_copy(update={"runtime": runtime.model_copy(update={"hybrid": hybrid})})
-        out[place] = candidate(target, recipe, out[place].drafter)
+        found = prices(costs[bare.key], costs[PLAIN], curve, runtime.shape.nodes)
+        out[place] = out[place].under(hybrid=runtime.hybrid.model_copy(update=found))
     return out
 
 
 def prices(cost: RoundCost, plain: RoundCost, curve: ScoreCurve, nodes: int) -> dict[str, float]:
     """A hybrid's, from what the trained drafter takes alone beside a plain forward, and what `nodes` add to that."""
     return {"head_cost": round(cost.draft / plain.score, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
+
+
+def forecasts(
+    kept: Kept, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> list[Forecast]:
+    """Of each candidate. answers: the target's own greedy ones."""
+    costs = kept.costs("rounds", tried, spread(midway(prompts, answers), TIMED), rounds=12)
+    texts = cache(lambda: parted_texts(kept.target, prompts, answers, [one.drafter for one in tried]))  # none where nothing waits
+
+    def foretold(one: Candidate) -> Forecast:
+        accepted = kept.once("replay", (one.key,), TypeAdapter(Replay), lambda: replay(one.decoder, *texts()))
+        return forecast(accepted.tau, costs[one.key], costs[PLAIN], curve, accepted.tau_not_looping)
+
+    return [foretold(one) for one in tried]
 
 
 def shapes(deepest: int | None, own: Shape) -> list[Shape]:

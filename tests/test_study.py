@@ -17,7 +17,7 @@ from drafttrain.core.plan import Chain, Dynamic
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.bench import read_rows
-from drafttrain.evaluation.forecast import RoundCost
+from drafttrain.evaluation.forecast import Replay, RoundCost
 from drafttrain.evaluation.frontier import Finding, Measurement, markdown
 from drafttrain.evaluation.report import render, stale
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve
@@ -192,10 +192,12 @@ def tunable(folder: Path) -> Path:
 def pretend(monkeypatch: pytest.MonkeyPatch, costs: Any) -> None:
     """Forecasts by a rule: costs(decoder) -> (tau, seconds a round), a plain round taking 1."""
 
-    def forecasts(target: Any, decoders: Any, *_: Any, **__: Any) -> list[Forecast]:
-        return [Forecast(costs(decoder)[0], costs(decoder)[1], 0.0, 0.0, 1.0) for decoder in decoders]
+    def round_costs(decoders: Any, *_: Any) -> list[RoundCost]:
+        return [RoundCost(costs(decoder)[1] if decoder.drafter else 1.0, 0.0, (1,), score=1.0) for decoder in decoders]
 
-    monkeypatch.setattr(tuning, "forecasts", forecasts)
+    monkeypatch.setattr(tuning, "round_costs", round_costs)
+    monkeypatch.setattr(tuning, "score_curve", lambda *_: ScoreCurve((1, 2), (1e-9, 1e-9)))
+    monkeypatch.setattr(tuning, "replay", lambda decoder, *_: Replay(costs(decoder)[0], None, []))
 
 
 def test_tune_measures_every_candidate_and_writes_the_fastest_into_the_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,13 +263,14 @@ def test_candidates_that_the_rule_would_not_verify_are_left_out(workplace: Path)
 
 def test_tune_measures_a_hybrids_prices_for_every_shape_and_writes_them(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What drafting a shape takes alone, and what its nodes add to the target's forward, in forwards of one token."""
-    pretend(monkeypatch, lambda decoder: (2.0, 10.0 - decoder.runtime.shape.nodes))
+    pretend(monkeypatch, lambda _: (2.0, 1.0))
     monkeypatch.setattr(tuning, "score_curve", lambda *_: ScoreCurve((1, 2, 64), (2.0, 2.1, 8.3)))  # 0.1 s a node: 0.05 forwards
     asked = []
 
-    def round_costs(decoders: Any, *_: Any, **__: Any) -> list[RoundCost]:
-        asked.extend(decoder.drafter and decoder.drafter.config.name for decoder in decoders)
-        return [RoundCost(0.5 * decoder.runtime.shape.depth, 0.0, (1,), score=4.0) for decoder in decoders]
+    def round_costs(decoders: Any, *_: Any) -> list[RoundCost]:
+        asked.append({decoder.drafter and decoder.drafter.config.name for decoder in decoders})
+        depths = [(decoder.runtime.hybrid, decoder.runtime.shape.depth, decoder.runtime.shape.nodes) for decoder in decoders]
+        return [RoundCost(10.0 - nodes if hybrid else 0.5 * depth, 0.0, (1,), score=4.0) for hybrid, depth, nodes in depths]
 
     monkeypatch.setattr(tuning, "round_costs", round_costs)
     run = tunable(workplace)
@@ -275,12 +278,84 @@ def test_tune_measures_a_hybrids_prices_for_every_shape_and_writes_them(workplac
     tuned = load_recipe(run).runtime
     assert tuned.shape == Chain(length=8)
     assert tuned.hybrid == HybridConfig(head_gain=1.5, head_cost=0.5 * 8 / 4.0, node_cost=0.05)
-    assert asked == [None, *["eagle3"] * (len(asked) - 1)]  # plain decoding, and the drafter alone, without the lookup
+    assert asked == [{None, "eagle3"}, {None, "eagle3+ngram"}]  # the drafter alone, without the lookup, goes first
 
 
 def test_tune_leaves_a_run_without_a_lookup_unpriced(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, lambda decoder: (2.0, 1.0))
-    monkeypatch.setattr(tuning, "round_costs", lambda *_, **__: pytest.fail("nothing has a price"))
+    monkeypatch.setattr(tuning, "prices", lambda *_: pytest.fail("nothing has a price"))
     run = tunable(workplace)
     assert drafttrain("tune", run).exit_code == 0
     assert load_recipe(run).runtime.hybrid is None
+
+
+UNITS = ["answer", "score_curve", "round_costs", "round_costs", "replay", "replay", "replay"]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> list[str]:
+    """What tune measures from here on; before it measures more than `most` it is stopped."""
+    made: list[str] = []
+
+    def count(name: str, measure: Any) -> Any:
+        def counting(*given: Any) -> Any:
+            if len(made) == most:
+                raise KeyboardInterrupt
+            made.append(name)
+            return measure(*given)
+
+        return counting
+
+    for name in set(UNITS):
+        monkeypatch.setattr(tuning, name, count(name, getattr(tuning, name)))
+    return made
+
+
+@pytest.fixture
+def command(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    """Tunes three shapes beside a lookup, all of which lose."""
+    monkeypatch.setattr(tuning, "TREES", ())
+    monkeypatch.setattr(tuning, "CHAINS", (1, 2, 3))
+    pretend(monkeypatch, lambda decoder: (1 + 0.1 * decoder.runtime.shape.depth, 2.0))
+    return ("tune", tunable(workplace), "runtime.hybrid={}", "runtime.shape.length=2")
+
+
+def test_a_tune_stopped_again_and_again_measures_everything_once_and_finds_the_same(
+    command: tuple[object, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = drafttrain(*command, "--write", "whole.yaml")
+    assert whole.exit_code == 0, whole.output
+    shutil.rmtree(tunable(workplace) / "tune")
+    made: list[str] = []
+    for _ in UNITS:
+        assert not Path("parts.yaml").exists()
+        with monkeypatch.context() as patch:
+            part = counted(patch, most=1)
+            last = drafttrain(*command, "--write", "parts.yaml")
+            made += part
+    assert (made, last.exit_code) == (UNITS, 0)
+    assert last.stdout == whole.stdout.replace("whole.yaml", "parts.yaml")
+    assert Path("parts.yaml").read_bytes() == Path("whole.yaml").read_bytes()
+
+
+def test_a_finished_tune_measures_nothing_again_though_it_has_written_shape_policy_and_prices(
+    command: tuple[object, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert drafttrain(*command).exit_code == 0
+    written = load_recipe(tunable(workplace)).runtime
+    assert (written.shape, written.policy_name, written.hybrid != HybridConfig()) == (Chain(length=3), "adaptive", True)
+    made = counted(monkeypatch)
+    assert drafttrain(*command[:2]).exit_code == 0
+    assert (made, load_recipe(tunable(workplace)).runtime) == ([], written)
+
+
+def test_what_was_measured_of_other_answers_or_of_another_drafter_is_measured_again(
+    command: tuple[object, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert drafttrain(*command).exit_code == 0
+    made = counted(monkeypatch)
+    assert drafttrain(*command, "evaluation.max_new_tokens=11").exit_code == 0
+    assert made == UNITS
+    made.clear()
+    (tunable(workplace) / "drafter" / "note").write_text("other weights")
+    assert drafttrain(*command).exit_code == 0
+    assert made == UNITS[2:]

@@ -233,7 +233,7 @@ class Bench:
         waiting = [unit for unit in units if (unit[0], unit[2].id) not in done]
         if waiting:
             self.warm_up(suite)
-        with _progress() as progress:
+        with progress_bar() as progress:
             what = f"{suite.name}: {len(self.runners)} runners"
             bar = progress.add_task(what, total=len(units), completed=len(units) - len(waiting))
             for repeat, place, item in waiting:
@@ -321,6 +321,7 @@ def _efficiencies(entries: Sequence[dict[str, Any]]) -> dict[str, Efficiency]:
     return {label: Efficiency(**data) for entry in entries for label, data in entry.get("efficiency", {}).items()}
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """On stderr: what is done, how many units of it, and for how long."""
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*shown, console=Console(stderr=True))

@@ -163,20 +163,6 @@ def typical_context(prompts: Sequence[list[int]], answers: Sequence[list[int]]) 
     return max(1, round(mean(len(prompt) + len(answer) / 2 for prompt, answer in zip(prompts, answers, strict=True))))
 
 
-def forecasts(
-    target: Target, decoders: Sequence[SpeculativeDecoder], prompts: Sequence[list[int]], answers: Sequence[list[int]],
-    max_new_tokens: int, curve: ScoreCurve, timed: int = 4,
-) -> list[Forecast]:
-    """All the rest, for decoders of one target, in their order.
-
-    answers: the target's own greedy ones. timed: prompts whose rounds are timed.
-    """
-    texts = parted_texts(target, prompts, answers, [decoder.drafter for decoder in decoders if decoder.drafter is not None])
-    plain, *costs = round_costs([SpeculativeDecoder(target), *decoders], spread(midway(prompts, answers), timed), max_new_tokens)
-    accepted = [replay(decoder, *texts) for decoder in decoders]
-    return [forecast(one.tau, cost, plain, curve, one.tau_not_looping) for one, cost in zip(accepted, costs, strict=True)]
-
-
 def forecast(tau: float, cost: RoundCost, plain: RoundCost, curve: ScoreCurve, tau_not_looping: float | None = None) -> Forecast:
     """The parts put together."""
     score = mean(curve.at(nodes + 1) for nodes in cost.nodes)

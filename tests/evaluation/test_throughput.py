@@ -14,7 +14,6 @@ from drafttrain.evaluation.forecast import (
     answer,
     cost_of,
     forecast,
-    forecasts,
     midway,
     parted_texts,
     replay,
@@ -132,17 +131,6 @@ def test_a_curve_is_measured_at_every_number_of_nodes_and_leaves_no_trace() -> N
     assert curve.nodes == (1, 3, 6)
     assert min(curve.seconds) > 0
     assert target().forwards - before == 1 + (2 + 3) * 3  # the prefill; warm-up and passes
-
-
-def test_a_forecast_holds_each_parts_of_its_own_decoder() -> None:
-    drafter = contender().decoder.drafter
-    decoders = [SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape)) for shape in SHAPES[:2]]
-    answers = answer(target(), PROMPTS, 12)
-    one, three = forecasts(target(), decoders, PROMPTS, answers, 12, score_curve(target(), 20, {"aux"}, passes=2), timed=2)
-    assert drafter is not None
-    assert [one.tau, three.tau] == [replayed(decoder, texts_of(target(), PROMPTS, answers, [drafter])).tau for decoder in decoders]
-    assert one.plain == three.plain
-    assert min(one.draft, one.score, one.other, three.draft) > 0
 
 
 def test_timed_prompts_are_spread_from_the_longest_to_the_shortest() -> None:
