@@ -173,6 +173,8 @@ def draw(findings: Sequence[Finding], path: Path, source: str) -> None:
     _draw_errors(right, ordered)
     names = "\n".join(f"{number:2d}  {finding.label}" for number, finding in enumerate(ordered, 1))
     right.annotate(names, (1.03, 1), xycoords="axes fraction", va="top", fontsize=8, linespacing=1.6)
+    plots.place_labels(left, {str(place): (1e3 * one.forecast.round, one.forecast.tau) for place, one in enumerate(ordered, 1)}, fontsize=8)
+    plots.place_labels(right, {str(place): point for place, point in _pairs(ordered).items()}, fontsize=8)
     plots.save(figure, path, source)
 
 
@@ -182,15 +184,13 @@ def _draw_frontier(axes: Any, findings: Sequence[Finding]) -> None:
     across = [1e3 * one.round for one in known]
     widest, highest = 1.15 * max(across), 1.15 * max(one.tau for one in known)
     plain = 1e3 * known[0].plain
-    for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0):
+    for ratio in plots.ratios_near([one.speedup for one in known]):
         end = min(widest, highest * plain / ratio)
         axes.plot([0, end], [0, ratio * end / plain], color="0.85" if ratio != 1 else "0.5", lw=1, zorder=0)
         axes.annotate(f"{ratio:g}x", (end, ratio * end / plain), color="0.5", fontsize=8)
     edge = frontier(known)
     axes.plot([across[place] for place in edge], [known[place].tau for place in edge], color="tab:blue", ls="--", lw=1, label="frontier")
     axes.scatter(across, [one.tau for one in known], color="tab:blue", zorder=2)
-    for place, one in enumerate(known):
-        axes.annotate(str(place + 1), (across[place], one.tau), fontsize=8, xytext=(3, 5), textcoords="offset points")
     chosen = best(known)
     axes.scatter(across[chosen], known[chosen].tau, marker="*", s=200, color="tab:orange", zorder=3, label="fastest by forecast")
     axes.set(xlabel="ms a round", ylabel="accepted length (tau)", xlim=(0, widest), ylim=(0, highest))
@@ -200,18 +200,21 @@ def _draw_frontier(axes: Any, findings: Sequence[Finding]) -> None:
 
 def _draw_errors(axes: Any, findings: Sequence[Finding]) -> None:
     """Forecast over measurement, with the band of `TOLERANCE`."""
-    pairs = [
-        (finding.measured.tokens_per_second, finding.forecast.tokens_per_second, number)
-        for number, finding in enumerate(findings, 1) if finding.measured is not None
-    ]  # fmt: skip
+    pairs = [*_pairs(findings).values()]
     axes.set(xlabel="measured tokens/s", ylabel="forecast tokens/s")
     axes.set_title(f"{len(pairs)} cells decoded for real; band: {TOLERANCE:.0%}", fontsize=10, pad=16)
     if not pairs:
         return
-    end = 1.2 * max(max(measured, foretold) for measured, foretold, _ in pairs)
+    end = 1.2 * max(map(max, pairs))
     axes.fill_between([0, end], [0, end * (1 - TOLERANCE)], [0, end * (1 + TOLERANCE)], color="0.9", zorder=0)
     axes.plot([0, end], [0, end], color="0.6", lw=1, zorder=1)
-    axes.scatter([measured for measured, _, _ in pairs], [foretold for _, foretold, _ in pairs], color="tab:blue", zorder=2)
-    for measured, foretold, number in pairs:
-        axes.annotate(str(number), (measured, foretold), fontsize=8, xytext=(3, -10), textcoords="offset points")
+    axes.scatter(*zip(*pairs, strict=True), color="tab:blue", zorder=2)
     axes.set(xlim=(0, end), ylim=(0, end))
+
+
+def _pairs(findings: Sequence[Finding]) -> dict[int, tuple[float, float]]:
+    """Number in the table -> (measured, forecast) tokens a second, of the cells that were decoded."""
+    return {
+        number: (finding.measured.tokens_per_second, finding.forecast.tokens_per_second)
+        for number, finding in enumerate(findings, 1) if finding.measured is not None
+    }  # fmt: skip

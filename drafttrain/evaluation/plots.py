@@ -6,7 +6,7 @@ metadata which results it was drawn from, so that a stale one can be told withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,6 +20,8 @@ from drafttrain.evaluation.runners import PLAIN
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#8c564b", "#4d4d4d", "#b2df8a")
 """Of the contenders, in their order; told apart with any kind of sight (Okabe and Ito)."""
@@ -34,6 +36,9 @@ STYLE = {
 }  # fmt: skip
 SUFFIXES = (".svg", ".png")
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+SPOTS = [(reach * right, reach * up) for reach in (5, 9, 14, 20, 27, 35) for right, up in SIDES]
+"""Points from a marker to its label, the nearest first."""
 FEW = 3  # contenders for which there is room for more than the outline
 FEW_ROUNDS = 20  # a share or a mean over fewer is noise
 
@@ -125,25 +130,74 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
                 1e3 * row.seconds_per_round, row.tau, s=90 if whole else 34, color=labels[row.label], alpha=1.0 if whole else 0.55,
                 edgecolors="white", linewidths=1.0, label=name_of(row) if whole else None, zorder=5 if whole else 4,
             )  # fmt: skip
-            if not whole and len(labels) == 1:
-                axes.annotate(row.task, (1e3 * row.seconds_per_round, row.tau), (6, -3), textcoords="offset points", fontsize=8, color=GREY)
     axes.scatter(unit, 1.0, s=90, marker="s", color=GREY, zorder=5, label=PLAIN)
     right = 1.3 * max([unit, *(1e3 * row.seconds_per_round for row in shown)])
     top = 1.12 * max([1.0, *(row.tau for row in shown)])
     reached = [row.tau * unit / (1e3 * row.seconds_per_round) for row in shown]
-    for ratio in RATIOS:
-        if ratio == 1 or 0.6 * min(reached) < ratio < 1.6 * max(reached):
-            end = min(right, top * unit / ratio)
-            axes.plot([0, end], [0, ratio * end / unit], color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-            axes.text(
-                0.96 * end, 0.96 * ratio * end / unit, f"{ratio:g}x", color=GREY, fontsize=9, ha="center", va="center", zorder=3,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-            )  # fmt: skip
+    for ratio in ratios_near(reached):
+        end = min(right, top * unit / ratio)
+        axes.plot([0, end], [0, ratio * end / unit], color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
+        axes.text(
+            0.96 * end, 0.96 * ratio * end / unit, f"{ratio:g}x", color=GREY, fontsize=9, ha="center", va="center", zorder=3,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        )  # fmt: skip
     axes.set_xlim(0, right)
     axes.set_ylim(0, top)
     axes.set_xlabel("time per round (ms)")
     axes.set_ylabel("accepted length (tau)")
     _legend(axes, len(labels) + 1)
+    tasks = [row for row in shown if row.task != ALL and len(labels) == 1]
+    place_labels(axes, {row.task: (1e3 * row.seconds_per_round, row.tau) for row in tasks}, fontsize=8, color=GREY)
+
+
+def ratios_near(reached: Sequence[float]) -> list[float]:
+    """Speed-ups for which lines are drawn: 1, and those about as large as the ones reached."""
+    return [ratio for ratio in RATIOS if ratio == 1 or 0.6 * min(reached) < ratio < 1.6 * max(reached)]
+
+
+def place_labels(axes: Axes, labels: Mapping[str, tuple[float, float]], **style: Any) -> None:
+    """Writes each text beside its point (x, y): where it covers least of markers, other texts and the legend, then near, then where it is
+    crossed by the fewest lines. To be called last: what is drawn or changed later is not seen."""
+    figure: Any = axes.get_figure(root=True)
+    figure.draw_without_rendering()  # lays out; from here on extents in pixels are known
+    lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
+    legend = axes.get_legend()
+    taken = [*_marker_boxes(axes, figure.dpi / 72), *(fixed.get_window_extent() for fixed in [*axes.texts, legend] if fixed is not None)]
+    for name, point in labels.items():
+        text = axes.annotate(name, point, (0, 0), textcoords="offset points", in_layout=False, zorder=6, **style)
+
+        def cost(spot: tuple[int, int], text: Annotation = text) -> tuple[float, int, int]:
+            box = _moved(text, spot)
+            covered = sum(_common(box, other) for other in taken) + box.width * box.height - _common(box, axes.bbox)
+            return round(covered, 3), max(map(abs, spot)), sum(line.intersects_bbox(box, filled=False) for line in lines)
+
+        taken.append(_moved(text, min(SPOTS, key=cost)))
+
+
+def _moved(text: Annotation, spot: tuple[int, int]) -> Bbox:
+    """The label put so many points beside its marker; its extent in pixels, with a margin."""
+    right, up = spot
+    across = "left" if right > 0 else "right" if right else "center"
+    text.set(position=spot, ha=across, va="bottom" if up > 0 else "top" if up else "center")
+    return text.get_window_extent().padded(1)
+
+
+def _marker_boxes(axes: Axes, point: float) -> Iterator[Bbox]:
+    """Extents of all scattered markers. point: in pixels."""
+    from matplotlib.collections import PathCollection
+    from matplotlib.transforms import Bbox
+
+    for markers in axes.collections:
+        if isinstance(markers, PathCollection):
+            radius = point * max(markers.get_sizes()) ** 0.5 / 2
+            for x, y in axes.transData.transform(markers.get_offsets()):
+                yield Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+
+
+def _common(one: Bbox, other: Bbox) -> float:
+    """Area that both cover, in square pixels."""
+    width, height = min(one.x1, other.x1) - max(one.x0, other.x0), min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)
 
 
 def draw_position(axes: Axes, rows: Sequence[Measured]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import pytest
 from rich.console import Console
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation import plots
+from drafttrain.evaluation import frontier, plots
+from drafttrain.evaluation.frontier import Finding, Measurement
 from drafttrain.evaluation.journal import append_whole
 from drafttrain.evaluation.page import is_stale, open_run, renew, together, write_report
 from drafttrain.evaluation.plots import PLOTS
 from drafttrain.evaluation.report import draw, latest, render, results_table, stale, terminal_table
 from drafttrain.evaluation.rows import Difference, Row
 from drafttrain.evaluation.runners import GENERATE, PLAIN
+from drafttrain.evaluation.throughput import Forecast
 from tests.evaluation.test_rows import DRAFTED, PLAINLY, SETTING, rows_of
 from tests.evaluation.toys import sample
 
@@ -266,6 +269,34 @@ def test_where_every_draft_stands_the_curve_along_the_answers_is_flat_though_the
     rows = [replace(row, max_new_tokens=128).uncut for row in rows_of(*plain, *mine).values() if row.measured.outputs == "all"]
     (axes,) = plots.figure("position", rows).axes
     assert list(axes.lines[0].get_ydata()) == [5.0] * 7
+
+
+def covering_texts(axes: Any) -> list[tuple[str, str]]:
+    """Pairs of an axes' texts that stand on each other."""
+    axes.figure.draw_without_rendering()
+    boxes = [(text.get_text(), text.get_window_extent()) for text in axes.texts]
+    return [(one, two) for (one, a), (two, b) in combinations(boxes, 2) if a.overlaps(b)]
+
+
+def test_names_of_tasks_stand_beside_each_other_where_their_points_are_close() -> None:
+    tasks = ("math", "qa", "chat", "code", "summarization", "translation", "reasoning", "writing")
+    plain = [sample(task, PLAIN, 4.0, 40, 40, task) for task in tasks]
+    mine = [sample(task, "mine", 2.0 + 0.01 * n, 40, 20, task) for n, task in enumerate(tasks)]
+    measured = [row.measured for row in rows_of(*plain, *mine).values() if row.measured.outputs == "all"]
+    (axes,) = plots.figure("tau-time", measured).axes
+    assert set(tasks) < {text.get_text() for text in axes.texts}
+    assert covering_texts(axes) == []
+
+
+def test_numbers_of_a_studys_cells_stand_beside_each_other_where_their_points_are_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = Measurement(2.0, 1.9, 1.9)
+    cells = [Finding("cell", {}, "", "", Forecast(2.0, 0.001 * n, 1.0, 0.0, 1.0), (0.5,), reached) for n in range(12)]
+    kept: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: kept.append(figure))
+    frontier.draw(cells, Path("study.svg"), "")
+    for axes in kept[0].axes:
+        assert {str(n) for n in range(1, 13)} < {text.get_text() for text in axes.texts}
+        assert covering_texts(axes) == []
 
 
 def test_a_plot_that_the_rows_have_no_data_for_is_left_out() -> None:
