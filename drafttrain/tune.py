@@ -153,8 +153,8 @@ def tune(recipes: Sequence[Recipe]) -> Tuned:
     if found[chosen].speedup < 1:
         runtime = runtime.model_copy(update={"policy": "adaptive"})
     best_of = tried[chosen].recipe
-    number = next(place for place, recipe in enumerate(recipes) if recipe.folder == best_of.folder)
-    return Tuned([one.label for one in tried], found, chosen, best_of.model_copy(update={"runtime": runtime}), number)
+    whose = next(place for place, recipe in enumerate(recipes) if recipe.folder == best_of.folder)
+    return Tuned([one.label for one in tried], found, chosen, best_of.model_copy(update={"runtime": runtime}), whose)
 
 
 def candidates(target: Target, recipe: Recipe) -> list[Candidate]:

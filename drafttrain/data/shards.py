@@ -7,7 +7,6 @@ lists is whole.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.data.origin import Origin
+from drafttrain.target.files import sha256
 
 FORMAT = 1
 INDEX = "index.json"
@@ -95,15 +95,6 @@ def open_shard(path: Path) -> Any:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"shard '{path}': truncated or corrupt ({first_line(error)}); {MEND}") from error
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

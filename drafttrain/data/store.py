@@ -28,12 +28,11 @@ from drafttrain.data.shards import (
     check_shard,
     open_shard,
     read_index,
-    sha256,
     write_index,
     write_whole,
     writing,
 )
-from drafttrain.target.files import DTYPES
+from drafttrain.target.files import DTYPES, sha256
 from drafttrain.target.head import TargetHead
 
 PROBE = "probe.safetensors"

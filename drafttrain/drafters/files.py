@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter
-from drafttrain.target.files import TargetShape
+from drafttrain.target.files import TargetShape, blocks, sha256
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -41,7 +40,7 @@ def save_drafter(
             "format": FORMAT,
             "drafter": drafter.config.model_dump(mode="json"),
             "target": drafter.target.to_json(),
-            "weights_sha256": _sha256(partial / WEIGHTS),
+            "weights_sha256": sha256(partial / WEIGHTS),
             "notes": notes or {},
         }
         (partial / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
@@ -108,7 +107,7 @@ def load_drafter(folder: Path, fingerprint: str | None = None) -> Drafter:
 
 def _check_hash(weights: Path, expected: str | None) -> None:
     """A `UserError` where the weights are not those that were saved. expected: None in drafters of earlier versions."""
-    if expected is not None and _sha256(weights) != expected:
+    if expected is not None and sha256(weights) != expected:
         raise UserError(
             f"drafter '{weights.parent}': {weights.name} is damaged or not its own: the content differs from the hash in {CONFIG}; "
             f"restore the folder from a copy, or train the drafter again"
@@ -120,19 +119,6 @@ def folder_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + str(path.stat().st_size).encode() + b"\0")
-        for block in _blocks(path):
+        for block in blocks(path):
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            yield block

@@ -15,10 +15,10 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from drafttrain.core.sampling import Sampling
+from drafttrain.evaluation.machine import now
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import Request
 
@@ -98,22 +98,17 @@ class Replay:
             self.drafter.watcher = None
 
     def _after_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        start = self._now()
+        start = now(self.target.device)
         for _ in range(TIMES):
             self.drafter_seconds += self._timed(self.calls) / TIMES
             self.target_seconds += self._timed([lambda: self.target.head.logits(module.forward(*args, **kwargs).last_hidden_state)]) / TIMES
-        self.seconds += self._now() - start
+        self.seconds += now(self.target.device) - start
 
     def _timed(self, calls: Sequence[Callable[[], object]]) -> float:
         """Seconds of doing them again."""
         if not calls:
             return 0.0
-        start = self._now()
+        start = now(self.target.device)
         for again in calls:
             again()
-        return self._now() - start
-
-    def _now(self) -> float:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()
+        return now(self.target.device) - start

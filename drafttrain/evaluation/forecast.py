@@ -6,7 +6,6 @@ Batch 1, greedy. Everything that is compared is measured by turns, after a warm-
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
@@ -18,6 +17,7 @@ from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation.loops import loops
+from drafttrain.evaluation.machine import now
 from drafttrain.evaluation.throughput import Forecast, ScoreCurve
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import Request
@@ -62,9 +62,9 @@ def score_curve(target: Target, context: int, needs: Iterable[str], passes: int 
         for N in nodes if number % 2 else nodes[::-1]:
             order = torch.arange(N, device=target.device)
             chain = Layout(tokens[:, context : context + N], order[None], (order[:, None] >= order)[None])
-            start = _now(target)
+            start = now(target.device)
             target.score(cache, chain, Sampling(), needs)
-            taken[N].append(_now(target) - start)
+            taken[N].append(now(target.device) - start)
     return ScoreCurve(tuple(nodes), tuple(median(taken[N][WARM_UP:]) for N in nodes))
 
 
@@ -179,9 +179,3 @@ def spread(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
 def _turned(count: int, turn: int) -> list[int]:
     order = [(turn + place) % count for place in range(count)]
     return order if turn % 2 == 0 else order[::-1]
-
-
-def _now(target: Target) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()

@@ -215,6 +215,6 @@ def _draw_errors(axes: Any, findings: Sequence[Finding]) -> None:
 def _pairs(findings: Sequence[Finding]) -> dict[int, tuple[float, float]]:
     """Number in the table -> (measured, forecast) tokens a second, of the cells that were decoded."""
     return {
-        number: (finding.measured.tokens_per_second, finding.forecast.tokens_per_second)
-        for number, finding in enumerate(findings, 1) if finding.measured is not None
+        place: (finding.measured.tokens_per_second, finding.forecast.tokens_per_second)
+        for place, finding in enumerate(findings, 1) if finding.measured is not None
     }  # fmt: skip

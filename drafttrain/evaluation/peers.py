@@ -20,6 +20,7 @@ from drafttrain.core.layers import in_precision
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.drafters.small_lm import SmallLM
+from drafttrain.evaluation.machine import now
 from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.evaluation.runners import GENERATE, Facts, Outcome
 from drafttrain.runtime.decoder import find_drafter
@@ -144,9 +145,7 @@ class Rounds:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.forwards == 1:
-            if self.target.device.type == "cuda":
-                torch.cuda.synchronize(self.target.device)
-            self.prefill_end = time.perf_counter()
+            self.prefill_end = now(self.target.device)
 
     def statistics(self, tokens: int, start: float, wall: float) -> Statistics:
         """Counts of the rounds after the first forward, which reads the prompt; all of their time is `other`."""

@@ -30,7 +30,7 @@ from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.evaluation import plots
 from drafttrain.evaluation.bench import read_rows
-from drafttrain.evaluation.frontier import page_of
+from drafttrain.evaluation.frontier import NONE, number, page_of
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.rule_rows import read_rule_rows
 from drafttrain.evaluation.rule_tables import figures_table, rules_table
@@ -48,7 +48,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
 ALL_PLOTS = "plots"
 QUALITIES = {"right": "right", "same_answer": "same answer", "argmax_agreement": "argmax", "excess_kl": "excess KL"}
 """What of a row's quality stands in tables, and its name there; one of them at least is asked of a lossy rule."""
-NONE = "–"
 BRIEF = ("contender", "tau", "tau, no loops", "tokens/s", "speed-up [95%]", "speed-up, no loops [95%]", "quality", "differ from plain")
 """Columns of the view of that name."""
 NAME = r"[\w.-]+"
@@ -147,8 +146,8 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
     return [
         *named, *shared,
         Column("yield", lambda line: f"{line.whole.measured.yield_of_tau:.2f}", wide=True),
-        Column("loop efficiency", lambda line: _number(line.whole.measured.loop_efficiency), wide=True),
-        Column("drafting / bare", lambda line: _number(line.whole.measured.drafting_overhead), wide=True),
+        Column("loop efficiency", lambda line: number(line.whole.measured.loop_efficiency), wide=True),
+        Column("drafting / bare", lambda line: number(line.whole.measured.drafting_overhead), wide=True),
         Column("differ from plain", lambda line: _differing(line.whole.measured), wide=True),
     ]  # fmt: skip
 
@@ -239,11 +238,11 @@ def render_text(text: str, results: Path, where: str, link: str = "") -> str:
 
 def plot_files(name: str, rows: Iterable[Row]) -> Iterator[tuple[list[Measured], str, str]]:
     """What the plots of a results file are made from: (rows of one setting, plot, name of its files without suffix)."""
-    for number, lines in enumerate(by_setting(rows, "tasks"), 1):
+    for place, lines in enumerate(by_setting(rows, "tasks"), 1):
         refuse_unmeasured_qualities(lines)
         measured = [line.whole.uncut for line in lines]
         for plot in plots.shown(measured):
-            yield measured, plot, f"{name}-{plot}" if number == 1 else f"{name}-{number}-{plot}"
+            yield measured, plot, f"{name}-{plot}" if place == 1 else f"{name}-{place}-{plot}"
 
 
 def draw(name: str, results: Path) -> list[Path]:
@@ -352,10 +351,6 @@ def _prefetch(row: Measured) -> str:
         return NONE
     bets, calls = row.prefetch["bets"], row.prefetch["prefetch_calls"]
     return f"hit in {row.prefetch['hits'] / bets:.0%} of {bets:,} rounds, {row.prefetch['calls_saved']:,} calls saved for {calls:,}"
-
-
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}"
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

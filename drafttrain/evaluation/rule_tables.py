@@ -10,13 +10,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from drafttrain.evaluation.frontier import NONE
 from drafttrain.evaluation.rows import Interval
 from drafttrain.evaluation.rule_rows import CHAIN, RuleRow
 
 HEAD = (
     "rule", "accepted length [95%]", "no loops [95%]", "difference [95%]", "relative [95%]", "relative, no loops [95%]", "reached 1 ..",
 )  # fmt: skip
-NONE = "–"
 HEAD_IID = (*HEAD, "P* 1 ..", "accepts 1 ..", "of P* 1 ..")
 
 

@@ -11,7 +11,6 @@ n rounds, N nodes, K levels, R laws, V vocabulary, S chances.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -27,7 +26,6 @@ from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.journal import append_whole
 from drafttrain.evaluation.limits import ACCEPTANCE, Tried, tries
@@ -37,17 +35,12 @@ from drafttrain.evaluation.rows import Interval
 from drafttrain.evaluation.rule_rows import Comparison, Form, RuleRow
 from drafttrain.evaluation.runners import Contender
 from drafttrain.evaluation.suites import Suite
-from drafttrain.runtime.decoder import SpeculativeDecoder
-from drafttrain.runtime.generate import Batch, Request
-from drafttrain.runtime.policy import Fixed
 from drafttrain.runtime.rounds import Laws, RoundLog, RoundsInfo, log_rounds
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
 
 RESAMPLES = 10_000
-TOGETHER = 8
-"""Prompts decoded side by side."""
 ELEMENTS = 1 << 26
 """Probabilities that one call of a rule may look at, about."""
 
@@ -284,7 +277,7 @@ def replay_rules(
         }  # fmt: skip
         name = fingerprint(target.fingerprint, str(target.dtype), mark, config.sampling, config.seed, config.max_new_tokens, made_from)
         log = log_rounds(
-            decoder, prompts, config.sampling, config.max_new_tokens, folder / "rounds" / name, mark, config.seed, TOGETHER, made_from
+            decoder, prompts, config.sampling, config.max_new_tokens, folder / "rounds" / name, mark, config.seed, made_from=made_from
         )
         every, left_out = judges(log.info, [rule for rule in further if not isinstance(rule, str)])
         notes |= dict.fromkeys(left_out)
@@ -293,7 +286,7 @@ def replay_rules(
         judged = judge_rounds(log, laws, every, chances, config.seed)
         prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
         accepted = torch.cat([part.accepted for part in log.parts()]).float()
-        looping = looping_answers(decoder, prompts, config, folder / "rounds" / name)
+        looping = np.array([loops(tokens) for tokens in log.answers()])
         straight = ~looping[prompt]
         calm = compare([one.of(straight) for one in judged], prompt[straight] // config.repeats) if straight.any() else [None] * len(judged)
         for one, found, not_looping in zip(judged, compare(judged, prompt // config.repeats), calm, strict=True):
@@ -312,29 +305,3 @@ def replay_rules(
             )
     append_whole(folder / "rules.jsonl", [row.to_json() for row in rows])
     return rows, list(notes)
-
-
-def looping_answers(decoder: SpeculativeDecoder, prompts: Sequence[list[int]], config: EvaluationConfig, log: Path) -> np.ndarray:
-    """Of each prompt, whether its logged answer goes round in circles. A log holds no texts: they are written again, as they were, once."""
-    file = log / "looping.json"
-    if not file.exists():
-        found = [loops(tokens) for tokens in answers_again(decoder, prompts, config)]
-        write_whole(file, lambda partial: partial.write_text(json.dumps(found)))
-    return np.array(json.loads(file.read_text()))
-
-
-def answers_again(decoder: SpeculativeDecoder, prompts: Sequence[list[int]], config: EvaluationConfig) -> list[list[int]]:
-    """What `log_rounds` decoded: a text hangs on its seed and number, and in low precision on the rows beside it, which are the same."""
-    rule, plan = decoder.runtime.fitted(config.sampling.check(), decoder.drafter)
-    out: list[list[int]] = []
-    for start in range(0, len(prompts), TOGETHER):
-        batch = Batch(
-            decoder.target, decoder.drafter, rule, Fixed(plan), config.sampling, config.seed, decoder.runtime.treat_as, None, None,
-            decoder.runtime.prefill_chunk,
-        )  # fmt: skip
-        group = prompts[start : start + TOGETHER]
-        batch.start([Request(prompt, start + place, config.max_new_tokens) for place, prompt in enumerate(group)])
-        while not batch.done:
-            batch.step()
-        out += batch.written
-    return out

@@ -3,7 +3,8 @@
 A log keeps tokens and hidden states, and the laws p and q are recomputed from these through the frozen heads in fp32: the laws
 themselves would take a hundred times the room. B rows, n rounds, N nodes, R drafter states, D hidden, V vocabulary.
 
-    FOLDER/rounds-00000.safetensors ...    FOLDER/index.json    what the rounds are of; written last: without it there is no log
+    FOLDER/rounds-00000.safetensors ...    FOLDER/answers.json    what was written, prompt by prompt (token ids)
+    FOLDER/index.json                      what the rounds are of; written last: without it there is no log
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from drafttrain.runtime.policy import Fixed
 from drafttrain.target.head import TargetHead
 
 FORMAT = 1
-INDEX = "index.json"
+INDEX, ANSWERS = "index.json", "answers.json"
 SHARD_BYTES = 256 << 20
 FOREIGN = 0.05
 """Recomputed laws of the same weights differ from the logged ones by rounding, in the mean far less than this; other weights' don't."""
@@ -162,12 +163,13 @@ def log_rounds(
         dtype=str(decoder.target.dtype).removeprefix("torch."), seed=seed, max_new_tokens=max_new_tokens, prompts=len(prompts),
         made_from=made_from or {},
     )  # fmt: skip
-    if (folder / INDEX).exists():
+    if (folder / INDEX).exists() and (folder / ANSWERS).exists():  # logs of earlier versions have no answers: they are made again
         held = RoundLog.open(folder)
         if held.info.model_copy(update={"rounds": 0, "shards": (), "max_depth": 1, "max_children": 1}) == info:
             return held
     writer = RoundWriter(folder)
     policy = Fixed(replace(plan, keep_states=info.states))
+    answers: list[list[int]] = []
     depth = children = 1  # as the trees have them: a lookup's may be deeper and wider than the plan's shape
     for start in range(0, len(prompts), batch_size):
         recorder = Recorder(start, info.states)
@@ -183,8 +185,9 @@ def log_rounds(
             batch.step()
         if recorder.parts:
             writer.add(recorder.take())
+        answers += batch.written
         depth, children = max(depth, recorder.depth), max(children, recorder.children)
-    return writer.finish(info.model_copy(update={"max_depth": depth, "max_children": children}))
+    return writer.finish(info.model_copy(update={"max_depth": depth, "max_children": children}), answers)
 
 
 class RoundWriter:
@@ -203,11 +206,12 @@ class RoundWriter:
         if sum(value.nbytes for part in self.parts for value in part.tensors().values()) >= SHARD_BYTES:
             self._flush()
 
-    def finish(self, info: RoundsInfo) -> RoundLog:
-        """Writes what is left, and the index."""
+    def finish(self, info: RoundsInfo, answers: Sequence[Sequence[int]]) -> RoundLog:
+        """Writes what is left, the answers, and the index."""
         self._flush()
         info = info.model_copy(update={"rounds": self.rounds, "shards": tuple(self.shards)})
         with writing(self.folder):
+            write_whole(self.folder / ANSWERS, lambda path: path.write_text(json.dumps(answers)))
             write_whole(self.folder / INDEX, lambda path: path.write_text(info.model_dump_json(indent=1)))
         return RoundLog.open(self.folder)
 
@@ -250,6 +254,15 @@ class RoundLog:
 
     def __len__(self) -> int:
         return self.info.rounds
+
+    def answers(self) -> list[list[int]]:
+        """What was written (token ids), prompt by prompt."""
+        path = self.folder / ANSWERS
+        try:
+            found: list[list[int]] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{path}': missing or corrupt ({first_line(error)}); delete the folder and log again") from error
+        return found
 
     def parts(self) -> Iterator[Rounds]:
         """Shard after shard."""

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -249,3 +250,18 @@ class TargetShape:
 def default_aux_layers(layers: int) -> tuple[int, ...]:
     """EAGLE-3's low, middle and high layer, as every engine assumes them: 2, L // 2, L - 3 (formats, 5.0)."""
     return (2, layers // 2, layers - 3) if layers >= 6 else (1, max(1, layers // 2), layers)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    for block in blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's content, a few MiB at a time."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            yield block

@@ -13,7 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import sha256, write_whole
+from drafttrain.data.shards import write_whole
+from drafttrain.target.files import sha256
 
 STATE = "state.json"
 

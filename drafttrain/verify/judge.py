@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.target.adapter import Target
+from drafttrain.target.files import sha256
 from drafttrain.verify.base import ANY, Rule, RuleConfig
 from drafttrain.verify.lossy import Inner, check_inner, lossless_rule, pushed
 
@@ -108,7 +108,7 @@ class JudgeHead(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".partial"
         save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, partial)
-        known = {"hidden_size": self.linear.in_features, "target": self.fingerprint, "weights": sha256(partial.read_bytes()).hexdigest()}
+        known = {"hidden_size": self.linear.in_features, "target": self.fingerprint, "weights": sha256(partial)}
         config = {"format": FORMAT, "judge": known, "notes": notes or {}}
         os.replace(partial, folder / "model.safetensors")
         partial.write_text(json.dumps(config, indent=2) + "\n")
@@ -139,6 +139,6 @@ class JudgeHead(nn.Module):
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = first_line(error)
             raise UserError(f"judge '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
-        if known.get("weights") not in (None, sha256((folder / "model.safetensors").read_bytes()).hexdigest()):
+        if known.get("weights") not in (None, sha256(folder / "model.safetensors")):
             raise UserError(f"judge '{folder}': model.safetensors is damaged or not its own (config.json has another hash); train it again")
         return head.eval()

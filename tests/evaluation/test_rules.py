@@ -259,12 +259,11 @@ def test_the_figures_are_those_of_the_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2))])
-def test_answers_are_written_again_as_they_were_logged(shape: Any, tmp_path: Path) -> None:
+def test_a_log_keeps_the_answers_whose_rounds_it_holds(shape: Any, tmp_path: Path) -> None:
     decoder = SpeculativeDecoder(target(), contender().decoder.drafter, RuntimeConfig(shape=shape))
-    config = EvaluationConfig(max_new_tokens=24, temperature=0.9, seed=3)
     log = log_rounds(decoder, PROMPTS * 3, WARM, 24, tmp_path, "d", seed=3)
     rounds = joined(list(log.parts()))
-    for number, tokens in enumerate(rules.answers_again(decoder, PROMPTS * 3, config)):
+    for number, tokens in enumerate(log.answers()):
         own = rounds.prompt == number
         roots = [0, *(rounds.accepted[own] + 1).cumsum(0)[:-1].tolist()]  # where each round began
         assert [tokens[place] for place in roots] == rounds.tokens[own, 0].tolist()
