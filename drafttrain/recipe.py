@@ -28,11 +28,11 @@ from drafttrain.drafters.base import DrafterConfig
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.frontier import StudyConfig
 from drafttrain.export import ExportConfig
-from drafttrain.runtime.decoder import RuntimeConfig
+from drafttrain.runtime.decoder import RESOLVED, RuntimeConfig
 from drafttrain.target.files import TargetConfig
 from drafttrain.train.loop import TrainConfig
 
-RESOLVED, VERSIONS = "recipe.resolved.yaml", "versions.json"
+VERSIONS = "versions.json"
 PACKAGES = (
     "drafttrain", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "safetensors", "huggingface_hub", "pydantic",
     "numpy",

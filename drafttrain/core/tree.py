@@ -221,16 +221,6 @@ class Branch:
     reach: Sequence[float]
 
 
-def from_branches(roots: Tensor, rows: Sequence[Sequence[Branch]], nodes: int, static: tuple[int, int] | None = None) -> Tree:
-    """Point tree of branches found on the host: under each of `roots` [B] its row's branches, shared prefixes merged.
-
-    nodes: the most that a row keeps, the likeliest. static: depth and children to declare, in a tree of
-    all `nodes`, where a row's later draws must not depend on what other rows found; by default the tree is as wide as its widest row.
-    """
-    grown = [_merged(branches) for branches in rows]
-    return from_nodes(roots, [row.only(row.likeliest()[:nodes]) for row in grown], nodes if static else None, static)
-
-
 @dataclass
 class Nodes:
     """One row's nodes below the root on the host: node i + 1 has tokens[i] and hangs from parents[i]."""
@@ -239,6 +229,14 @@ class Nodes:
     parents: list[int]
     reach: list[float]
     origin: list[int]
+
+    def add(self, token: int, parent: int, reach: float, origin: int = 0) -> int:
+        """One more node; its number."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.reach.append(reach)
+        self.origin.append(origin)
+        return len(self.tokens)
 
     @property
     def depth(self) -> int:
@@ -265,36 +263,49 @@ class Nodes:
 
 
 def from_nodes(roots: Tensor, rows: Sequence[Nodes], nodes: int | None = None, static: tuple[int, int] | None = None) -> Tree:
-    """The tree of rows described on the host, `nodes` wide or as wide as its widest row. static: see `from_branches`."""
+    """Point tree of rows described on the host, `nodes` wide or as wide as its widest row, under `roots` [B].
+
+    static: depth and children to declare where a row's later draws must not depend on what other rows have; by default the largest.
+    """
     N = 1 + (nodes if nodes is not None else max(len(row.tokens) for row in rows))
 
-    def padded(part: str, root: float) -> Tensor:
-        lists: list[list[float]] = [[root, *vars(row)[part]] for row in rows]
-        return torch.tensor([values + [0] * (N - len(values)) for values in lists], device=roots.device)
+    def padded(part: str, root: float, dtype: torch.dtype) -> Tensor:
+        lists: list[list[float]] = [[root, *vars(row)[part], *[0] * (N - 1 - len(row.tokens))] for row in rows]
+        return torch.tensor(lists, dtype=dtype, device=roots.device)
 
-    tokens = padded("tokens", 0).long()
+    tokens, live = padded("tokens", 0, torch.int64), [[node <= len(row.tokens) for node in range(N)] for row in rows]
     tokens[:, 0] = roots
-    live = torch.arange(N, device=roots.device) <= torch.tensor([[len(row.tokens)] for row in rows], device=roots.device)
     depth, children = static or (max(row.depth for row in rows), max(row.children for row in rows))
     return Tree(
-        tokens, padded("parents", 0).long(), live, "point", depth, children,
-        origin=padded("origin", 0).to(torch.int8), reach=padded("reach", 1.0).float(),
+        tokens, padded("parents", 0, torch.int64), torch.tensor(live, device=roots.device), "point", depth, children,
+        origin=padded("origin", 0, torch.int8), reach=padded("reach", 1.0, torch.float32),
     )  # fmt: skip
 
 
-def _merged(branches: Sequence[Branch]) -> Nodes:
-    """Branches as nodes; where two share a node, the likelier guess counts."""
+def to_nodes(tree: Tree) -> list[Nodes]:
+    """A tree on the host (which waits for the device), dead nodes left out: they stand last, or have dead descendants only."""
+    reach = torch.ones_like(tree.tokens, dtype=torch.float32) if tree.reach is None else tree.reach
+    out = []
+    for tokens, parents, live, chances in zip(
+        tree.tokens.tolist(), tree.parents.tolist(), tree.live.tolist(), reach.tolist(), strict=True
+    ):
+        nodes, number = Nodes([], [], [], []), {0: 0}
+        for node in range(1, len(tokens)):
+            if live[node] and parents[node] in number:
+                number[node] = nodes.add(tokens[node], number[parents[node]], chances[node])
+        out.append(nodes)
+    return out
+
+
+def of_branches(branches: Sequence[Branch], most: int) -> Nodes:
+    """Branches found on the host as nodes, at most `most` of them, the likeliest; where two share a node, the likelier guess counts."""
     out = Nodes([], [], [], [])
     known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
     for branch in branches:
         node = 0
         for token, reach in zip(branch.tokens, branch.reach, strict=True):
             if (node, token) not in known:
-                out.tokens.append(token)
-                out.parents.append(node)
-                out.reach.append(reach)
-                out.origin.append(0)
-                known[node, token] = len(out.tokens)
+                known[node, token] = out.add(token, node, reach)
             node = known[node, token]
             out.reach[node - 1] = max(out.reach[node - 1], reach)
-    return out
+    return out.only(out.likeliest()[:most])

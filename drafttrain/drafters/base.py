@@ -20,7 +20,7 @@ from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
+from drafttrain.core.tree import Nodes, Tree, to_nodes
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -171,6 +171,10 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         """One tree a row, below `roots` ([B], the last committed tokens)."""
+
+    def nodes(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> list[Nodes]:
+        """The same trees on the host, for who merges them there: a family that finds them there hands them over as they are."""
+        return to_nodes(self.propose(state, roots, plan, sampling, chance))
 
     @abstractmethod
     def observe(self, state: DrafterState, committed: Committed) -> None:

@@ -302,14 +302,19 @@ class Eagle3(Drafter):
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, Eagle3State)
         hidden = self._refresh(state, roots)  # [B, 1, D]
+        fed, base = 0, state.lengths[:, None]  # the root's pair stands among the committed ones
+        seen = (torch.arange(state.keys.shape[2], device=roots.device) < base)[:, None]  # [B, W, M] of every node of the level
 
         states: list[Tensor] = []
 
         def step(frontier: Frontier) -> Tensor:
-            nonlocal hidden
+            nonlocal hidden, fed, seen
             if frontier.level:
-                row = torch.arange(len(roots), device=roots.device)[:, None]
-                hidden = self._draft(state, frontier, hidden[row, frontier.parent])
+                W = frontier.tokens.shape[1]
+                slots = base + torch.arange(fed, fed + W, device=roots.device)
+                seen = below(seen, frontier.parent).scatter_(2, slots[..., None], True)
+                hidden = self._run(state, frontier.tokens, below(hidden, frontier.parent), slots, seen, base + (frontier.level - 1))
+                fed += W
             states.append(hidden)
             return self._logits(hidden)
 
@@ -340,22 +345,11 @@ class Eagle3(Drafter):
         state.newest = torch.where((pending.count > 0)[:, None, None], newest, state.newest)
         return state.newest
 
-    def _draft(self, state: Eagle3State, frontier: Frontier, above: Tensor) -> Tensor:
-        """One level: nodes [B, W] with their parents' outputs [B, W, D] -> their own outputs [B, W, D]."""
-        fed = frontier.mask.shape[-1] - 1  # the root's pair stands among the committed ones
-        base = state.lengths[:, None]
-        slots = base + torch.arange(fed, device=above.device)  # [B, fed]
-        place = torch.arange(state.keys.shape[2], device=above.device)
-        seen = (place < base)[:, None, :].repeat(1, above.shape[1], 1)
-        seen.scatter_(2, slots[:, None, :].expand(-1, above.shape[1], -1), frontier.mask[..., 1:])
-        position = base - 1 + frontier.level
-        return self._run(state, frontier.tokens, above, slots[:, -above.shape[1] :], seen, position.expand_as(frontier.tokens))
-
     @bare_forward
     def _run(
         self, state: Eagle3State, tokens: Tensor, feature: Tensor, slots: Tensor, seen: Tensor, position: Tensor | None = None
     ) -> Tensor:
-        """The layer over [B, W] pairs written at `slots`, each seeing `seen` [B, W, M] -> [B, W, D]."""
+        """The layer over [B, W] pairs written at `slots`, each seeing `seen` [B, W, M] -> [B, W, D]. position: [B, W], or [B, 1] of all."""
         self.calls += 1
         cos, sin = self.rotary(slots if position is None else position)
         query, key, value = self.midlayer.attend(state.head.embed(tokens).to(feature.dtype), feature, cos, sin)
@@ -367,6 +361,11 @@ class Eagle3(Drafter):
             query, repeat_heads(state.keys, groups), repeat_heads(state.values, groups), attn_mask=seen[:, None]
         )
         return self.midlayer.finish(feature, mixed)
+
+
+def below(above: Tensor, parent: Tensor) -> Tensor:
+    """What a level's nodes take over: [B, W', X] of the nodes above, [B, W] which of them is each one's parent -> [B, W, X]."""
+    return above.gather(1, parent[..., None].expand(-1, -1, above.shape[-1]))
 
 
 def _select(committed: Committed, rows: Tensor) -> Committed:

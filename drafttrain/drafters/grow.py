@@ -53,27 +53,34 @@ class Frontier:
 
 @dataclass
 class Growth:
-    """A tree, and where each of its nodes came in feeding order ([B, N]; -1: never fed), for drafters with a cache."""
+    """A tree, and which of the candidates seen while it grew its nodes are."""
 
     tree: Tree
-    fed: Tensor
+    kept: Tensor  # [B, N] the candidate that each node is
+    order: Tensor  # [B, F] the candidates fed, first to last
+
+    @cached_property
+    def fed(self) -> Tensor:
+        """[B, N] where each node came in feeding order, -1 where it was never fed: for drafters with a cache."""
+        same = self.kept[:, :, None] == self.order[:, None, :]
+        return torch.where(same.any(-1), same.long().argmax(-1), -1)
 
 
 Step = Callable[[Frontier], Tensor]
 """Frontier -> logits [B, W, Vd] of the token after each of its nodes; [B, 1, Vd] where they are all alike."""
 
 
-@dataclass
 class Parallel:
     """The `Step` of drafters that give all laws of a round in one call (parallel heads, blocks): a node's depends on its depth alone."""
 
-    logits: Tensor  # [B, K, Vd]
-    hidden: Tensor  # [B, K, D] what they were read from
-    states: list[Tensor]  # see `grow`
+    def __init__(self, logits: Tensor, hidden: Tensor, states: list[Tensor]) -> None:
+        """logits: [B, K, Vd]; hidden: [B, K, D] what they were read from; states: see `grow`."""
+        self.logits, self.states = logits, states
+        self.levels, self.hidden = logits.split(1, 1), hidden.split(1, 1)
 
     def __call__(self, frontier: Frontier) -> Tensor:
-        self.states.append(self.hidden[:, frontier.level, None].expand(-1, frontier.tokens.shape[1], -1))
-        return self.logits[:, frontier.level, None]
+        self.states.append(self.hidden[frontier.level].expand(-1, frontier.tokens.shape[1], -1))
+        return self.levels[frontier.level]
 
 
 def grow(
@@ -124,7 +131,7 @@ def _static(
     B, device = len(roots), roots.device
     assert plan.draws == "point" or not plan.reach, "only tokens chosen with certainty are ranked by their reach"
     assert plan.first is None or (plan.draws == "point" and not plan.reach), "what the target named has no law of the drafter's"
-    stages, skeleton, parents, fed, law_of = _stages(shape, device)
+    stages, skeleton, parents, order, law_of = _stages(shape, device)
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
     reach = [torch.zeros(B, 1, device=device)] if plan.reach else []  # [B, n] log probability of the paths, level by level
     laws: list[Tensor] = []
@@ -155,15 +162,15 @@ def _static(
     drawn_tokens = torch.cat(tokens, 1)
     N = drawn_tokens.shape[1]  # levels follow each other: a tree that ended early is the first N nodes of the whole shape's
     depth = len(tokens) - 1
-    law_of, fed = law_of[:N], torch.where(fed[:N] < sum(len(stage.nodes) for stage in stages[:depth]), fed[:N], -1)
+    fed = sum(len(stage.nodes) for stage in stages[:depth])
     tree = Tree(
         drawn_tokens, parents[:N].expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=depth,
         max_children=max(stage.width for stage in stages[:depth]),
         reach=torch.cat(reach, 1).exp() if reach else None,
-        law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of.expand(B, -1) if laws else None,
+        law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of[:N].expand(B, -1) if laws else None,
         skeleton=skeleton, named=plan.first is not None,
     )
-    return Growth(tree, fed.expand(B, -1))
+    return Growth(tree, torch.arange(N, device=device).expand(B, -1), order[:fed].expand(B, -1))
 
 
 def _drawn(logits: Tensor, width: int, plan: Plan, sampling: Sampling, chance: Chance) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -215,7 +222,7 @@ def _best_first(
             reach = reach.masked_fill(stopped[:, None, None], float("-inf"))
         if ended.rows is not None:
             reach = reach.masked_fill(ended.rows[:, None, None], float("-inf"))
-        drawn = best.expand(-1, W, -1).flatten(1)  # [B, W * k]
+        drawn = (best if best.shape[1] == W else best.expand(-1, W, -1)).flatten(1)  # [B, W * k]
         tokens.append(drawn)
         scores.append(reach.flatten(1))
         if ended.after(level, logits, W):
@@ -240,12 +247,11 @@ def _rerank(
     live = score > float("-inf")
     hangs = (kept - 1).clamp_min(0) // k  # from which of the fed ones; the root's is unused
     place = torch.searchsorted(kept, numbers)  # [B, F] their nodes in the tree
-    fed = torch.full_like(tokens, -1).scatter(1, numbers, torch.arange(numbers.shape[1], device=kept.device).expand_as(numbers))
     tree = Tree(
         tokens.gather(1, kept), place.gather(1, hangs).masked_fill(~live, 0), live, "point", max_depth=depth, max_children=shape.top_k,
         reach=score.exp(), law_rows=torch.cat(laws, 1) if laws else None, law_of=hangs if laws else None,
     )
-    return Growth(tree, fed.gather(1, kept))
+    return Growth(tree, kept, numbers)
 
 
 def _likeliest(logits: Tensor, k: int, vocab: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -256,7 +262,7 @@ def _likeliest(logits: Tensor, k: int, vocab: Tensor | None) -> tuple[Tensor, Te
 
 def _by_level(best: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """[B, K, k] of all levels -> [B, 1, k] level by level."""
-    return list(zip(*(part[:, :, None].unbind(1) for part in best), strict=True))
+    return list(zip(*(part.split(1, 1) for part in best), strict=True))
 
 
 def top(logits: Tensor, k: int) -> Tensor:
@@ -287,7 +293,7 @@ class Stage:
 
 @lru_cache(maxsize=64)
 def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, ...], Skeleton, Tensor, Tensor, Tensor]:
-    """Stages, skeleton, parents [N], feeding order [N] and law row [N] of a static shape."""
+    """Stages, skeleton, parents [N], nodes in feeding order [F] and law row [N] of a static shape."""
     paths = [(), *shape.paths]
     place = {path: index for index, path in enumerate(paths)}
     inner = {path[:-1] for path in paths[1:]}
@@ -317,5 +323,4 @@ def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, .
             )
         )
         fed_before += len(frontier)
-    fed = [order.get(path, -1) for path in paths]
-    return tuple(stages), skeleton, index([*skeleton.parents]), index(fed), index([*skeleton.law_of])
+    return tuple(stages), skeleton, index([*skeleton.parents]), feeding, index([*skeleton.law_of])

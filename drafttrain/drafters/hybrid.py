@@ -14,7 +14,6 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Nodes, Tree, from_nodes
+from drafttrain.core.tree import Nodes, Tree, from_nodes, to_nodes
 from drafttrain.core.types import Committed, Features
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Around, Drafter, DrafterConfig, DrafterState
@@ -36,7 +35,7 @@ else:
     AnyFree = Annotated[reduce(or_, _free), Field(discriminator="name")] if len(_free) > 1 else _free[0]
 
 TRAINED, FREE = 0, 1
-"""Origins of nodes."""
+"""Origins of nodes; 0 is also what a lone proposer's have."""
 MEMORY = 0.15  # weight of the newest round in what the trained drafter is thought to be worth
 RETURN = 0.03  # how far that goes back to `head_gain` in each round in which it was not run
 PRIOR = 8.0  # the trained drafter's own chances are trusted as if so many tokens had stood as they said
@@ -132,11 +131,12 @@ class Hybrid(Around):
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, HybridState)
-        found = as_nodes(self.free.propose(state.free, roots, plan, sampling, chance), FREE)
+        free = self.free.nodes(state.free, roots, plan, sampling, chance)
+        found = [replace(nodes, origin=[FREE] * len(nodes.tokens)) for nodes in free]
         wanted = [self.wants_head(nodes, worth.gain, plan.shape.nodes) for nodes, worth in zip(found, state.worth, strict=True)]
         rows, drafted = found, found
         if any(wanted):
-            drafted = as_nodes(self.inner_tree(state.trained, roots, replace(plan, reach=True), sampling, chance), TRAINED)
+            drafted = to_nodes(self.inner_tree(state.trained, roots, replace(plan, reach=True), sampling, chance))
             trusted = [believed(two, worth.trust) for two, worth in zip(drafted, state.worth, strict=True)]
             rows = [merged(two, one) if wants else one for one, two, wants in zip(found, trusted, wanted, strict=True)]
         chosen = [self.worth(nodes, wants, plan.shape.nodes) for nodes, wants in zip(rows, wanted, strict=True)]
@@ -187,25 +187,6 @@ class Hybrid(Around):
         self.free.observe(state.free, committed)
 
 
-def as_nodes(tree: Tree, origin: int) -> list[Nodes]:
-    """A tree on the host, dead nodes left out (they stand last, or have dead descendants only)."""
-    reach = torch.ones_like(tree.tokens, dtype=torch.float32) if tree.reach is None else tree.reach
-    out = []
-    for tokens, parents, live, chances in zip(
-        tree.tokens.tolist(), tree.parents.tolist(), tree.live.tolist(), reach.tolist(), strict=True
-    ):
-        nodes, number = Nodes([], [], [], []), {0: 0}
-        for node in range(1, len(tokens)):
-            if live[node] and parents[node] in number:
-                nodes.tokens.append(tokens[node])
-                nodes.parents.append(number[parents[node]])
-                nodes.reach.append(chances[node])
-                nodes.origin.append(origin)
-                number[node] = len(nodes.tokens)
-        out.append(nodes)
-    return out
-
-
 def believed(nodes: Nodes, trust: float) -> Nodes:
     """The same nodes with the chance of each after its parent times `trust`, 1 at most."""
     said, reach = [1.0, *nodes.reach], [1.0]
@@ -241,11 +222,7 @@ def merged(first: Nodes, second: Nodes) -> Nodes:
     for node, (parent, token) in enumerate(zip(second.parents, second.tokens, strict=True), 1):
         key = number[parent], token
         if key not in known:
-            out.tokens.append(token)
-            out.parents.append(key[0])
-            out.reach.append(second.reach[node - 1])
-            out.origin.append(second.origin[node - 1])
-            known[key] = len(out.tokens)
+            known[key] = out.add(token, key[0], second.reach[node - 1], second.origin[node - 1])
         number[node] = known[key]
         out.reach[number[node] - 1] = max(out.reach[number[node] - 1], second.reach[node - 1])
     return out

@@ -19,7 +19,7 @@ from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Branch, Tree, from_branches
+from drafttrain.core.tree import Branch, Nodes, Tree, from_nodes, of_branches
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss
 from drafttrain.target.files import TargetShape
@@ -209,14 +209,19 @@ class Ngram(Drafter):
         return NgramState(rows)
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+        length = plan.shape.nodes
+        found = self.nodes(state, roots, plan, sampling, chance)
+        return from_nodes(roots, found, *((None,) if sampling.greedy else (length, (length, self._width(plan)))))
+
+    def nodes(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> list[Nodes]:
         """A lookup has no levels to pay for: it may be as deep as the plan has nodes, and `plan.stop` has nothing to save."""
         assert isinstance(state, NgramState)
         self.calls += 1
         width, length = self._width(plan), plan.shape.nodes
-        rows = [
-            text.branches(root, self.config.shortest, width, length) for text, root in zip(state.rows, roots.tolist(), strict=True)
+        return [
+            of_branches(text.branches(root, self.config.shortest, width, length), length)
+            for text, root in zip(state.rows, roots.tolist(), strict=True)
         ]
-        return from_branches(roots, rows, length, None if sampling.greedy else (length, width))
 
     def _width(self, plan: Plan) -> int:
         return 1 if plan.shape.shape == "chain" else self.config.branches

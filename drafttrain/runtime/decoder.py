@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, groupby
@@ -12,11 +12,12 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import yaml
 from pydantic import Field
 from torch import Tensor
 
 from drafttrain.core.config import Config, parse
-from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Plan, Shape
 from drafttrain.core.sampling import Sampling
@@ -39,6 +40,9 @@ Prompt = str | list[dict[str, str]] | list[int] | Tensor
 
 Stop = str | Sequence[str] | None
 """What ends a text: a string, several, or nothing but the target's own end."""
+
+RESOLVED = "recipe.resolved.yaml"
+"""The recipe that a run was made from, in its folder."""
 
 HALF = "\ufffd"
 """What a tokenizer shows for the bytes of a character that is not whole yet."""
@@ -201,9 +205,12 @@ class Stream(Iterator[Piece]):
 class SpeculativeDecoder:
     """Decodes a target's own text faster, with a drafter; without one, plainly and by the same loop."""
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, runtime: RuntimeConfig | None = None) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter | None = None, runtime: RuntimeConfig | Mapping[str, Any] | None = None
+    ) -> None:
+        """runtime: a configuration, or what a recipe's `runtime` section would hold."""
         self.target = target
-        self.runtime = runtime or RuntimeConfig()
+        self.runtime = runtime if isinstance(runtime, RuntimeConfig) else parse(RuntimeConfig, dict(runtime or {}), "runtime")
         if drafter is not None:
             drafter.check_layers(target.aux_layers)
             if isinstance(self.runtime.policy, PolicyConfig):
@@ -238,14 +245,15 @@ class SpeculativeDecoder:
 
     @classmethod
     def from_pretrained(
-        cls, target: str | TargetConfig | Target, drafter: str | Path | None = None, runtime: RuntimeConfig | None = None, **options: Any
+        cls, target: str | TargetConfig | Target, drafter: str | Path | None = None,
+        runtime: RuntimeConfig | Mapping[str, Any] | None = None, **options: Any,
     ) -> SpeculativeDecoder:
         """Loads both.
 
         target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter or of the
-        run that trained it. options: fields of `TargetConfig`, such as `dtype="float32"`, which go before the configuration's own; without
-        `aux_layers`, the target hands over the layers that the drafter was trained on. Raises `UserError` for unknown options, and where
-        the drafter was trained on another target, or on other layers.
+        run that trained it. runtime: by default what the recipe of that run says. options: fields of `TargetConfig`, such as
+        `dtype="float32"`, which go before the configuration's own; without `aux_layers`, the target hands over the layers that the drafter
+        was trained on. Raises `UserError` for unknown options, and where the drafter was trained on another target, or on other layers.
         """
         if isinstance(target, str):
             target = TargetConfig(model=target)
@@ -257,7 +265,7 @@ class SpeculativeDecoder:
         made = None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint)
         if made is not None and isinstance(target, TargetConfig) and target.aux_layers is None:
             loaded.aux_layers = made.target.aux_layers
-        return cls(loaded, made, runtime)
+        return cls(loaded, made, runtime_of(Path(drafter)) if runtime is None and drafter is not None else runtime)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
@@ -410,6 +418,18 @@ def find_drafter(folder: Path) -> Path:
     """The drafter's folder, given it or the run that trained it."""
     inner = folder / "drafter"
     return inner if (inner / "config.json").exists() else folder
+
+
+def runtime_of(run: Path) -> RuntimeConfig | None:
+    """How the recipe of a run decodes; None where the folder is no run's."""
+    path = run / RESOLVED
+    if not path.exists():
+        return None
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"'{path}': damaged ({first_line(error)}); give the folder of the drafter inside, and a runtime") from error
+    return parse(RuntimeConfig, recipe.get("runtime", {}) if isinstance(recipe, dict) else recipe, str(path))
 
 
 def _refuse(options: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
+from drafttrain.core.tree import Tree, from_nodes, to_nodes
 from drafttrain.drafters.ngram import Ngram, NgramConfig, Text, expected
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from tests.tiny import tiny_target
@@ -67,6 +69,23 @@ def test_a_row_without_a_match_drafts_nothing_and_the_tree_is_as_wide_as_the_wid
 
 def test_sampling_pads_to_the_plan_so_that_a_rows_draws_do_not_depend_on_the_others() -> None:
     assert tree([[1, 2, 3]], 9, Chain(length=4), Sampling(1.0)).tokens.shape == (1, 5)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_nodes_handed_over_on_the_host_are_those_of_the_tree(sampling: Sampling) -> None:
+    drafter, rows, shape = Ngram(NgramConfig(branches=2), tiny_target().shape), [[5, 6, 7, 5, 8, 5], [1, 2, 3, 4, 1]], Dynamic(nodes=6)
+
+    def given() -> tuple[Any, ...]:
+        tokens, lengths = torch.tensor([[*row, *[0] * (6 - len(row))] for row in rows]), torch.tensor([len(row) for row in rows])
+        state = drafter.begin(tokens, lengths, {}, None, 64)  # type: ignore[arg-type]
+        return state, torch.tensor([6, 2]), Plan(shape), sampling, Seeded(0, torch.arange(2))
+
+    found, tree = drafter.nodes(*given()), drafter.propose(*given())
+    for here, there in zip(found, to_nodes(tree), strict=True):
+        assert here.tokens and (here.tokens, here.parents, here.origin) == (there.tokens, there.parents, there.origin)
+        assert here.reach == pytest.approx(there.reach)  # a tensor's are fp32
+    again = from_nodes(tree.tokens[:, 0], found, tree.tokens.shape[1] - 1)
+    assert all(torch.equal(vars(again)[name], vars(tree)[name]) for name in ("tokens", "parents", "live", "origin"))
 
 
 def test_reliability_is_learnt_from_what_became_of_the_guess() -> None:

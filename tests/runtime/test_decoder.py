@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.base import Drafter
-from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.drafters.files import save_drafter
+from drafttrain.drafters.hybrid import HybridConfig
+from drafttrain.runtime.decoder import RESOLVED, RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.generate import Request
 from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target
 
@@ -270,6 +274,23 @@ def test_token_ids_may_come_as_integer_tensors_and_no_stop_as_none() -> None:
     for prompts in ([ids, ids], torch.stack([ids, ids]), [tuple(PROMPTS[0])] * 2):
         assert [one.tokens for one in speculative.generate(prompts, max_new_tokens=4, stop=None)] == expected
     assert speculative.generate(ids, max_new_tokens=4)[0].tokens == expected[0]
+
+
+def test_the_folder_of_a_run_decodes_as_its_recipe_says(tmp_path: Path) -> None:
+    target, drafter = tiny_target(0), fitted_eagle3(0)
+    save_drafter(drafter, tmp_path / "run" / "drafter")
+    chosen = RuntimeConfig(shape=SHAPES[2], hybrid=HybridConfig(head_cost=0.2))
+    recipe = tmp_path / "run" / RESOLVED
+    recipe.write_text(yaml.safe_dump({"name": "tiny", "runtime": chosen.model_dump(mode="json")}))
+    assert SpeculativeDecoder.from_pretrained(target, tmp_path / "run").runtime == chosen
+    given = SpeculativeDecoder.from_pretrained(target, tmp_path / "run", {"shape": {"shape": "chain", "length": 2}})
+    assert given.runtime == RuntimeConfig(shape=Chain(length=2))
+    assert SpeculativeDecoder.from_pretrained(target, tmp_path / "run" / "drafter").runtime == RuntimeConfig()
+    recipe.write_text("runtime: {shape: [")
+    with pytest.raises(UserError, match=r"recipe\.resolved\.yaml': damaged"):
+        SpeculativeDecoder.from_pretrained(target, tmp_path / "run")
+    with pytest.raises(UserError, match=r"runtime: .*unknown key 'shap' \(did you mean 'shape'\?\)"):
+        SpeculativeDecoder(target, drafter, {"shap": {}})
 
 
 def test_a_hook_sees_every_round_before_it_is_cut() -> None:
