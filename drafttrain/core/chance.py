@@ -32,6 +32,11 @@ class Chance(Protocol):
         ...
 
 
+def draw_one(chance: Chance, law: Tensor) -> Tensor:
+    """[B, V] laws -> [B] one token of each."""
+    return chance.draw(law[:, None], 1, replace=True)[:, 0, 0]
+
+
 class Seeded:
     """Counter-based randomness: one stream a row, keyed by (seed, row id)."""
 

@@ -262,46 +262,61 @@ def replay_rules(
     if config.temperature == 0:
         raise UserError("evaluation.temperature 0: all lossless rules keep the same tokens then; set evaluation.temperature=0.7, or 1.0")
     chosen = config.chosen(suite)
+    if not chosen.items:
+        raise UserError(f"suite '{suite.name}': no item is left by evaluation.tasks and evaluation.limit")
     further = [one.decoder.runtime.rule for one in contenders]
     rows: list[RuleRow] = []
     notes: dict[str, None] = {}
     for contender in contenders:
-        decoder = contender.decoder
-        assert decoder.drafter is not None
-        prompts = [decoder.tokenize(item.opening()) for item in chosen.items for _ in range(config.repeats)]
-        if not prompts:
-            raise UserError(f"suite '{suite.name}': no item is left by evaluation.tasks and evaluation.limit")
-        mark = contender.facts(config.sampling).drafter_fingerprint or "in-memory"
-        made_from = {
-            "suite": suite.name, "hash": chosen.hash, "runtime": decoder.runtime.model_dump(mode="json"), "repeats": config.repeats,
-        }  # fmt: skip
-        name = fingerprint(target.fingerprint, str(target.dtype), mark, config.sampling, config.seed, config.max_new_tokens, made_from)
-        log = log_rounds(
-            decoder, prompts, config.sampling, config.max_new_tokens, folder / "rounds" / name, mark, config.seed, made_from=made_from
-        )
+        log = _logged(target, contender, chosen, config, folder / "rounds")
         every, left_out = judges(log.info, [rule for rule in further if not isinstance(rule, str)])
+        rows += _judged_by(every, log, target, contender, chosen, config, chances)
         notes |= dict.fromkeys(left_out)
-        laws = Laws(log.info, decoder.drafter, target.head)
-        gap = laws.check(next(next(log.parts()).split(8)))
-        judged = judge_rounds(log, laws, every, chances, config.seed)
-        prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
-        accepted = torch.cat([part.accepted for part in log.parts()]).float()
-        looping = np.array([loops(tokens) for tokens in log.answers()])
-        straight = ~looping[prompt]
-        calm = compare([one.of(straight) for one in judged], prompt[straight] // config.repeats) if straight.any() else [None] * len(judged)
-        for one, found, not_looping in zip(judged, compare(judged, prompt // config.repeats), calm, strict=True):
-            rows.append(
-                RuleRow(
-                    log=name, contender=contender.label, target=target.name, target_fingerprint=target.fingerprint, dtype=log.info.dtype,
-                    drafter_fingerprint=mark, suite=suite.name, suite_hash=chosen.hash, **config.sampling._asdict(),
-                    max_new_tokens=config.max_new_tokens, seed=config.seed, shape=decoder.runtime.shape.model_dump(mode="json"),
-                    draws=log.info.draws, decoded_by=log.info.rule, decoded_tau=float(accepted.mean()) + 1, rounds=len(log),
-                    prompts=len(np.unique(prompt // config.repeats)), chances=chances, rule=one.judge.label,
-                    reached=tuple(float(share) for share in one.reached), against=every[0].label, law_gap=gap,
-                    device=device_name(target.device), versions=versions(), commit=commit(),
-                    date=datetime.now(timezone.utc).isoformat(timespec="seconds"), **vars(found),
-                    looping=float(looping.mean()), not_looping=not_looping,
-                )
-            )
     append_whole(folder / "rules.jsonl", [row.to_json() for row in rows])
     return rows, list(notes)
+
+
+def _logged(target: Target, contender: Contender, suite: Suite, config: EvaluationConfig, folder: Path) -> RoundLog:
+    """The contender's rounds on the suite, in a folder inside `folder` that is named by what they depend on."""
+    decoder, mark = contender.decoder, _mark(contender, config)
+    prompts = [decoder.tokenize(item.opening()) for item in suite.items for _ in range(config.repeats)]
+    made_from = {
+        "suite": suite.name, "hash": suite.hash, "runtime": decoder.runtime.model_dump(mode="json"), "repeats": config.repeats,
+    }  # fmt: skip
+    name = fingerprint(target.fingerprint, str(target.dtype), mark, config.sampling, config.seed, config.max_new_tokens, made_from)
+    return log_rounds(decoder, prompts, config.sampling, config.max_new_tokens, folder / name, mark, config.seed, made_from=made_from)
+
+
+def _judged_by(
+    every: Sequence[Judge], log: RoundLog, target: Target, contender: Contender, suite: Suite, config: EvaluationConfig, chances: int
+) -> list[RuleRow]:
+    """A row for each of `every` rule: what it accepts in the log, and that over the first one's."""
+    decoder = contender.decoder
+    assert decoder.drafter is not None
+    laws = Laws(log.info, decoder.drafter, target.head)
+    gap = laws.check(next(next(log.parts()).split(8)))
+    judged = judge_rounds(log, laws, every, chances, config.seed)
+    prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
+    accepted = torch.cat([part.accepted for part in log.parts()]).float()
+    looping = np.array([loops(tokens) for tokens in log.answers()])
+    straight = ~looping[prompt]
+    calm = compare([one.of(straight) for one in judged], prompt[straight] // config.repeats) if straight.any() else [None] * len(judged)
+    return [
+        RuleRow(
+            log=log.folder.name, contender=contender.label, target=target.name, target_fingerprint=target.fingerprint, dtype=log.info.dtype,
+            drafter_fingerprint=_mark(contender, config), suite=suite.name, suite_hash=suite.hash, **config.sampling._asdict(),
+            max_new_tokens=config.max_new_tokens, seed=config.seed, shape=decoder.runtime.shape.model_dump(mode="json"),
+            draws=log.info.draws, decoded_by=log.info.rule, decoded_tau=float(accepted.mean()) + 1, rounds=len(log),
+            prompts=len(np.unique(prompt // config.repeats)), chances=chances, rule=one.judge.label,
+            reached=tuple(float(share) for share in one.reached), against=every[0].label, law_gap=gap,
+            device=device_name(target.device), versions=versions(), commit=commit(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"), **vars(found),
+            looping=float(looping.mean()), not_looping=not_looping,
+        )
+        for one, found, not_looping in zip(judged, compare(judged, prompt // config.repeats), calm, strict=True)
+    ]  # fmt: skip
+
+
+def _mark(contender: Contender, config: EvaluationConfig) -> str:
+    """What tells the contender's drafter apart."""
+    return contender.facts(config.sampling).drafter_fingerprint or "in-memory"

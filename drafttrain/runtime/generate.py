@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from drafttrain.core.chance import Seeded
+from drafttrain.core.chance import Seeded, draw_one
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Draws, Tree, root_only
@@ -210,7 +210,7 @@ class Batch:
         """[B, V] after the prompts -> [B] the token the prefill gives."""
         if self.sampling.greedy:
             return likeliest(logits)
-        return self.chance.draw(self.sampling.law(logits)[:, None], 1, replace=True)[:, 0, 0]
+        return draw_one(self.chance, self.sampling.law(logits))
 
     def _propose(self, plan: Plan) -> Tree:
         if self.drafter is None or self.state is None or not plan.draft:

@@ -9,7 +9,7 @@ import torch
 from drafttrain.core.chance import Chance
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.verify.base import Rule, RuleConfig
+from drafttrain.verify.base import ANY, Rule, RuleConfig
 
 
 class GreedyConfig(RuleConfig):
@@ -22,7 +22,7 @@ class Greedy(Rule):
     """Any tree, however drawn: only the argmax can stand, and equal siblings ("twins") are all descended into."""
 
     Config = GreedyConfig
-    accepts = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))
+    accepts = ANY
     temperatures = "zero"
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:

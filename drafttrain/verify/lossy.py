@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.chance import Chance, draw_one
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology, Tree
@@ -82,7 +82,7 @@ def after(tree: Tree, scored: Scored, node: Tensor, chance: Chance) -> Verdict:
     if scored.sampling.greedy:
         return Verdict(path, length, scored.top.gather(1, node[:, None])[:, 0])
     row = torch.arange(len(node), device=node.device)
-    return Verdict(path, length, chance.draw(scored.p[row, node][:, None], 1, replace=True)[:, 0, 0])
+    return Verdict(path, length, draw_one(chance, scored.p[row, node]))
 
 
 def pushed(inner: Rule, tree: Tree, scored: Scored, chance: Chance, good: Tensor, score: Tensor) -> Verdict:

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.chance import Chance, draw_one
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
@@ -78,7 +78,7 @@ class Multidraft(Rule):
         residual = normalise((p - chosen_by.to(p.dtype)).clamp_min(0))
         path, length = tree.path_to(node)
         law = torch.where(fell[:, None], residual, p)
-        return Verdict(path, length, chance.draw(law[:, None], 1, replace=True)[:, 0, 0])
+        return Verdict(path, length, draw_one(chance, law))
 
 
 class Scheme(Protocol):
@@ -111,7 +111,7 @@ class Priority:
     def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
         ranks = Ranks.of(p, q, there.sum(1), self.most)
         wins = highest(ranks, ranks.of_token.gather(1, tokens), there)
-        return chance.draw(wins[:, None], 1, replace=True)[:, 0, 0], ranks.chosen()
+        return draw_one(chance, wins), ranks.chosen()
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
         return Ranks.of(p, q, K, self.most).chosen()
@@ -322,7 +322,7 @@ class Optimal:
             for token in set(drawn):
                 choice[row, drawn.index(token)] = chosen[frozenset(drawn)][token]
             laws.append(law)
-        place = chance.draw(choice[:, None].to(p.device), 1, replace=True)[:, 0, 0]
+        place = draw_one(chance, choice.to(p.device))
         return place, torch.tensor(np.array(laws), device=p.device)
 
     def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:

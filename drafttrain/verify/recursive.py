@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.chance import Chance, draw_one
 from drafttrain.core.sampling import one_hot
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.verify.base import Rule, RuleConfig
+from drafttrain.verify.base import ANY, Rule, RuleConfig
 from drafttrain.verify.residual import Residual
 
 
@@ -34,7 +34,7 @@ class Recursive(Rule):
 
     Config = RecursiveConfig
     config: RecursiveConfig
-    accepts = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))
+    accepts = ANY
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         return matched(tree, scored, chance) if self.config.naive else tried(tree, scored, chance)
@@ -57,13 +57,13 @@ def tried(tree: Tree, scored: Scored, chance: Chance) -> Verdict:
             stands = torch.where(real, ratio, 0.0).clamp_max(1.0)[:, 0]
             ways.append(fallen * stands)
             fallen = fallen * (1 - stands)
-        way = chance.draw(torch.stack([*ways, fallen], 1)[:, None], 1, replace=True)[:, 0, 0]  # [B] which child; C: none
+        way = draw_one(chance, torch.stack([*ways, fallen], 1))  # [B] which child; C: none
         moved = way < children.shape[1]
         node = torch.where(moved, torch.cat([child, node[:, None]], 1).gather(1, way[:, None])[:, 0], node)
         law = torch.where(moved[:, None], scored.law(node[:, None])[:, 0], torch.where(going[:, None], left.law()[:, 0], law))
         going = moved
     path, length = tree.path_to(node)
-    return Verdict(path, length, chance.draw(law[:, None], 1, replace=True)[:, 0, 0])
+    return Verdict(path, length, draw_one(chance, law))
 
 
 def matched(tree: Tree, scored: Scored, chance: Chance) -> Verdict:
@@ -74,7 +74,7 @@ def matched(tree: Tree, scored: Scored, chance: Chance) -> Verdict:
     for _ in range(tree.max_depth + 1):
         done = one_hot(next_token, scored.logits.shape[-1])  # [B, V] no choice left
         law = torch.where(going[:, None], scored.law(node[:, None])[:, 0], done)
-        next_token = chance.draw(law[:, None], 1, replace=True)[:, 0, 0]
+        next_token = draw_one(chance, law)
         children = tree.children[row, node]  # [B, C]
         same = (children >= 0) & (tree.tokens.gather(1, children.clamp_min(0)) == next_token[:, None]) & going[:, None]
         going = same.any(1)

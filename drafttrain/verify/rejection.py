@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.chance import Chance, draw_one
 from drafttrain.core.sampling import normalise, one_hot
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
@@ -42,7 +42,7 @@ class Rejection(Rule):
             fell = (length < N - 1) & tree.live[row, first]
             law = torch.where(fell[:, None], normalise((law - self._law(tree, first, p.shape[-1])).clamp_min(0)), law)
         path = torch.arange(1, N, device=p.device).expand(B, -1)
-        next_token = chance.draw(law[:, None], 1, replace=True)[:, 0, 0]
+        next_token = draw_one(chance, law)
         if N == 1:  # plain decoding
             path = torch.zeros(B, 1, dtype=torch.long, device=p.device)
         return Verdict(path, length, next_token)

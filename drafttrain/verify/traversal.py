@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.chance import Chance, draw_one
 from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
-from drafttrain.verify.base import Rule, RuleConfig
+from drafttrain.verify.base import ANY, Rule, RuleConfig
 from drafttrain.verify.recursive import matched
 from drafttrain.verify.residual import Residual, what_is_left
 
@@ -38,15 +38,15 @@ class Traversal(Rule):
     """Exact for any tree: tries nodes from the leaves up, so that a strong child makes up for a weak parent."""
 
     Config = TraversalConfig
-    accepts = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))
+    accepts = ANY
 
     def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
         if tree.draws == "point":
             return matched(tree, scored, chance)
         swept = sweep(tree, scored)
-        node = chance.draw(standing(tree, swept.a)[:, None], 1, replace=True)[:, 0, 0]
+        node = draw_one(chance, standing(tree, swept.a))
         path, length = tree.path_to(node)
-        return Verdict(path, length, chance.draw(left_at(tree, scored, swept, node), 1, replace=True)[:, 0, 0])
+        return Verdict(path, length, draw_one(chance, left_at(tree, scored, swept, node)))
 
 
 @dataclass
@@ -81,13 +81,13 @@ def sweep(tree: Tree, scored: Scored) -> Swept:
 
 
 def left_at(tree: Tree, scored: Scored, swept: Swept, node: Tensor) -> Tensor:
-    """[B, 1, V]: the law of the token after `node` [B], all of whose children failed."""
+    """[B, V]: the law of the token after `node` [B], all of whose children failed."""
     row = torch.arange(len(node), device=node.device)
     children = tree.children[row, node]  # [B, C]
     real, child = children >= 0, children.clamp_min(0)
     fallen = tree.tokens.gather(1, child)[:, None], torch.where(real, swept.kept.gather(1, child), 0.0)[:, None]
     P, Q, c = scored.law(node[:, None]), tree.law(child[:, 0])[:, None], swept.c[row, node][:, None]
-    return normalise(what_is_left(P, Q, c, None if tree.draws == "iid" else fallen))
+    return normalise(what_is_left(P, Q, c, None if tree.draws == "iid" else fallen))[:, 0]
 
 
 def standing(tree: Tree, a: Tensor) -> Tensor:
