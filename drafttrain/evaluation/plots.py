@@ -6,6 +6,7 @@ metadata which results it was drawn from, so that a stale one can be told withou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 SPOTS = [(reach * right, reach * up) for reach in (5, 9, 14, 20, 27, 35) for right, up in SIDES]
 """Points from a marker to its label, the nearest first."""
 FEW = 3  # contenders for which there is room for more than the outline
+TOUCHING = 0.02  # of the axes: markers closer than this lie on each other, and the later is drawn smaller
 FEW_ROUNDS = 20  # a share or a mean over fewer is noise
 
 
@@ -123,16 +125,20 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
     plain = next(row for row in rows if row.label == PLAIN and row.task == ALL)
     unit = 1e3 * plain.seconds_per_round
     shown = [row for row in rows if row.label in labels and row.rounds]
-    for row in shown:
-        whole = row.task == ALL
-        if whole or len(labels) <= FEW:
-            axes.scatter(
-                1e3 * row.seconds_per_round, row.tau, s=90 if whole else 34, color=labels[row.label], alpha=1.0 if whole else 0.55,
-                edgecolors="white", linewidths=1.0, label=name_of(row) if whole else None, zorder=5 if whole else 4,
-            )  # fmt: skip
-    axes.scatter(unit, 1.0, s=90, marker="s", color=GREY, zorder=5, label=PLAIN)
     right = 1.3 * max([unit, *(1e3 * row.seconds_per_round for row in shown)])
     top = 1.12 * max([1.0, *(row.tau for row in shown)])
+    axes.scatter(unit, 1.0, s=90, marker="s", color=GREY, zorder=5, label=PLAIN)
+    drawn = [(unit / right, 1 / top)]
+    for row in shown:
+        whole, (x, y) = row.task == ALL, (1e3 * row.seconds_per_round, row.tau)
+        if whole or len(labels) <= FEW:
+            beneath = sum(math.dist(other, (x / right, y / top)) < TOUCHING for other in drawn) if whole else 0
+            axes.scatter(
+                x, y, s=90 / 2.5**beneath if whole else 34, color=labels[row.label], alpha=1.0 if whole else 0.55,
+                edgecolors="white", linewidths=1.0, label=name_of(row) if whole else None, zorder=5 if whole else 4,
+            )  # fmt: skip
+        if whole:
+            drawn.append((x / right, y / top))
     reached = [row.tau * unit / (1e3 * row.seconds_per_round) for row in shown]
     for ratio in ratios_near(reached):
         end = min(right, top * unit / ratio)
@@ -146,6 +152,9 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
     axes.set_xlabel("time per round (ms)")
     axes.set_ylabel("accepted length (tau)")
     _legend(axes, len(labels) + 1)
+    legend: Any = axes.get_legend()
+    for handle in legend.legend_handles:
+        handle.set_sizes([90])
     tasks = [row for row in shown if row.task != ALL and len(labels) == 1]
     place_labels(axes, {row.task: (1e3 * row.seconds_per_round, row.tau) for row in tasks}, fontsize=8, color=GREY)
 
@@ -158,6 +167,8 @@ def ratios_near(reached: Sequence[float]) -> list[float]:
 def place_labels(axes: Axes, labels: Mapping[str, tuple[float, float]], **style: Any) -> None:
     """Writes each text beside its point (x, y): where it covers least of markers, other texts and the legend, then near, then where it is
     crossed by the fewest lines. To be called last: what is drawn or changed later is not seen."""
+    from matplotlib.patheffects import withStroke
+
     figure: Any = axes.get_figure(root=True)
     figure.draw_without_rendering()  # lays out; from here on extents in pixels are known
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
@@ -165,6 +176,7 @@ def place_labels(axes: Axes, labels: Mapping[str, tuple[float, float]], **style:
     taken = [*_marker_boxes(axes, figure.dpi / 72), *(fixed.get_window_extent() for fixed in [*axes.texts, legend] if fixed is not None)]
     for name, point in labels.items():
         text = axes.annotate(name, point, (0, 0), textcoords="offset points", in_layout=False, zorder=6, **style)
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable where a line goes through
 
         def cost(spot: tuple[int, int], text: Annotation = text) -> tuple[float, int, int]:
             box = _moved(text, spot)

@@ -19,7 +19,7 @@ from drafttrain.evaluation.journal import append_whole
 from drafttrain.evaluation.page import is_stale, open_run, renew, together, write_report
 from drafttrain.evaluation.plots import PLOTS
 from drafttrain.evaluation.report import draw, latest, render, results_table, stale, terminal_table
-from drafttrain.evaluation.rows import Difference, Row
+from drafttrain.evaluation.rows import ALL, Difference, Row
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 from drafttrain.evaluation.throughput import Forecast
 from tests.evaluation.test_rows import DRAFTED, PLAINLY, SETTING, rows_of
@@ -286,6 +286,16 @@ def test_names_of_tasks_stand_beside_each_other_where_their_points_are_close() -
     (axes,) = plots.figure("tau-time", measured).axes
     assert set(tasks) < {text.get_text() for text in axes.texts}
     assert covering_texts(axes) == []
+
+
+def test_a_marker_on_another_is_smaller_so_that_both_show() -> None:
+    rows = rows_of(*(sample(str(n), label, seconds, 40, 20) for n in range(3) for label, seconds in ((PLAIN, 4.0), ("mine", 2.0))))
+    plain, mine = (rows[label, ALL, "all"].measured for label in (PLAIN, "mine"))
+    measured = [plain, mine, replace(mine, label="twin"), replace(mine, label="longer", tau=mine.tau * 1.5)]
+    (axes,) = plots.figure("tau-time", measured).axes
+    size = {markers.get_label(): markers.get_sizes()[0] for markers in axes.collections}
+    assert size["twin"] < size["mine"] == size["longer"] == size[PLAIN]
+    assert {handle.get_sizes()[0] for handle in axes.get_legend().legend_handles} == {90}
 
 
 def test_numbers_of_a_studys_cells_stand_beside_each_other_where_their_points_are_close(monkeypatch: pytest.MonkeyPatch) -> None:
