@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
+from drafttrain.core.nodes import Nodes, to_nodes
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Nodes, Tree, to_nodes
+from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
+from drafttrain.core.nodes import Nodes, from_nodes, to_nodes
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Nodes, Tree, from_nodes, to_nodes
+from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Around, Drafter, DrafterConfig, DrafterState

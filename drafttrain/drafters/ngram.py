@@ -17,9 +17,10 @@ from torch import Tensor
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
+from drafttrain.core.nodes import Branch, Nodes, from_nodes, of_branches
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Branch, Nodes, Tree, from_nodes, of_branches
+from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss
 from drafttrain.target.files import TargetShape

@@ -24,7 +24,7 @@ from drafttrain.data.prompts import SelfPrompts
 from drafttrain.data.regenerate import DataConfig, regenerate
 from drafttrain.data.store import Store
 from drafttrain.drafters import DRAFTERS
-from drafttrain.drafters.base import Drafter, DrafterState
+from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.drafters.hybrid import HybridConfig
@@ -93,26 +93,26 @@ class OracleState(DrafterState):
         raise AssertionError("not needed here")
 
 
-class Oracle:
+class Oracle(Drafter):
     """Proposes the target's own continuation, each token corrupted with probability 0.3."""
 
-    needs: frozenset[str] = frozenset()
-    calls, max_depth, draws = 0, None, Drafter.draws
-
     def __init__(self, texts: list[tuple[int, ...]]) -> None:
+        super().__init__(DrafterConfig(name="oracle"), demo().shape)
         self.texts = texts
         self.generator = torch.Generator().manual_seed(sum(texts[0]))  # another pattern of corruption for each text
 
-    def to(self, *where: Any) -> Oracle:
-        return self
+    def loss(self, batch: Any, head: Any) -> Any:
+        raise AssertionError("it knows everything")
 
-    def eval(self) -> Oracle:
-        return self
+    def walk(self, batch: Any, head: Any, length: int) -> Tensor:
+        raise AssertionError("not needed here")
 
-    def begin(self, tokens: Tensor, lengths: Tensor, features: Any, head: Any, capacity: int) -> OracleState:
+    def begin(self, prompts: Tensor, lengths: Tensor, features: Any, head: Any, capacity: int) -> OracleState:
         return OracleState(lengths.tolist())
 
-    def propose(self, state: OracleState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
+        assert isinstance(state, OracleState)
+
         def step(frontier: Frontier) -> Tensor:
             logits = torch.rand(len(roots), frontier.tokens.shape[1], demo().vocab_size, generator=self.generator)
             for row, text in enumerate(self.texts):
@@ -123,7 +123,8 @@ class Oracle:
 
         return grow(step, roots, plan, sampling, chance).tree
 
-    def observe(self, state: OracleState, committed: Committed) -> None:
+    def observe(self, state: DrafterState, committed: Committed) -> None:
+        assert isinstance(state, OracleState)
         state.written = [before + count for before, count in zip(state.written, committed.count.tolist(), strict=True)]
 
 
@@ -215,7 +216,7 @@ def test_greedy_text_in_fp32_is_the_targets_own(
 @pytest.mark.parametrize("shape", [Chain(length=8), Static(children=(2, 1, 1, 1, 1, 1, 1, 1))], ids=lambda shape: shape.shape)
 def test_greedy_text_is_the_targets_own_when_much_is_accepted(shape: Any) -> None:
     def generate(prompt: tuple[int, ...], own: tuple[int, ...]) -> Generation:
-        oracle: Any = Oracle([(*prompt, *own)])
+        oracle = Oracle([(*prompt, *own)])
         return SpeculativeDecoder(demo(), oracle, RuntimeConfig(shape=shape)).generate(list(prompt), max_new_tokens=NEW_TOKENS)[0]
 
     differing, tau = check([generate(prompt, own) for prompt, own in zip(prompts(), own_texts(), strict=True)])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.nodes import Nodes
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Nodes, Tree
+from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed
 from drafttrain.drafters.hybrid import FREE, TRAINED, Hybrid, HybridConfig, HybridState, Worth, believed, merged, part_of
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder

@@ -9,9 +9,10 @@ import torch
 
 from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
+from drafttrain.core.nodes import from_nodes, to_nodes
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree, from_nodes, to_nodes
+from drafttrain.core.tree import Tree
 from drafttrain.drafters.ngram import Ngram, NgramConfig, Text, expected
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from tests.tiny import tiny_target
