@@ -61,12 +61,13 @@ class Nodes:
         return Nodes([self.tokens[p] for p in kept], parents, [self.reach[p] for p in kept], [self.origin[p] for p in kept])
 
 
-def from_nodes(roots: Tensor, rows: Sequence[Nodes], nodes: int | None = None, static: tuple[int, int] | None = None) -> Tree:
-    """Point tree of rows described on the host, `nodes` wide or as wide as its widest row, under `roots` [B].
+def from_nodes(roots: Tensor, rows: Sequence[Nodes], static: tuple[int, int] | None = None) -> Tree:
+    """Point tree of rows described on the host, under `roots` [B].
 
-    static: depth and children to declare where a row's later draws must not depend on what other rows have; by default the largest.
+    static: the most nodes (hence levels) and the most children that a row may have, for trees of one size where a row's later draws
+    must not depend on what other rows have; by default the most that a row has.
     """
-    N = 1 + (nodes if nodes is not None else max(len(row.tokens) for row in rows))
+    N = 1 + (static[0] if static else max(len(row.tokens) for row in rows))
 
     def padded(part: str, root: float, dtype: torch.dtype) -> Tensor:
         lists: list[list[float]] = [[root, *vars(row)[part], *[0] * (N - 1 - len(row.tokens))] for row in rows]

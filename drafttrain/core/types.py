@@ -78,6 +78,11 @@ class Committed:
         return Committed(appended(self.tokens, self.count, later.tokens), self.count + later.count, features)
 
 
+def gathered(values: Tensor, places: Tensor) -> Tensor:
+    """[B, N, X] at [B, M] -> [B, M, X]."""
+    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+
+
 def appended(values: Tensor, count: Tensor, more: Tensor) -> Tensor:
     """[B, T, ...] of which `count` [B] are real, and [B, U, ...] -> [B, T + U, ...] with the second behind each row's real values."""
     B, U = more.shape[:2]

@@ -32,7 +32,7 @@ from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.core.types import Batch, Committed, Features, gathered
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
@@ -295,8 +295,7 @@ class Eagle3(Drafter):
             self._run(state, prompts[:, 1:], self._fuse(features["aux"][:, :-1]), place, causal.expand(B, -1, -1))
         state.lengths = lengths - 1
         last = (lengths - 1)[:, None]
-        aux = features["aux"].gather(1, last[..., None].expand(-1, -1, features["aux"].shape[-1]))
-        state.pending = Committed(prompts.gather(1, last), torch.ones_like(lengths), {"aux": aux})
+        state.pending = Committed(prompts.gather(1, last), torch.ones_like(lengths), {"aux": gathered(features["aux"], last)})
         return state
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
@@ -312,8 +311,8 @@ class Eagle3(Drafter):
             if frontier.level:
                 W = frontier.tokens.shape[1]
                 slots = base + torch.arange(fed, fed + W, device=roots.device)
-                seen = below(seen, frontier.parent).scatter_(2, slots[..., None], True)
-                hidden = self._run(state, frontier.tokens, below(hidden, frontier.parent), slots, seen, base + (frontier.level - 1))
+                seen = gathered(seen, frontier.parent).scatter_(2, slots[..., None], True)  # what the parent sees, and itself
+                hidden = self._run(state, frontier.tokens, gathered(hidden, frontier.parent), slots, seen, base + (frontier.level - 1))
                 fed += W
             states.append(hidden)
             return self._logits(hidden)
@@ -341,8 +340,7 @@ class Eagle3(Drafter):
         seen = torch.arange(state.keys.shape[2], device=roots.device) <= slots[:, :, None]
         hidden = self._run(state, following, self._fuse(pending.features["aux"]), slots, seen)
         state.lengths, state.pending = state.lengths + pending.count, None
-        newest = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
-        state.newest = torch.where((pending.count > 0)[:, None, None], newest, state.newest)
+        state.newest = torch.where((pending.count > 0)[:, None, None], gathered(hidden, last), state.newest)
         return state.newest
 
     @bare_forward
@@ -361,11 +359,6 @@ class Eagle3(Drafter):
             query, repeat_heads(state.keys, groups), repeat_heads(state.values, groups), attn_mask=seen[:, None]
         )
         return self.midlayer.finish(feature, mixed)
-
-
-def below(above: Tensor, parent: Tensor) -> Tensor:
-    """What a level's nodes take over: [B, W', X] of the nodes above, [B, W] which of them is each one's parent -> [B, W, X]."""
-    return above.gather(1, parent[..., None].expand(-1, -1, above.shape[-1]))
 
 
 def _select(committed: Committed, rows: Tensor) -> Committed:

@@ -18,6 +18,7 @@ from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Skeleton, Tree, skeleton_mask
+from drafttrain.core.types import gathered
 
 
 @dataclass
@@ -47,8 +48,7 @@ class Frontier:
         itself = torch.eye(self.tokens.shape[1], dtype=torch.bool, device=self.tokens.device).expand(len(self.tokens), -1, -1)
         if self.previous is None:
             return itself
-        theirs = self.previous.mask
-        return torch.cat([theirs.gather(1, self.parent[..., None].expand(-1, -1, theirs.shape[-1])), itself], -1)
+        return torch.cat([gathered(self.previous.mask, self.parent), itself], -1)
 
 
 @dataclass

@@ -143,8 +143,7 @@ class Hybrid(Around):
         chosen = [self.worth(nodes, wants, plan.shape.nodes) for nodes, wants in zip(rows, wanted, strict=True)]
         state.parts = [part_of(nodes, two) if wants else None for nodes, two, wants in zip(chosen, drafted, wanted, strict=True)]
         size = plan.shape.nodes
-        static = None if sampling.greedy else (size, size)  # what a row draws later must not depend on the others
-        return from_nodes(roots, chosen, None if static is None else size, static)
+        return from_nodes(roots, chosen, None if sampling.greedy else (size, size))
 
     def wants_head(self, found: Nodes, gain: float, budget: int) -> bool:
         """Whether tokens per cost are higher with the trained drafter than with what was found alone."""

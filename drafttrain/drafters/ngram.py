@@ -210,9 +210,8 @@ class Ngram(Drafter):
         return NgramState(rows)
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
-        length = plan.shape.nodes
         found = self.nodes(state, roots, plan, sampling, chance)
-        return from_nodes(roots, found, *((None,) if sampling.greedy else (length, (length, self._width(plan)))))
+        return from_nodes(roots, found, None if sampling.greedy else (plan.shape.nodes, self._width(plan)))
 
     def nodes(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> list[Nodes]:
         """A lookup has no levels to pay for: it may be as deep as the plan has nodes, and `plan.stop` has nothing to save."""

@@ -23,7 +23,7 @@ from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features, appended
+from drafttrain.core.types import Batch, Committed, Features, appended, gathered
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, mask_windows, tree_mask
@@ -263,7 +263,7 @@ class SmallLM(Drafter):
         tokens = torch.cat([state.pending, roots[:, None]], 1).scatter(1, at, roots[:, None])
         hidden = self._feed(state, tokens)
         self._count_pending(state)
-        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+        return gathered(hidden, at)
 
     def _feed_pending(self, state: SmallLMState) -> None:
         """Feeds and commits what waits."""

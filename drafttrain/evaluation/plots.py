@@ -41,6 +41,7 @@ SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 SPOTS = [(reach * right, reach * up) for reach in (5, 9, 14, 20, 27, 35) for right, up in SIDES]
 """Points from a marker to its label, the nearest first."""
 FEW = 3  # contenders for which there is room for more than the outline
+MARKER = 90  # points squared
 TOUCHING = 0.02  # of the axes: markers closer than this lie on each other, and the later is drawn smaller
 FEW_ROUNDS = 20  # a share or a mean over fewer is noise
 
@@ -127,14 +128,14 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
     shown = [row for row in rows if row.label in labels and row.rounds]
     right = 1.3 * max([unit, *(1e3 * row.seconds_per_round for row in shown)])
     top = 1.12 * max([1.0, *(row.tau for row in shown)])
-    axes.scatter(unit, 1.0, s=90, marker="s", color=GREY, zorder=5, label=PLAIN)
+    axes.scatter(unit, 1.0, s=MARKER, marker="s", color=GREY, zorder=5, label=PLAIN)
     drawn = [(unit / right, 1 / top)]
     for row in shown:
         whole, (x, y) = row.task == ALL, (1e3 * row.seconds_per_round, row.tau)
         if whole or len(labels) <= FEW:
             beneath = sum(math.dist(other, (x / right, y / top)) < TOUCHING for other in drawn) if whole else 0
             axes.scatter(
-                x, y, s=90 / 2.5**beneath if whole else 34, color=labels[row.label], alpha=1.0 if whole else 0.55,
+                x, y, s=MARKER / 2.5**beneath if whole else 34, color=labels[row.label], alpha=1.0 if whole else 0.55,
                 edgecolors="white", linewidths=1.0, label=name_of(row) if whole else None, zorder=5 if whole else 4,
             )  # fmt: skip
         if whole:
@@ -154,7 +155,7 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
     _legend(axes, len(labels) + 1)
     legend: Any = axes.get_legend()
     for handle in legend.legend_handles:
-        handle.set_sizes([90])
+        handle.set_sizes([MARKER])
     tasks = [row for row in shown if row.task != ALL and len(labels) == 1]
     place_labels(axes, {row.task: (1e3 * row.seconds_per_round, row.tau) for row in tasks}, fontsize=8, color=GREY)
 

@@ -278,7 +278,8 @@ def replay_rules(
 
 def _logged(target: Target, contender: Contender, suite: Suite, config: EvaluationConfig, folder: Path) -> RoundLog:
     """The contender's rounds on the suite, in a folder inside `folder` that is named by what they depend on."""
-    decoder, mark = contender.decoder, _mark(contender, config)
+    decoder = contender.decoder
+    mark = contender.facts(config.sampling).drafter_fingerprint or "in-memory"
     prompts = [decoder.tokenize(item.opening()) for item in suite.items for _ in range(config.repeats)]
     made_from = {
         "suite": suite.name, "hash": suite.hash, "runtime": decoder.runtime.model_dump(mode="json"), "repeats": config.repeats,
@@ -304,7 +305,7 @@ def _judged_by(
     return [
         RuleRow(
             log=log.folder.name, contender=contender.label, target=target.name, target_fingerprint=target.fingerprint, dtype=log.info.dtype,
-            drafter_fingerprint=_mark(contender, config), suite=suite.name, suite_hash=suite.hash, **config.sampling._asdict(),
+            drafter_fingerprint=log.info.drafter, suite=suite.name, suite_hash=suite.hash, **config.sampling._asdict(),
             max_new_tokens=config.max_new_tokens, seed=config.seed, shape=decoder.runtime.shape.model_dump(mode="json"),
             draws=log.info.draws, decoded_by=log.info.rule, decoded_tau=float(accepted.mean()) + 1, rounds=len(log),
             prompts=len(np.unique(prompt // config.repeats)), chances=chances, rule=one.judge.label,
@@ -315,8 +316,3 @@ def _judged_by(
         )
         for one, found, not_looping in zip(judged, compare(judged, prompt // config.repeats), calm, strict=True)
     ]  # fmt: skip
-
-
-def _mark(contender: Contender, config: EvaluationConfig) -> str:
-    """What tells the contender's drafter apart."""
-    return contender.facts(config.sampling).drafter_fingerprint or "in-memory"

@@ -255,6 +255,8 @@ class SpeculativeDecoder:
         `dtype="float32"`, which go before the configuration's own; without `aux_layers`, the target hands over the layers that the drafter
         was trained on. Raises `UserError` for unknown options, and where the drafter was trained on another target, or on other layers.
         """
+        if runtime is None and drafter is not None:
+            runtime = runtime_of(Path(drafter))
         if isinstance(target, str):
             target = TargetConfig(model=target)
         if isinstance(target, TargetConfig):
@@ -265,7 +267,7 @@ class SpeculativeDecoder:
         made = None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint)
         if made is not None and isinstance(target, TargetConfig) and target.aux_layers is None:
             loaded.aux_layers = made.target.aux_layers
-        return cls(loaded, made, runtime_of(Path(drafter)) if runtime is None and drafter is not None else runtime)
+        return cls(loaded, made, runtime)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

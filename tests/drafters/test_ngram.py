@@ -85,7 +85,7 @@ def test_nodes_handed_over_on_the_host_are_those_of_the_tree(sampling: Sampling)
     for here, there in zip(found, to_nodes(tree), strict=True):
         assert here.tokens and (here.tokens, here.parents, here.origin) == (there.tokens, there.parents, there.origin)
         assert here.reach == pytest.approx(there.reach)  # a tensor's are fp32
-    again = from_nodes(tree.tokens[:, 0], found, tree.tokens.shape[1] - 1)
+    again = from_nodes(tree.tokens[:, 0], found, (tree.tokens.shape[1] - 1, 2))
     assert all(torch.equal(vars(again)[name], vars(tree)[name]) for name in ("tokens", "parents", "live", "origin"))
 
 
