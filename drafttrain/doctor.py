@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.layers import native_dtype
 from drafttrain.data.collate import label_count
 from drafttrain.data.prompts import Prompt, SelfPrompts, read_prompts, tokenize
 from drafttrain.data.shards import INDEX
@@ -98,6 +99,15 @@ def target(patient: Patient) -> str:
         f"{patient.recipe.target.model}: {shape.text_config['model_type']}, {shape.num_layers} layers of {shape.hidden_size}, vocabulary "
         f"{shape.vocab_size:,}, context {patient.context:,}"
     )
+
+
+def precision(patient: Patient) -> str:
+    target, train = patient.recipe.target, patient.recipe.train
+    chosen = {"target.dtype": target.dtype, "train.precision": train.precision}
+    said = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    if "bfloat16" not in chosen.values() or native_dtype(target.torch_device()) == "bfloat16":
+        return said
+    return f"{said}; SLOW: this device has no instructions for bfloat16 and takes many times as long as in float32; set both to auto"
 
 
 def tokenizer(patient: Patient) -> str:
@@ -227,7 +237,7 @@ def memory(patient: Patient) -> str:
 
 
 CHECKS: tuple[Callable[[Patient], str], ...] = (
-    target, tokenizer, end, template, prompts, mask, drafter, rule, suite, disk, memory,
+    target, precision, tokenizer, end, template, prompts, mask, drafter, rule, suite, disk, memory,
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from drafttrain.core.config import Config, Seed, fingerprint, parse
 from drafttrain.core.errors import UserError, first_line, nearest
+from drafttrain.data.origin import dtype_name
 from drafttrain.data.regenerate import DataConfig
 from drafttrain.data.shards import INDEX, write_whole
 from drafttrain.drafters import DRAFTERS
@@ -110,7 +111,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def check_recipe(data: dict[str, Any], where: str) -> Recipe:
     """`data` as a recipe whose rules fit, or a `UserError` that `where` opens."""
-    recipe = parse(Recipe, data, where)
+    recipe = _settled(parse(Recipe, data, where))
     family = DRAFTERS[recipe.drafter.name]
     recipe.runtime.fitted(recipe.evaluation.sampling.check(), family)
     for contender in recipe.evaluation.contenders:
@@ -118,6 +119,16 @@ def check_recipe(data: dict[str, Any], where: str) -> Recipe:
         own = DRAFTERS[which.name] if isinstance(which, DrafterConfig) else family if which is None else None  # a folder's is not known yet
         (contender.runtime or recipe.runtime).fitted(recipe.evaluation.sampling, own)
     return recipe
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    """With the precisions that `auto` stands for on this device: what is made depends on them, so files and fingerprints name them."""
+    target, train = recipe.target, recipe.train
+    if target.dtype == "auto":
+        target = target.model_copy(update={"dtype": dtype_name(target.torch_dtype())})
+    if train.precision == "auto":
+        train = train.model_copy(update={"precision": train.multiplies_in(target.torch_device())})
+    return recipe.model_copy(update={"target": target, "train": train})
 
 
 class UniqueKeys(yaml.SafeLoader):

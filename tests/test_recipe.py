@@ -189,3 +189,20 @@ def test_the_schema_knows_every_family_and_rule() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_shipped_recipes_are_read_and_named_after_their_files(path: Path) -> None:
     assert load_recipe(path).name == path.stem
+
+
+def test_auto_precision_becomes_what_this_device_computes_and_files_and_fingerprints_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(native: str, *overrides: str) -> Recipe:
+        for module in ("drafttrain.target.files", "drafttrain.train.loop"):
+            monkeypatch.setattr(f"{module}.native_dtype", lambda device: native)
+        return load_recipe(write(tmp_path, SMALLEST), overrides)
+
+    emulated, native = read("float32"), read("bfloat16")
+    assert (emulated.target.dtype, emulated.train.precision) == ("float32", "float32")
+    assert (native.target.dtype, native.train.precision) == ("bfloat16", "bfloat16")
+    assert stage_fingerprint(emulated, "regenerate") != stage_fingerprint(native, "regenerate")
+    assert read("float32", "target.dtype=bfloat16").target.dtype == "bfloat16"
+    write_resolved(emulated, tmp_path / "run")
+    assert load_recipe(tmp_path / "run").target.dtype == "float32"

@@ -78,7 +78,7 @@ class Origin(Config):
             tokenizer=tokenizer_hash(tokenizer),
             template=template_hash(tokenizer),
             aux_layers=config.aux_layers or default_aux_layers(text.num_hidden_layers),
-            dtype=config.dtype,
+            dtype=dtype_name(config.torch_dtype()),
         )
 
     def require(self, other: Origin, features: tuple[str, ...], where: Path) -> None:

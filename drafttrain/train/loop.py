@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.errors import UserError
+from drafttrain.core.layers import native_dtype
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Batch
 from drafttrain.data.collate import Packed
@@ -84,8 +85,9 @@ class TrainConfig(Config):
     """AdamW's moments."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of matrix products; weights and optimizer stay in float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; `auto`: bfloat16 where the device has instructions for it, else float32. Weights and optimizer stay in
+    float32."""
     start: Literal["target", "random"] = "target"
     """Initialise from the target's own head and layers where the family can."""
     held_out: float = Field(default=0.05, ge=0, lt=1)
@@ -113,6 +115,10 @@ class TrainConfig(Config):
         if sum(length is not None for length in (self.steps, self.epochs, self.minutes)) != 1:
             raise ValueError("give exactly one of steps, epochs, minutes")
         return self
+
+    def multiplies_in(self, device: torch.device) -> Literal["float32", "bfloat16"]:
+        """What `precision` means on this device."""
+        return native_dtype(device) if self.precision == "auto" else self.precision
 
     def lr_at(self, done: float) -> float:
         """The learning rate when a share `done` of the training is over."""
@@ -190,7 +196,7 @@ def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     for switch, name in SHARDED.items():
         if cpu and os.environ.get(switch, "false").lower() == "true":
             raise UserError(f"{name} shards over accelerators and this machine has none; launch with configs/cpu.yaml instead")
-    mixed = "bf16" if config.precision == "bfloat16" else "no"
+    mixed = "bf16" if config.multiplies_in(torch.accelerator.current_accelerator() or torch.device("cpu")) == "bfloat16" else "no"
     if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()  # an earlier training of this process had another precision; the process group stays
     accelerator = Accelerator(
