@@ -6,9 +6,7 @@ B rows, T time, H heads, d head size, D hidden, J unrolled steps before this one
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -38,27 +36,22 @@ def in_precision(module: AnyModule, device: torch.device, dtype: torch.dtype) ->
     return module
 
 
-@lru_cache
-def native_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
-    """bf16 where the device multiplies it with instructions of its own, else fp32.
+BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # Intel's and AMD's, and ARM's
 
-    A processor is asked by a multiplication: one that has none takes ten times as long in bf16 as in fp32, one that has them less.
+
+def native_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """bf16 where the device has instructions that multiply it, else fp32: a processor that must do without takes ten times as long in bf16.
+
+    Asked, not timed: milliseconds of a busy machine measure its scheduler.
     """
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type != "cpu":
-        return "bfloat16"
-    return "bfloat16" if _seconds(torch.bfloat16) < 2 * _seconds(torch.float32) else "float32"
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """What [64, 512] by [512, 512] takes on the CPU, at best of a few times."""
-    x, weight, best = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), math.inf
-    for _ in range(5):
-        started = time.perf_counter()
-        F.linear(x, weight)
-        best = min(best, time.perf_counter() - started)
-    return best
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch: then it is not known
+        native = any(known.get(name, False) for name in BFLOAT16_INSTRUCTIONS)
+    else:
+        native = True
+    return "bfloat16" if native else "float32"
 
 
 class RMSNorm(nn.Module):

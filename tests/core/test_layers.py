@@ -102,13 +102,15 @@ def test_an_aligned_bias_is_the_same_with_rows_as_fused_attention_wants_them(len
     assert wide.stride(-1) == 1 and wide.stride(-2) % 8 == 0
 
 
-@pytest.mark.parametrize(("share", "said"), [(0.4, "bfloat16"), (1.5, "bfloat16"), (9.0, "float32")])
-def test_a_processor_that_emulates_bfloat16_is_given_float32(monkeypatch: pytest.MonkeyPatch, share: float, said: str) -> None:
-    monkeypatch.setattr(layers, "_seconds", lambda dtype: share if dtype == torch.bfloat16 else 1.0)
-    layers.native_dtype.cache_clear()
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "float32"), ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16"), ({"neon": True, "bf16": True}, "bfloat16"), ({}, "float32"),
+    ],
+)  # fmt: skip
+def test_a_processor_without_bfloat16_instructions_is_given_float32(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool], said: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     assert layers.native_dtype(torch.device("cpu")) == said
-    layers.native_dtype.cache_clear()
-
-
-def test_asking_a_processor_multiplies_in_both_precisions() -> None:
-    assert layers._seconds(torch.float32) > 0 and layers._seconds(torch.bfloat16) > 0
