@@ -82,9 +82,11 @@ def nucleus(law: Tensor, top_p: float) -> Tensor:
     """The smallest set of likeliest tokens that holds `top_p`, renormalised: [..., V] -> [..., V]. Ties keep the lower id.
 
     Large vocabularies are not sorted: the least probability that stays is found digit by digit of its bits, by the mass at or above each
-    digit.
+    digit; on a CPU among the likeliest few, where they hold enough.
     """
-    return _nucleus_by_digits(law, top_p) if law.shape[-1] > SMALL else _nucleus_by_sorting(law, top_p)
+    if law.shape[-1] <= SMALL:
+        return _nucleus_by_sorting(law, top_p)
+    return _nucleus_on_host(law, top_p) if law.device.type == "cpu" else _nucleus_by_digits(law, top_p)
 
 
 SMALL = 1024
@@ -95,6 +97,28 @@ def _nucleus_by_sorting(law: Tensor, top_p: float) -> Tensor:
     ranked, order = law.sort(dim=-1, descending=True, stable=True)
     mass = ranked.double()
     return normalise(torch.zeros_like(law).scatter_(-1, order, torch.where(mass.cumsum(-1) - mass < top_p, ranked, 0.0)))
+
+
+FEW = 512
+"""Tokens that mostly hold a nucleus; 92% of those of the demo target at temperature 0.9 and top-p 0.95."""
+
+
+def _nucleus_on_host(law: Tensor, top_p: float) -> Tensor:
+    rows = law.reshape(-1, law.shape[-1])
+    ranked = rows.topk(FEW).values.double()
+    mass = ranked.cumsum(-1)
+    least = ranked.gather(-1, (mass < top_p).sum(-1, keepdim=True).clamp_max(FEW - 1))
+    likelier = ranked.masked_fill(ranked <= least, 0).sum(-1, keepdim=True)
+    cut = least.float()
+    equal = rows == cut
+    kept = rows >= cut
+    if bool((equal.sum(-1) > 1).any()):  # of equals, the elder ones come before
+        kept = (rows > cut) | (equal & (likelier + (equal.cumsum(-1) - 1) * least < top_p))
+    found = normalise(rows * kept)
+    wide = (mass[:, -1] < top_p).nonzero()[:, 0]
+    if len(wide):
+        found[wide] = _nucleus_by_digits(rows[wide], top_p)
+    return found.view_as(law)
 
 
 def _nucleus_by_digits(law: Tensor, top_p: float) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from drafttrain.core import sampling
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import SMALL, Sampling, nucleus
 
@@ -17,14 +20,20 @@ def by_sorting(law: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(law, dtype=torch.bool).scatter(-1, order, kept)
 
 
-@pytest.mark.parametrize("vocab", [SMALL, 4 * SMALL], ids=["sorted", "by digits"])
+WAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sorted": sampling._nucleus_by_sorting, "by digits": sampling._nucleus_by_digits, "on the host": sampling._nucleus_on_host,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.99999])
-def test_it_keeps_what_a_whole_sort_would_keep(vocab: int, spread: float, ties: bool, top_p: float) -> None:
-    logits = torch.randn(3, 2, vocab, generator=torch.Generator().manual_seed(0)) * spread
+def test_it_keeps_what_a_whole_sort_would_keep(way: str, spread: float, ties: bool, top_p: float) -> None:
+    logits = torch.randn(3, 2, 4 * SMALL, generator=torch.Generator().manual_seed(0)) * spread
+    logits[0] *= torch.tensor([[9.0], [0.5]])  # rows that few tokens hold beside rows that take many
     law = (logits.round() if ties else logits).softmax(-1)
-    found = nucleus(law, top_p)
+    found = WAYS[way](law, top_p)
     assert ((found > 0) == by_sorting(law, top_p)).all()
     torch.testing.assert_close(found.sum(-1), torch.ones(3, 2))
     kept = found > 0
