@@ -13,7 +13,7 @@ from tests.tiny import fitted
 
 TINY: dict[str, dict[str, Any]] = {
     "eagle3": {"unroll": 3, "draft_vocab_size": 40},
-    "medusa": {"heads": 4},
+    "medusa": {"heads": 4, "root": True},
     "small_lm": {"layers": 1},
     "ngram": {"branches": 2},
 }

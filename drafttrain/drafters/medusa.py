@@ -38,6 +38,8 @@ class MedusaConfig(DrafterConfig):
     """Residual blocks a head."""
     own_heads: bool = False
     """Train an output matrix for each head, starting from the target's; otherwise all share the target's frozen one."""
+    root: bool = False
+    """The heads read the embedding of the round's first token, x[p + 1], beside the last state; the paper's read the state alone."""
     draft_vocab_size: int | None = Field(default=None, ge=2)
     """Tokens the heads can propose, the most frequent of the training answers; None: all of the target's."""
     head_decay: float = Field(default=0.8, gt=0, le=1)
@@ -49,16 +51,17 @@ class MedusaConfig(DrafterConfig):
 
 
 class ResidualBlock(nn.Module):
-    """x + silu(W x + b). W starts at 0, so that a fresh head says what the target's own would."""
+    """x + silu(W [x, more] + b). W starts at 0, so that a fresh head says what the target's own would."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, more: int = 0) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, size)
+        self.linear = nn.Linear(size + more, size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.silu(self.linear(x))
+        """[..., D + more] -> [..., D]."""
+        return x[..., : self.linear.out_features] + F.silu(self.linear(x))
 
 
 @dataclass
@@ -87,9 +90,8 @@ class Medusa(Drafter):
     def __init__(self, config: MedusaConfig, target: TargetShape) -> None:
         super().__init__(config, target)
         size, draft_size = target.hidden_size, min(config.draft_vocab_size or target.vocab_size, target.vocab_size)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(size) for _ in range(config.layers))) for _ in range(config.heads)
-        )
+        beside = [size * config.root, *[0] * (config.layers - 1)]  # the first block alone reads the root
+        self.blocks = nn.ModuleList(nn.Sequential(*(ResidualBlock(size, more) for more in beside)) for _ in range(config.heads))
         self.register_buffer("vocab", torch.arange(draft_size))
         if config.own_heads:
             self.lm_heads = nn.ModuleList(nn.Linear(size, draft_size, bias=False) for _ in range(config.heads))
@@ -115,16 +117,16 @@ class Medusa(Drafter):
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        last = batch.features["last"].to(self._dtype)
+        read = self._read(batch.features["last"], batch.ahead(1)[0], head)
         weights = [self.config.head_decay**index for index in range(self.config.heads)]
-        total = last.new_zeros((), dtype=torch.float32)
+        total = read.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
             labels, supervised = batch.ahead(index + 2)
             rows = supervised.nonzero(as_tuple=True)
             teacher = batch.features["last"][rows[0], rows[1] + index + 1]  # the state that gives x[p + 2 + index]
             loss, hits = distill(
-                block(last[rows]), self._readout(index, head), teacher, head, labels[rows], self.config.loss, self.draft_ids,
+                block(read[rows]), self._readout(index, head), teacher, head, labels[rows], self.config.loss, self.draft_ids,
                 self.config.loss_chunk,
             )
             total = total + loss * (weights[index] / sum(weights))
@@ -133,16 +135,16 @@ class Medusa(Drafter):
 
     @torch.no_grad()
     def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        last = batch.features["last"].to(self._dtype)
-        guesses = torch.full((*batch.tokens.shape, length), -1, device=last.device)  # deeper than the heads: never right
+        read = self._read(batch.features["last"], batch.ahead(1)[0], head)
+        guesses = torch.full((*batch.tokens.shape, length), -1, device=read.device)  # deeper than the heads: never right
         for index, block in enumerate(self.blocks[:length]):
-            guesses[..., index] = self._readout(index, head).guesses(block(last), self.draft_ids, self.config.loss_chunk)
+            guesses[..., index] = self._readout(index, head).guesses(block(read), self.draft_ids, self.config.loss_chunk)
         return guesses
 
     def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
-        last = batch.features["last"].to(self._dtype)
+        read = self._read(batch.features["last"], batch.ahead(1)[0], head)
         for block in self.blocks[:steps]:
-            yield block(last)
+            yield block(read)
 
     def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
         return self._readout(level, head).logits(states)
@@ -156,7 +158,7 @@ class Medusa(Drafter):
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
         assert isinstance(state, MedusaState)
         self.calls += 1
-        hidden = self._hidden(state.last, plan.shape.depth)  # [B, K, D]
+        hidden = self._hidden(state, roots, plan.shape.depth)  # [B, K, D]
         logits = self._logits(hidden, state.head)  # [B, K, Vd]
         states: list[Tensor] = []
         step = Parallel(logits, hidden, states)
@@ -168,11 +170,19 @@ class Medusa(Drafter):
         newest = committed.features["last"][row, (committed.count - 1).clamp_min(0)]
         state.last = torch.where((committed.count > 0)[:, None], newest, state.last)
 
-    @bare_forward
-    def _hidden(self, last: Tensor, depth: int) -> Tensor:
-        """[B, D] -> [B, depth, D] of the first heads."""
+    def _read(self, last: Tensor, roots: Tensor, head: TargetHead) -> Tensor:
+        """States [..., D] and the tokens after them [...] -> [..., D], or [..., 2 D] with the tokens' normed embeddings."""
         last = last.to(self._dtype)
-        return torch.stack([block(last) for block in self.blocks[:depth]], 1)
+        if not self.config.root:
+            return last
+        embedded = head.embed(roots).to(last.dtype)
+        return torch.cat([last, F.rms_norm(embedded, embedded.shape[-1:])], -1)
+
+    @bare_forward
+    def _hidden(self, state: MedusaState, roots: Tensor, depth: int) -> Tensor:
+        """[B, depth, D] of the first heads."""
+        read = self._read(state.last, roots, state.head)
+        return torch.stack([block(read) for block in self.blocks[:depth]], 1)
 
     @bare_forward
     def _logits(self, hidden: Tensor, head: TargetHead) -> Tensor:

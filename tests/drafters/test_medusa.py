@@ -48,9 +48,9 @@ def begun(target: Target, drafter: Medusa, rows: Sequence[list[int]]) -> MedusaS
     return drafter.begin(prompts, lengths, features, target.head, 64)
 
 
-def proposed(drafter: Medusa, state: MedusaState, shape: Shape) -> Tree:
+def proposed(drafter: Medusa, state: MedusaState, shape: Shape, root: int = 0) -> Tree:
     rows = len(state.last)
-    return drafter.propose(state, torch.arange(rows), Plan(shape), Sampling(), Seeded(0, torch.arange(rows)))
+    return drafter.propose(state, torch.full((rows,), root), Plan(shape), Sampling(), Seeded(0, torch.arange(rows)))
 
 
 # -- training -------------------------------------------------------------------------------------------------------------------------
@@ -128,6 +128,30 @@ def test_heads_learn_random_tokens_from_states_that_foretell_them_only_at_the_ri
         assert loss.metrics[f"alpha_{depth}"] == loss.metrics[f"alpha_{depth}_count"]
 
 
+def test_only_heads_that_read_the_root_draft_what_follows_from_a_token_that_nobody_could_foretell() -> None:
+    vocab, T = 8, 96
+    torch.manual_seed(0)
+    drawn = torch.randint(0, vocab, (T,))
+    tokens = torch.stack([drawn, (3 * drawn + 1) % vocab], 1).flatten()  # a token from a flat law, and one that follows from it
+    follows = torch.arange(2 * T - 2) % 2 == 0
+    last = 6 * F.one_hot(tokens[1:-1], vocab).float() * follows[:, None]  # the target's law of the next token
+    target = tiny_target(vocab_size=vocab, hidden_size=vocab)
+    head = TargetHead(torch.eye(vocab), torch.eye(vocab), None, None, target.config)
+    answer, document, position = torch.ones(1, 2 * T - 2).bool(), torch.zeros(1, 2 * T - 2).long(), torch.arange(2 * T - 2)[None]
+    batch = Batch(tokens[None, :-2], answer, document, position, {"last": last[None]})
+    found = {}
+    for root in (False, True):
+        drafter = Medusa(MedusaConfig(heads=1, root=root), target.shape)
+        optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0)
+        for _ in range(200):
+            loss = drafter.loss(batch, head)
+            optimizer.zero_grad()
+            (loss.sum / loss.count).backward()
+            optimizer.step()
+        found[root] = float(loss.sum.detach() / loss.count)
+    assert found[False] > 0.8 and found[True] < 0.1, found  # half of the labels follow: KL 1.9 for who says a flat law there
+
+
 def test_labels_are_answer_tokens_after_the_first_and_head_i_stands_2_plus_i_before_them() -> None:
     target = tiny_target()
     batch = packed(target, texts(7, 4), [3, 1])  # answers: tokens 3..6 and 8..10; the first of each comes from the prefill
@@ -160,23 +184,29 @@ def test_a_shared_head_is_borrowed_and_an_own_one_is_saved() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"draft_vocab_size": 24}, {"own_heads": True, "draft_vocab_size": 24}, {"layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"draft_vocab_size": 24}, {"own_heads": True, "draft_vocab_size": 24}, {"layers": 2}, {"layers": 2, "root": True}],
+    ids=str,
+)
 def test_training_walks_guess_what_decoding_drafts_at_every_token(options: dict[str, object]) -> None:
     target = tiny_target(1)
     drafter = medusa(target, **options)
     documents = texts(10, 7)
     guesses = drafter.walk(packed(target, documents, [0, 0]), target.head, 5)[0]
     for start, document in ((0, documents[0]), (10, documents[1])):
-        for at in range(len(document)):
-            drafted = proposed(drafter, begun(target, drafter, [document[: at + 1]]), Chain(length=3)).tokens[0, 1:]
+        for at in range(len(document) - 1):
+            state = begun(target, drafter, [document[: at + 1]])
+            drafted = proposed(drafter, state, Chain(length=3), root=document[at + 1]).tokens[0, 1:]
             assert guesses[start + at].tolist() == [*drafted.tolist(), -1, -1]  # deeper than the heads
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("root", [False, True], ids=["last", "last and root"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
-def test_rows_of_different_lengths_draft_what_each_drafts_alone(shape: Shape) -> None:
+def test_rows_of_different_lengths_draft_what_each_drafts_alone(shape: Shape, root: bool) -> None:
     target = tiny_target(2)
-    drafter = medusa(target)
+    drafter = medusa(target, root=root)
     rows, more = texts(4, 9, 6), texts(3, 3, 3)
     together = begun(target, drafter, rows)
     first = proposed(drafter, together, shape)
