@@ -642,6 +642,15 @@ def test_doctor_finds_a_disk_too_small(empty: Path, monkeypatch: pytest.MonkeyPa
     assert "of 0 MB free" in doctor_finds("disk")
 
 
+@pytest.mark.parametrize(("native", "slow"), [("float32", True), ("bfloat16", False)])
+def test_doctor_says_where_bfloat16_is_asked_for_and_emulated(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, native: str, slow: bool
+) -> None:
+    monkeypatch.setattr(doctor, "native_dtype", lambda device: native)
+    assert ("SLOW" in drafttrain("doctor", "tiny.yaml", "target.dtype=bfloat16").output) == slow
+    assert "SLOW" not in drafttrain("doctor", "tiny.yaml", "target.dtype=float32", "train.precision=float32").output
+
+
 def test_doctor_finds_too_little_memory(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_free_memory", lambda device: 1000)
     assert "lower data.batch_size" in doctor_finds("memory")
