@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from drafttrain.core.types import Batch
-from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
 from drafttrain.target.adapter import Target
+from drafttrain.target.head import TargetHead
 
 VOCAB = 64
 
@@ -44,14 +45,18 @@ def fitted(drafter: Drafter, target: Target, prompts: list[list[int]], new_token
     """The drafter after a few steps on the target's own greedy texts: right often enough that much is accepted."""
     texts = [prompt + greedy_text(target.model, prompt, new_tokens) for prompt in prompts]
     batch = packed(target, texts, [0] * len(texts))
-    drafter.train()
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
+    taught(drafter.train(), batch, target.head, steps, torch.optim.AdamW(drafter.parameters(), lr=5e-3))
+    return drafter.eval()
+
+
+def taught(drafter: Drafter, batch: Batch, head: TargetHead, steps: int, optimizer: torch.optim.Optimizer) -> Loss:
+    """The last loss of some steps on one batch."""
     for _ in range(steps):
-        loss = drafter.loss(batch, target.head)
+        loss = drafter.loss(batch, head)
         (loss.sum / loss.count).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return drafter.eval()
+    return loss
 
 
 def packed(target: Target, documents: Sequence[list[int]], answers_from: Sequence[int]) -> Batch:

@@ -108,13 +108,11 @@ def _nucleus_on_host(law: Tensor, top_p: float) -> Tensor:
     ranked = rows.topk(FEW).values.double()
     mass = ranked.cumsum(-1)
     least = ranked.gather(-1, (mass < top_p).sum(-1, keepdim=True).clamp_max(FEW - 1))
-    likelier = ranked.masked_fill(ranked <= least, 0).sum(-1, keepdim=True)
     cut = least.float()
-    equal = rows == cut
-    kept = rows >= cut
-    if bool((equal.sum(-1) > 1).any()):  # of equals, the elder ones come before
-        kept = (rows > cut) | (equal & (likelier + (equal.cumsum(-1) - 1) * least < top_p))
-    found = normalise(rows * kept)
+    if bool(((rows == cut).sum(-1) > 1).any()):
+        found = _from_least(rows, cut, ranked.masked_fill(ranked <= least, 0).sum(-1, keepdim=True), top_p)
+    else:
+        found = normalise(rows * (rows >= cut))
     wide = (mass[:, -1] < top_p).nonzero()[:, 0]
     if len(wide):
         found[wide] = _nucleus_by_digits(rows[wide], top_p)
@@ -133,9 +131,14 @@ def _nucleus_by_digits(law: Tensor, top_p: float) -> Tensor:
         digit = ((held[..., 1:-1] >= top_p).sum(-1, keepdim=True) - 1).clamp_min(0)
         least = least | (digit << shift).int()
         likelier = held.gather(-1, digit + 2)  # mass above the digit found
-    equal = bits == least
-    before = likelier + (equal.cumsum(-1) - 1) * least.view(torch.float32).double()  # of equals, the elder ones come before
-    return normalise(law * ((bits > least) | (equal & (before < top_p))))
+    return _from_least(law, least.view(torch.float32), likelier, top_p)
+
+
+def _from_least(law: Tensor, least: Tensor, likelier: Tensor, top_p: float) -> Tensor:
+    """The nucleus whose least probability is known, [..., 1], and the mass above it: of equals, the elder ones come before."""
+    equal = law == least
+    before = likelier + (equal.cumsum(-1) - 1) * least.double()
+    return normalise(law * ((law > least) | (equal & (before < top_p))))
 
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))

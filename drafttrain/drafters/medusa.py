@@ -117,7 +117,7 @@ class Medusa(Drafter):
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        read = self._read(batch.features["last"], batch.ahead(1)[0], head)
+        read = self._read_text(batch, head)
         weights = [self.config.head_decay**index for index in range(self.config.heads)]
         total = read.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
@@ -135,14 +135,14 @@ class Medusa(Drafter):
 
     @torch.no_grad()
     def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        read = self._read(batch.features["last"], batch.ahead(1)[0], head)
+        read = self._read_text(batch, head)
         guesses = torch.full((*batch.tokens.shape, length), -1, device=read.device)  # deeper than the heads: never right
         for index, block in enumerate(self.blocks[:length]):
             guesses[..., index] = self._readout(index, head).guesses(block(read), self.draft_ids, self.config.loss_chunk)
         return guesses
 
     def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
-        read = self._read(batch.features["last"], batch.ahead(1)[0], head)
+        read = self._read_text(batch, head)
         for block in self.blocks[:steps]:
             yield block(read)
 
@@ -169,6 +169,10 @@ class Medusa(Drafter):
         row = torch.arange(len(state.last), device=state.last.device)
         newest = committed.features["last"][row, (committed.count - 1).clamp_min(0)]
         state.last = torch.where((committed.count > 0)[:, None], newest, state.last)
+
+    def _read_text(self, batch: Batch, head: TargetHead) -> Tensor:
+        """`_read` at every token of a text, which says what came next."""
+        return self._read(batch.features["last"], batch.ahead(1)[0], head)
 
     def _read(self, last: Tensor, roots: Tensor, head: TargetHead) -> Tensor:
         """States [..., D] and the tokens after them [...] -> [..., D], or [..., 2 D] with the tokens' normed embeddings."""

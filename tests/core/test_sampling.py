@@ -22,6 +22,7 @@ def by_sorting(law: Tensor, top_p: float) -> Tensor:
 
 WAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sorted": sampling._nucleus_by_sorting, "by digits": sampling._nucleus_by_digits, "on the host": sampling._nucleus_on_host,
+    "as chosen": nucleus,
 }  # fmt: skip
 
 

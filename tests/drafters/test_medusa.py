@@ -19,7 +19,7 @@ from drafttrain.drafters.medusa import Medusa, MedusaConfig, MedusaState
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
-from tests.tiny import VOCAB, fitted, greedy_text, packed, tiny_target
+from tests.tiny import VOCAB, fitted, greedy_text, packed, taught, tiny_target
 
 SHAPES: list[Shape] = [Chain(length=3), Static(children=(3, 2, 1)), Dynamic(depth=3, beam=3, top_k=4, nodes=12)]
 
@@ -48,9 +48,10 @@ def begun(target: Target, drafter: Medusa, rows: Sequence[list[int]]) -> MedusaS
     return drafter.begin(prompts, lengths, features, target.head, 64)
 
 
-def proposed(drafter: Medusa, state: MedusaState, shape: Shape, root: int = 0) -> Tree:
-    rows = len(state.last)
-    return drafter.propose(state, torch.full((rows,), root), Plan(shape), Sampling(), Seeded(0, torch.arange(rows)))
+def proposed(drafter: Medusa, state: MedusaState, shape: Shape, *roots: int) -> Tree:
+    """One tree a row, below these roots; by default 0, 1, ..."""
+    rows = torch.arange(len(state.last))
+    return drafter.propose(state, torch.tensor(roots) if roots else rows, Plan(shape), Sampling(), Seeded(0, rows))
 
 
 # -- training -------------------------------------------------------------------------------------------------------------------------
@@ -117,12 +118,7 @@ def test_heads_learn_random_tokens_from_states_that_foretell_them_only_at_the_ri
     head = TargetHead(output, output, None, None, target.config)
     batch = Batch(tokens[:, :T], torch.ones(1, T).bool(), torch.zeros(1, T).long(), torch.arange(T)[None], {"last": last})
     drafter = Medusa(MedusaConfig(heads=heads), target.shape)
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0)
-    for _ in range(150):
-        loss = drafter.loss(batch, head)
-        optimizer.zero_grad()
-        (loss.sum / loss.count).backward()
-        optimizer.step()
+    loss = taught(drafter, batch, head, 150, torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0))
     assert loss.sum / loss.count < 0.05  # log(8) = 2.08 where the offset is wrong: the tokens are random
     for depth in range(heads):
         assert loss.metrics[f"alpha_{depth}"] == loss.metrics[f"alpha_{depth}_count"]
@@ -142,12 +138,7 @@ def test_only_heads_that_read_the_root_draft_what_follows_from_a_token_that_nobo
     found = {}
     for root in (False, True):
         drafter = Medusa(MedusaConfig(heads=1, root=root), target.shape)
-        optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0)
-        for _ in range(200):
-            loss = drafter.loss(batch, head)
-            optimizer.zero_grad()
-            (loss.sum / loss.count).backward()
-            optimizer.step()
+        loss = taught(drafter, batch, head, 200, torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0))
         found[root] = float(loss.sum.detach() / loss.count)
     assert found[False] > 0.8 and found[True] < 0.1, found  # half of the labels follow: KL 1.9 for who says a flat law there
 
@@ -193,11 +184,12 @@ def test_training_walks_guess_what_decoding_drafts_at_every_token(options: dict[
     target = tiny_target(1)
     drafter = medusa(target, **options)
     documents = texts(10, 7)
+    row = [token for document in documents for token in document]
     guesses = drafter.walk(packed(target, documents, [0, 0]), target.head, 5)[0]
     for start, document in ((0, documents[0]), (10, documents[1])):
-        for at in range(len(document) - 1):
-            state = begun(target, drafter, [document[: at + 1]])
-            drafted = proposed(drafter, state, Chain(length=3), root=document[at + 1]).tokens[0, 1:]
+        for at in range(len(document)):
+            root = row[min(start + at + 1, len(row) - 1)]
+            drafted = proposed(drafter, begun(target, drafter, [document[: at + 1]]), Chain(length=3), root).tokens[0, 1:]
             assert guesses[start + at].tolist() == [*drafted.tolist(), -1, -1]  # deeper than the heads
 
 
@@ -211,7 +203,7 @@ def test_rows_of_different_lengths_draft_what_each_drafts_alone(shape: Shape, ro
     together = begun(target, drafter, rows)
     first = proposed(drafter, together, shape)
     for row in range(3):
-        assert proposed(drafter, begun(target, drafter, rows[row : row + 1]), shape).tokens[0, 1:].equal(first.tokens[row, 1:])
+        assert proposed(drafter, begun(target, drafter, rows[row : row + 1]), shape, row).tokens[0, 1:].equal(first.tokens[row, 1:])
     counts = torch.tensor([3, 0, 1])
     last = torch.randn(3, 3, 32)
     drafter.observe(together, Committed(torch.tensor(more), counts, {"last": last}))
@@ -221,8 +213,8 @@ def test_rows_of_different_lengths_draft_what_each_drafts_alone(shape: Shape, ro
         if counts[row]:
             tokens = torch.tensor([more[row][: counts[row]]])
             drafter.observe(alone, Committed(tokens, counts[row : row + 1], {"last": last[row : row + 1, : counts[row]]}))
-        assert proposed(drafter, alone, shape).tokens[0, 1:].equal(tree.tokens[row, 1:])
-        assert proposed(drafter, together.select(torch.tensor([row])), shape).tokens[0, 1:].equal(tree.tokens[row, 1:])
+        assert proposed(drafter, alone, shape, row).tokens[0, 1:].equal(tree.tokens[row, 1:])
+        assert proposed(drafter, together.select(torch.tensor([row])), shape, row).tokens[0, 1:].equal(tree.tokens[row, 1:])
 
 
 @torch.no_grad()
