@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drafttrain.core.config import Config
+from drafttrain.core.packed import linear
 from drafttrain.core.sampling import likeliest
 from drafttrain.core.vocab import draft_index
 
@@ -36,7 +37,7 @@ class Readout(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., Vd]."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         return logits if self.finish is None else self.finish(logits)
 
     def guesses(self, hidden: Tensor, vocab: Tensor | None, chunk: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import in_precision
+from drafttrain.core.packed import packed
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.drafters.small_lm import SmallLM
@@ -164,7 +165,7 @@ def make_peer(target: Target, config: PeerConfig) -> Peer:
     drafter = load_drafter(folder, target.fingerprint)
     if not isinstance(drafter, SmallLM):
         raise UserError(f"peer '{config.name}': the drafter in '{folder}' is a {drafter.config.name}; transformers takes a small_lm only")
-    assistant = in_precision(drafter.to_causal_lm(target.head), target.device, target.dtype).eval()
+    assistant = packed(in_precision(drafter.to_causal_lm(target.head), target.device, target.dtype)).eval()
     options = assistant.generation_config
     options.num_assistant_tokens, options.num_assistant_tokens_schedule = config.tokens, "constant"
     if config.confidence is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.core.layers import in_precision
+from drafttrain.core.packed import packed
 from drafttrain.core.plan import Chain, Plan, Shape
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology
@@ -222,7 +223,7 @@ class SpeculativeDecoder:
         if drafter is not None and self.runtime.corrupt:
             drafter = Corrupt(self.runtime.corrupt, drafter)
         self._policies: dict[Plan, Policy] = {}  # they learn from batch to batch
-        self.drafter = None if drafter is None else in_precision(drafter, target.device, target.dtype).eval()
+        self.drafter = None if drafter is None else packed(in_precision(drafter, target.device, target.dtype)).eval()
         if drafter is not None and drafter.max_depth is not None and self.runtime.shape.depth > drafter.max_depth:
             raise UserError(
                 f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "

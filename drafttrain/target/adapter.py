@@ -1,7 +1,8 @@
 """The frozen target: any decoder-only transformers causal LM as it is, scoring trees of tokens in one forward.
 
 `prefill` reads prompts, `score` one layout, `commit` keeps what stood; `encode` is one plain pass over packed text (capture, training).
-Nothing of a model's code is copied or patched: it is called with `input_ids`, `position_ids`, a 4-D mask and our own `Cache`.
+Nothing of a model's code is copied or patched: it is called with `input_ids`, `position_ids`, a 4-D mask and our own `Cache`. (Linear
+layers may multiply by another kernel: `core.packed`.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.packed import packed
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Features, Scored, Verdict
@@ -80,7 +82,7 @@ class Target:
         fingerprint = target_fingerprint(folder)
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
         model = load_model(folder, config.torch_dtype(), config.trust_remote_code).to(config.torch_device())
-        target = cls(model, tokenizer, config.aux_layers, fingerprint, config.model)
+        target = cls(packed(model), tokenizer, config.aux_layers, fingerprint, config.model)
         check_tokenizer(tokenizer, target.vocab_size)
         return target
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.packed import linear
 from drafttrain.target.files import load_config, text_config
 
 
@@ -50,7 +51,7 @@ class TargetHead:
         """[..., D] normed hidden states -> [..., V] the target's logits, or only the vocabulary `rows`."""
         weight = self.output if rows is None else self.output[rows]
         bias = None if self.bias is None else (self.bias if rows is None else self.bias[rows])
-        return self.finish(F.linear(last.to(weight.dtype), weight, bias))
+        return self.finish(linear(last.to(weight.dtype), weight, bias))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TargetHead:
         """The same head elsewhere; a tied head stays one tensor."""
