@@ -41,7 +41,7 @@ class Prefill:
     """What reading the prompts gave."""
 
     logits: Tensor  # [B, V] after each row's last token
-    features: Features  # name -> [B, P, ...], zero-padded like the prompts
+    features: Features  # name -> [B, P, ...], zero-padded like the prompts; without the tokens that were known
 
 
 class Target:
@@ -105,15 +105,16 @@ class Target:
 
     @torch.inference_mode()
     def prefill(
-        self, cache: TreeCache, prompts: Tensor, lengths: Tensor, features: Iterable[str] = (), chunk: int = 512
+        self, cache: TreeCache, prompts: Tensor, lengths: Tensor, features: Iterable[str] = (), chunk: int = 512, known: int = 0
     ) -> Prefill:
         """Reads right-padded prompts [B, P] of `lengths` [B] into an empty cache, `chunk` tokens at a time.
 
-        chunk: bounds the memory of attention masks and activations; it changes no result beyond rounding.
+        chunk: bounds the memory of attention masks and activations; it changes no result beyond rounding. known: how many leading tokens
+        of every row, fewer than its length, the cache holds already (`TreeCache.open_with`).
         """
         P, last = prompts.shape[1], torch.zeros(len(prompts), self.config.hidden_size, device=self.device, dtype=self.dtype)
         parts: list[Features] = []
-        for start in range(0, P, chunk):
+        for start in range(known, P, chunk):
             tokens = prompts[:, start : start + chunk]
             width = tokens.shape[1]
             slots = cache.aim_at(start, width)
@@ -125,7 +126,7 @@ class Target:
             last = torch.where(inside[:, None], here, last)
             parts.append({name: got[name] for name in features})
         cache.lengths = lengths.clone()
-        real = (torch.arange(P, device=self.device) < lengths[:, None])[..., None]
+        real = (torch.arange(known, P, device=self.device) < lengths[:, None])[..., None]
         whole = {name: torch.cat([part[name] for part in parts], 1) * real for name in features}
         return Prefill(self.head.logits(last), whole)
 

@@ -160,6 +160,11 @@ class TreeCache(Cache):
         both.lengths, both.reach = torch.cat([self.lengths, other.lengths]), max(self.reach, other.reach)
         return both
 
+    def open_with(self, other: TreeCache, tokens: int) -> None:
+        """Gives every row of this empty cache the first `tokens` tokens of the other's only row."""
+        for mine, theirs in zip(self.storage, other.storage, strict=True):
+            mine[:, :, :, :tokens] = theirs[:, :, :, :tokens]
+
     def put(self, rows: Tensor, other: TreeCache) -> None:
         """Replaces these rows ([R]) by the rows of `other` (new conversations in place of finished ones)."""
         slots = min(other.capacity, self.capacity)

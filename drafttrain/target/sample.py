@@ -55,7 +55,7 @@ class Sampler:
         """capacity: tokens of the longest prompt with its answer; batch and capacity set the cache's size."""
         self.target, self.batch, self.capacity, self.seed = target, batch, capacity, seed
         self.prefill_chunk = prefill_chunk
-        self.steps = 0
+        self.steps, self.read = 0, 0  # forwards of one token a row, prompt tokens read: tests count them
 
     @torch.inference_mode()
     def run(self, jobs: Iterable[Job], features: Iterable[str] = ()) -> Iterator[Finished]:
@@ -101,6 +101,19 @@ class _Row:
         return False
 
 
+@dataclass
+class _Opening:
+    """What the prompts of the first jobs begin with, all of them (a system prompt): read once."""
+
+    tokens: list[int]
+    cache: TreeCache  # one row
+    features: Features  # name -> [tokens, F]
+
+    def shared(self, prompts: Iterable[list[int]]) -> int:
+        """How many of its tokens all of these prompts begin with, and go on after."""
+        return common([self.tokens, *(prompt[:-1] for prompt in prompts)])
+
+
 class _Rows:
     """The rows of the running batch; a place without a job is None."""
 
@@ -110,6 +123,7 @@ class _Rows:
         self.cache: TreeCache
         self.roots: Tensor  # [B] tokens the target reads next
         self.chance: Seeded
+        self.opening: _Opening | None = None
         self.kept: Features = {}  # name -> [B, capacity, F] features so far
 
     @property
@@ -128,7 +142,12 @@ class _Rows:
         prompts = pad_sequence([torch.tensor(job.prompt, device=device) for job in jobs], batch_first=True)
         lengths = torch.tensor([len(job.prompt) for job in jobs], device=device)
         cache = target.new_cache(len(jobs), prompts.shape[1])
-        read = target.prefill(cache, prompts, lengths, self.names, self.sampler.prefill_chunk)
+        texts = [job.prompt for job in jobs]
+        self.opening = opening = self.opening or self._read_opening(texts)
+        known = opening.shared(texts)
+        cache.open_with(opening.cache, known)
+        read = target.prefill(cache, prompts, lengths, self.names, self.sampler.prefill_chunk, known)
+        self.sampler.read += sum(len(text) - known for text in texts)
 
         vacant = [place for place, row in enumerate(self.rows) if row is None][: len(jobs)]
         places = torch.tensor(vacant, device=device)
@@ -137,11 +156,26 @@ class _Rows:
             self.rows[place] = _Row(job, len(job.prompt))
         self._settle()
         for name, value in read.features.items():
-            self._keep(name, value.shape[-1])[places, : value.shape[1]] = value
+            kept = self._keep(name, value.shape[-1])
+            if known:
+                kept[places, :known] = opening.features[name][:known]
+            kept[places, known : known + value.shape[1]] = value
         streams = Seeded(self.sampler.seed, torch.tensor([job.id for job in jobs], device=device))
         self.roots[places] = draw(read.logits, streams, alike([job.sampling for job in jobs], device))
         self.chance.key[places], self.chance.count[places] = streams.key, streams.count
         self._sort()
+
+    def _read_opening(self, prompts: list[list[int]]) -> _Opening:
+        """What these, the first prompts, have in common; nothing where there is only one."""
+        tokens = prompts[0][: common([prompt[:-1] for prompt in prompts])] if len(prompts) > 1 else []
+        cache, features = self.target.new_cache(1, max(1, len(tokens))), {}
+        if tokens:
+            device = self.target.device
+            whole, length = torch.tensor([tokens], device=device), torch.tensor([len(tokens)], device=device)
+            read = self.target.prefill(cache, whole, length, self.names, self.sampler.prefill_chunk)
+            features = {name: value[0] for name, value in read.features.items()}
+        self.sampler.read += len(tokens)
+        return _Opening(tokens, cache, features)
 
     def step(self) -> list[Finished]:
         """One token for every row, and the answers that it finished."""
@@ -208,6 +242,11 @@ class _Rows:
             shape = (len(self.rows), self.cache.capacity, width)
             self.kept[name] = torch.zeros(shape, dtype=self.target.dtype, device=self.target.device)
         return self.kept[name]
+
+
+def common(texts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all of these begin with."""
+    return next((place for place, tokens in enumerate(zip(*texts, strict=False)) if len(set(tokens)) > 1), min(map(len, texts)))
 
 
 Alike = list[tuple[Sampling, Tensor]]

@@ -119,6 +119,22 @@ def test_features_equal_one_plain_pass_and_are_zero_at_the_last_token(target: Ta
             assert not one.features[name][-1].any()
 
 
+def test_what_prompts_begin_with_is_read_once(target: Target) -> None:
+    system = list(range(20, 36))
+    work = [Job(job.id, [*system, *job.prompt], job.max_new_tokens) for job in jobs(24)]
+    work[17].prompt[9] = 50  # one that leaves the others half way
+    work.append(Job(24, system, 5))  # one that ends where the others go on
+    sampler = Sampler(target, 5, 64)
+    done = {one.id: one for one in sampler.run(work, ("last",))}
+    assert {id: one.tokens for id, one in done.items()} == {job.id: alone(target, job) for job in work}
+    # all but the first share it; those two, and at most four that are read beside each, share less
+    assert sampler.read <= sum(len(job.prompt) for job in work) - 16 * (len(work) - 1 - 2 * 5)
+    for one in done.values():
+        tokens = torch.tensor([one.tokens])
+        plain = target.encode(tokens, torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens), ("last",))
+        torch.testing.assert_close(one.features["last"][:-1], plain["last"][0, :-1], atol=2e-5, rtol=1e-4)
+
+
 def test_finished_rows_are_replaced_at_once(target: Target) -> None:
     lengths = [40, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     sampler = Sampler(Target(target.model, aux_layers=(1, 2, 3)), 2, 64)
