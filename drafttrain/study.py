@@ -26,14 +26,11 @@ from drafttrain.data.shards import INDEX, write_whole
 from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation import bench, plots
 from drafttrain.evaluation.forecast import (
-    RoundCost,
     answer,
     forecast,
     midway,
     parted_texts,
     replay,
-    round_costs,
-    score_curve,
     spread,
     typical_context,
 )
@@ -43,8 +40,8 @@ from drafttrain.evaluation.machine import device_name, versions
 from drafttrain.evaluation.rows import ALL, known_alpha
 from drafttrain.evaluation.runners import PLAIN, Contender, shape_name
 from drafttrain.evaluation.suites import Suite, load_suite
-from drafttrain.evaluation.throughput import ScoreCurve
 from drafttrain.recipe import Recipe, apply_override, check_recipe, stage_values
+from drafttrain.runtime.costs import RoundCost, ScoreCurve, round_costs, score_curve
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.target.adapter import Target, read_shape
 

@@ -24,14 +24,11 @@ from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation.bench import progress_bar
 from drafttrain.evaluation.forecast import (
     Replay,
-    RoundCost,
     answer,
     forecast,
     midway,
     parted_texts,
     replay,
-    round_costs,
-    score_curve,
     spread,
     typical_context,
 )
@@ -40,8 +37,9 @@ from drafttrain.evaluation.journal import Journal
 from drafttrain.evaluation.machine import device_name, versions
 from drafttrain.evaluation.runners import PLAIN, shape_name
 from drafttrain.evaluation.suites import load_suite
-from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best
+from drafttrain.evaluation.throughput import Forecast, best
 from drafttrain.recipe import RESOLVED, Recipe
+from drafttrain.runtime.costs import RoundCost, ScoreCurve, prices, round_costs, score_curve
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
 
@@ -163,10 +161,18 @@ def candidates(target: Target, recipe: Recipe) -> list[Candidate]:
     drafter, weights = load_drafter(folder, target.fingerprint), folder_fingerprint(folder)
     out = []
     for shape in shapes(drafter.max_depth, recipe.runtime.shape):
-        runtime = recipe.runtime.model_copy(update={"shape": shape})
+        runtime = unpriced(recipe.runtime.model_copy(update={"shape": shape}))
         if fits(runtime, recipe):
             out.append(candidate(target, recipe.model_copy(update={"runtime": runtime}), drafter, weights))
     return out
+
+
+def unpriced(runtime: RuntimeConfig) -> RuntimeConfig:
+    """With numbers for prices that would be measured for each decoder: `priced` measures them, as it does all others."""
+    if runtime.hybrid is None:
+        return runtime
+    found = {name: 0.0 for name in ("head_cost", "node_cost") if getattr(runtime.hybrid, name) == "auto"}
+    return runtime.model_copy(update={"hybrid": runtime.hybrid.model_copy(update=found)})
 
 
 def candidate(target: Target, recipe: Recipe, drafter: Drafter, weights: str) -> Candidate:
@@ -195,11 +201,6 @@ def priced(kept: Kept, tried: Sequence[Candidate], curve: ScoreCurve, prompts: S
         found = prices(costs[bare.key], costs[PLAIN], curve, runtime.shape.nodes)
         out[place] = out[place].under(hybrid=runtime.hybrid.model_copy(update=found))
     return out
-
-
-def prices(cost: RoundCost, plain: RoundCost, curve: ScoreCurve, nodes: int) -> dict[str, float]:
-    """A hybrid's, from what the trained drafter takes alone beside a plain forward, and what `nodes` add to that."""
-    return {"head_cost": round(cost.draft / plain.score, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
 
 
 def forecasts(

@@ -17,11 +17,13 @@ from drafttrain.core.plan import Chain, Dynamic
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.bench import read_rows
-from drafttrain.evaluation.forecast import Replay, RoundCost
+from drafttrain.evaluation.forecast import Replay
 from drafttrain.evaluation.frontier import Finding, Measurement, markdown
 from drafttrain.evaluation.report import render, stale
-from drafttrain.evaluation.throughput import Forecast, ScoreCurve
+from drafttrain.evaluation.throughput import Forecast
 from drafttrain.recipe import RESOLVED, load_recipe
+from drafttrain.runtime import decoder as decoder_module
+from drafttrain.runtime.costs import RoundCost, ScoreCurve
 from drafttrain.train import loop
 from tests.test_cli import complaint, drafttrain, snapshot, write_inputs
 
@@ -273,8 +275,9 @@ def test_tune_measures_a_hybrids_prices_for_every_shape_and_writes_them(workplac
         return [RoundCost(10.0 - nodes if hybrid else 0.5 * depth, 0.0, (1,), score=4.0) for hybrid, depth, nodes in depths]
 
     monkeypatch.setattr(tuning, "round_costs", round_costs)
+    monkeypatch.setattr(decoder_module, "measured_prices", lambda *_: pytest.fail("`tune` measures all prices itself"))
     run = tunable(workplace)
-    assert drafttrain("tune", run, "runtime.hybrid={head_gain: 1.5}", "runtime.shape.length=2").exit_code == 0
+    assert drafttrain("tune", run, "runtime.hybrid={head_gain: 1.5, node_cost: auto}", "runtime.shape.length=2").exit_code == 0
     tuned = load_recipe(run).runtime
     assert tuned.shape == Chain(length=8)
     assert tuned.hybrid == HybridConfig(head_gain=1.5, head_cost=0.5 * 8 / 4.0, node_cost=0.05)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -42,14 +42,18 @@ RETURN = 0.03  # how far that goes back to `head_gain` in each round in which it
 PRIOR = 8.0  # the trained drafter's own chances are trusted as if so many tokens had stood as they said
 
 
+Price = Annotated[float, Field(ge=0)] | Literal["auto"]
+
+
 class HybridConfig(Config):
-    """Prices are in target forwards of one token on this device; `drafttrain tune` measures them."""
+    """Prices are in target forwards of one token on this device. `auto` measures them when a decoder is made, in a few seconds; greedy
+    texts are the same at any price, but sampled ones may be other samples of the same law."""
 
     lookup: AnyFree = NgramConfig()
     """The proposer that costs nothing."""
-    head_cost: float = Field(default=0.4, ge=0)
+    head_cost: Price = 0.4
     """What a proposal of the trained drafter takes."""
-    node_cost: float = Field(default=0.01, ge=0)
+    node_cost: Price = 0.01
     """What one more node adds to the target's forward."""
     head_gain: float = Field(default=2.0, ge=0)
     """Tokens that the trained drafter is thought to add to a round before anything is known."""
@@ -122,7 +126,9 @@ class Hybrid(Around):
     def __init__(self, options: HybridConfig, trained: Drafter) -> None:
         name = f"{trained.config.name}+{options.lookup.name}"
         super().__init__(HybridFamily(name=name), trained)
+        assert options.head_cost != "auto" and options.node_cost != "auto"
         self.options, self.free = options, build(options.lookup, trained.target)
+        self.head_cost, self.node_cost = options.head_cost, options.node_cost
         self.needs, self.gives_laws = trained.needs | self.free.needs, False
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> HybridState:
@@ -150,18 +156,18 @@ class Hybrid(Around):
         alone = self.worth(found, False, budget)
         expected, size = sum(alone.reach), len(alone.tokens)
         first = max(found.reach, default=0.0)  # where the likeliest first token stands, the trained drafter adds little
-        without = (1 + expected) / (1 + self.options.node_cost * size)
-        with_head = (1 + expected + (1 - first) * gain) / (1 + self.options.head_cost + self.options.node_cost * (size + budget) / 2)
+        without = (1 + expected) / (1 + self.node_cost * size)
+        with_head = (1 + expected + (1 - first) * gain) / (1 + self.head_cost + self.node_cost * (size + budget) / 2)
         return with_head > without
 
     def worth(self, nodes: Nodes, headed: bool, budget: int) -> Nodes:
         """The likeliest nodes, as long as each adds more tokens than its cost adds time; parents stay before their children."""
-        tokens, cost = 1.0, 1.0 + self.options.head_cost * headed
+        tokens, cost = 1.0, 1.0 + self.head_cost * headed
         kept: list[int] = []
         for place in nodes.likeliest()[:budget]:
-            if nodes.reach[place] * cost <= self.options.node_cost * tokens:
+            if nodes.reach[place] * cost <= self.node_cost * tokens:
                 break
-            tokens, cost = tokens + nodes.reach[place], cost + self.options.node_cost
+            tokens, cost = tokens + nodes.reach[place], cost + self.node_cost
             kept.append(place)
         return nodes.only(kept)
 

@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 
 from drafttrain.core.sampling import Sampling
-from drafttrain.evaluation.machine import now
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import Request
+from drafttrain.runtime.stats import now
 
 TIMES = 3
 NEW_TOKENS = 32

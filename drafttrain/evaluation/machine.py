@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,13 +16,6 @@ def device_name(device: torch.device) -> str:
     """`cuda (NVIDIA H100 80GB HBM3)`, `cpu (AMD EPYC 7763)`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return f"{device.type} ({name})"
-
-
-def now(device: torch.device) -> float:
-    """Seconds of the host's clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def versions() -> dict[str, str]:

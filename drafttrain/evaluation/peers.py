@@ -21,11 +21,10 @@ from drafttrain.core.packed import packed
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.drafters.small_lm import SmallLM
-from drafttrain.evaluation.machine import now
 from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.evaluation.runners import GENERATE, Facts, Outcome
 from drafttrain.runtime.decoder import find_drafter
-from drafttrain.runtime.stats import Statistics
+from drafttrain.runtime.stats import Statistics, now
 from drafttrain.target.adapter import Target
 
 

@@ -4,33 +4,14 @@
     speed-up = tokens/s x seconds of a plain round
 
 tau counts tokens a round, the bonus token included (the paper's TAR + 1); N counts a round's nodes with the root. A drafter's quality is
-only one side: what it costs decides as much, and t_score grows with N. Pure functions; `forecast.py` measures what goes in.
+only one side: what it costs decides as much, and t_score grows with N. Pure functions; what goes in is measured by
+`runtime.costs` and `forecast.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class ScoreCurve:
-    """t_score at some numbers of nodes."""
-
-    nodes: tuple[int, ...]  # ascending, the root counted
-    seconds: tuple[float, ...]
-
-    def at(self, nodes: int) -> float:
-        """Seconds of a target forward over `nodes`: on the line between the neighbours measured, or on the last line beyond them."""
-        assert nodes >= self.nodes[0] and len(self.nodes) == len(self.seconds) >= 2
-        right = next((place for place, known in enumerate(self.nodes) if known >= nodes), len(self.nodes) - 1)
-        right = max(right, 1)
-        (a, b), (low, high) = self.nodes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
-        return low + (high - low) * (nodes - a) / (b - a)
-
-    def forwards(self, nodes: int) -> float:
-        """What scoring `nodes` costs, in forwards of one token."""
-        return self.at(nodes) / self.at(1)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
+from drafttrain.runtime.costs import measured_prices
 from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
 from drafttrain.runtime.policy import POLICIES, Fixed, Policy, PolicyConfig
 from drafttrain.runtime.stats import Statistics
@@ -219,7 +220,7 @@ class SpeculativeDecoder:
         if drafter is not None and self.runtime.prefetch:
             self._check_prefetch(drafter)
         if drafter is not None and self.runtime.hybrid is not None:
-            drafter = Hybrid(self.runtime.hybrid, drafter)
+            drafter = Hybrid(self._priced(self.runtime.hybrid, drafter), drafter)
         if drafter is not None and self.runtime.corrupt:
             drafter = Corrupt(self.runtime.corrupt, drafter)
         self._policies: dict[Plan, Policy] = {}  # they learn from batch to batch
@@ -229,6 +230,15 @@ class SpeculativeDecoder:
                 f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "
                 f"{drafter.max_depth} heads; choose a shallower shape, or train more heads"
             )
+
+    def _priced(self, options: HybridConfig, drafter: Drafter) -> HybridConfig:
+        """The same with this device's prices where they are `auto`."""
+        wanted = {name for name in ("head_cost", "node_cost") if getattr(options, name) == "auto"}
+        if not wanted:
+            return options
+        bare = RuntimeConfig(shape=self.runtime.shape, prefill_chunk=self.runtime.prefill_chunk)
+        found = measured_prices(SpeculativeDecoder(self.target, drafter, bare), self.runtime.shape.nodes)
+        return options.model_copy(update={name: found[name] for name in wanted})
 
     def _check_prefetch(self, drafter: Drafter) -> None:
         """A `UserError` where no bet can be drafted on, or where bets would change a text."""

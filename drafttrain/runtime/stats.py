@@ -135,6 +135,13 @@ class Tally:
         return Statistics(int(self.rounds[index]), int(self.tokens[index]), attempts, accepts)
 
 
+def now(device: torch.device) -> float:
+    """Seconds of the host's clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Clock:
     """Laps by phase. On CUDA they are events, read once at the end: timing makes nothing wait."""
 

@@ -140,6 +140,20 @@ def test_what_the_lookup_finds_stands_beside_what_the_trained_drafter_finds(shap
     assert all(int(tree.live.sum()) - 1 <= shape.nodes for tree in trees)
 
 
+@pytest.mark.parametrize("given", [{"head_cost": "auto", "node_cost": "auto"}, {"head_cost": 0.25, "node_cost": "auto"}], ids=str)
+def test_prices_that_are_asked_for_are_measured_before_the_first_round(given: dict[str, Any]) -> None:
+    target = tiny_target()
+    trained = trained_drafter("eagle3", target, [PROMPT])
+    target.forwards, trained.calls = 0, 0
+    decoder = SpeculativeDecoder(target, trained, RuntimeConfig(shape=SHAPE, hybrid=HybridConfig(**given)))
+    drafter = decoder.drafter
+    assert isinstance(drafter, Hybrid)
+    assert drafter.head_cost == given["head_cost"] if given["head_cost"] != "auto" else 0.01 < drafter.head_cost < 100
+    assert drafter.node_cost != HybridConfig().node_cost and 0 <= drafter.node_cost < 1
+    assert (target.forwards, trained.calls) == (0, 0)  # what was measured with counts nowhere
+    assert decoder.generate([PROMPT], 24)[0].tokens == SpeculativeDecoder(target).generate([PROMPT], 24)[0].tokens
+
+
 def test_any_draws_but_point_are_refused_beside_a_lookup() -> None:
     with pytest.raises(Exception, match="point draws only"):
         RuntimeConfig(shape=Chain(), draws="iid", hybrid=HybridConfig()).fitted(Sampling(1.0))

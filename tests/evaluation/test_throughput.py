@@ -9,21 +9,17 @@ from drafttrain.drafters import build
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.evaluation.forecast import (
-    Played,
-    RoundCost,
     answer,
-    cost_of,
     forecast,
     midway,
     parted_texts,
     replay,
     replayed,
-    round_costs,
-    score_curve,
     spread,
     texts_of,
 )
-from drafttrain.evaluation.throughput import Forecast, ScoreCurve, best, break_even, frontier
+from drafttrain.evaluation.throughput import Forecast, best, break_even, frontier
+from drafttrain.runtime.costs import Played, RoundCost, ScoreCurve, cost_of, round_costs, score_curve
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.stats import PHASES, Statistics
 from tests.evaluation.toys import contender, target
