@@ -46,6 +46,19 @@ def test_products_of_any_number_of_rows_are_those_of_the_matrix(rows: int, bias:
     assert (blocks(layer) is not None) == (rows <= MOST_ROWS)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(24), torch.rand(2, 3, 4, 24), torch.rand(24, 5).t(), torch.rand(1, 1, 24).expand(2, 3, 24), torch.rand(4, 48)[:, ::2]],
+    ids=lambda x: str(tuple(x.shape)),
+)
+def test_rows_of_any_shape_and_stride_are_multiplied(x: torch.Tensor) -> None:
+    layer = matrix()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(linear(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias))
+    assert blocks(layer) is not None
+
+
 def test_a_matrix_is_packed_at_its_second_use() -> None:
     layer, x = matrix(), torch.randn(1, 24)
     with torch.inference_mode():
