@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
+from drafttrain.core.packed import SHARE, slow_few_rows
 from drafttrain.data.collate import label_count
 from drafttrain.data.prompts import Prompt, SelfPrompts, read_prompts, tokenize
 from drafttrain.data.shards import INDEX
@@ -224,12 +225,15 @@ def memory(patient: Patient) -> str:
     recipe, shape = patient.recipe, patient.shape
     width = DTYPES[recipe.target.dtype].itemsize
     weights = sum(path.stat().st_size for path in resolve(recipe.target).glob("*.safetensors")) * width // 2
+    device = recipe.target.torch_device()
+    free = _free_memory(device)
+    if width == 4 and device.type == "cpu" and slow_few_rows() and weights <= SHARE * free:
+        weights *= 2  # matrices once more, in blocks
     longest = recipe.data.max_new_tokens + max((len(prompt.tokens) for prompt in patient.prompts), default=256)
     cache = 2 * width * shape.num_layers * _kv_width(shape) * recipe.data.batch_size * longest
     writing = weights + cache + 4 * recipe.data.batch_size * shape.vocab_size
     rows = recipe.train.batch_rows * recipe.train.row_length
     training = 16 * _parameters(patient.drafter) + width * 2 * shape.vocab_size * shape.hidden_size + 4 * 12 * rows * shape.hidden_size
-    free = _free_memory(recipe.target.torch_device())
     note = f"about {_size(writing)} to write data, {_size(training)} and activations to train; {_size(free)} free"
     if max(writing, training) > free:
         raise UserError(f"{note}; lower data.batch_size or train.batch_rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -654,6 +655,17 @@ def test_doctor_says_where_bfloat16_is_asked_for_and_emulated(
 def test_doctor_finds_too_little_memory(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_free_memory", lambda device: 1000)
     assert "lower data.batch_size" in doctor_finds("memory")
+
+
+def test_doctor_counts_matrices_twice_where_they_are_kept_twice(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_size", lambda count: f"{count:.0f}")
+    said = []
+    for slow in (False, True):
+        monkeypatch.setattr(doctor, "slow_few_rows", lambda slow=slow: slow)
+        found = re.search(r"about\s+(\d+)\s+to\s+write", drafttrain("doctor", "tiny.yaml", "target.dtype=float32").output)
+        assert found is not None
+        said.append(int(found[1]))
+    assert said[0] < said[1] < 2 * said[0]
 
 
 @pytest.mark.parametrize("asked", ["data.tokens=1000000", "data.conversations=1000000"])

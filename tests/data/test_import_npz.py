@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,16 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
 
 
+def here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The same without a process of its own: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["import_npz.py", *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "import_npz.py"), run_name="__main__")
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
 def test_tokens_masks_domains_and_temperatures_arrive_file_after_file(tmp_path: Path, model: Path) -> None:
     one = write(tmp_path / "one.npz", [[6, 7, 8], [9, 10, 11, 12]], [1, 2], ["a", "b"])
     two = write(tmp_path / "two.npz", [[20, 21, 22, 23]], [3], ["c"])
@@ -51,27 +62,29 @@ def test_tokens_masks_domains_and_temperatures_arrive_file_after_file(tmp_path: 
     assert {store[i].meta["temperature"] for i in range(3)} == {0.7}
 
 
-def test_a_fraction_is_a_random_part_that_the_seed_chooses(tmp_path: Path, model: Path) -> None:
+def test_a_fraction_is_a_random_part_that_the_seed_chooses(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "one.npz", [[6, 7, 8 + at] for at in range(40)], [1] * 40, ["a"])
     picked = []
     for number, seed in enumerate((0, 0, 1)):
         folder = tmp_path / f"s{number}"
-        assert run(folder, file, "--target", model, "--fraction", 0.25, "--seed", seed).returncode == 0
+        assert here(monkeypatch, folder, file, "--target", model, "--fraction", 0.25, "--seed", seed) == 0
         store = Store.open(folder)
         picked.append([store[i].tokens.tolist() for i in range(len(store))])
     assert len(picked[0]) == 10
     assert picked[0] == picked[1] != picked[2]
 
 
-def test_bad_files_are_one_line_and_exit_code_2(tmp_path: Path, model: Path) -> None:
+def test_bad_files_are_one_line_and_exit_code_2(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"no zip")
     lacking = tmp_path / "lacking.npz"
     np.savez(lacking, tokens=np.arange(3))
     foreign = write(tmp_path / "foreign.npz", [[6, 7, 900]], [1], ["a"])
     for file, words in ((broken, "not an npz file"), (lacking, "no array offsets"), (foreign, "outside the vocabulary of 64")):
-        done = run(tmp_path / "s", file, "--target", model)
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert len(done.stderr.strip().splitlines()[-1]) > 20
-        assert "Traceback" not in done.stderr
+        assert here(monkeypatch, tmp_path / "s", file, "--target", model) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert len(said.strip().splitlines()[-1]) > 20
+        assert "Traceback" not in said
