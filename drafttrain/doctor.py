@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
-from drafttrain.core.packed import SHARE, slow_few_rows
+from drafttrain.core.packed import SHARE, packs
 from drafttrain.data.collate import label_count
 from drafttrain.data.prompts import Prompt, SelfPrompts, read_prompts, tokenize
 from drafttrain.data.shards import INDEX
@@ -227,7 +227,7 @@ def memory(patient: Patient) -> str:
     weights = sum(path.stat().st_size for path in resolve(recipe.target).glob("*.safetensors")) * width // 2
     device = recipe.target.torch_device()
     free = _free_memory(device)
-    if width == 4 and device.type == "cpu" and slow_few_rows() and weights <= SHARE * free:
+    if packs(DTYPES[recipe.target.dtype], device) and weights <= SHARE * free:
         weights *= 2  # matrices once more, in blocks
     longest = recipe.data.max_new_tokens + max((len(prompt.tokens) for prompt in patient.prompts), default=256)
     cache = 2 * width * shape.num_layers * _kv_width(shape) * recipe.data.batch_size * longest

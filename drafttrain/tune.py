@@ -171,7 +171,7 @@ def unpriced(runtime: RuntimeConfig) -> RuntimeConfig:
     """With numbers for prices that would be measured for each decoder: `priced` measures them, as it does all others."""
     if runtime.hybrid is None:
         return runtime
-    found = {name: 0.0 for name in ("head_cost", "node_cost") if getattr(runtime.hybrid, name) == "auto"}
+    found = dict.fromkeys(runtime.hybrid.unpriced, 0.0)
     return runtime.model_copy(update={"hybrid": runtime.hybrid.model_copy(update=found)})
 
 
@@ -198,7 +198,7 @@ def priced(kept: Kept, tried: Sequence[Candidate], curve: ScoreCurve, prompts: S
     for place, bare in alone.items():
         runtime = out[place].recipe.runtime
         assert runtime.hybrid is not None
-        found = prices(costs[bare.key], costs[PLAIN], curve, runtime.shape.nodes)
+        found = prices(costs[bare.key].draft, costs[PLAIN].score, curve, runtime.shape.nodes)
         out[place] = out[place].under(hybrid=runtime.hybrid.model_copy(update=found))
     return out
 

@@ -58,8 +58,13 @@ def _blocks(weight: Tensor) -> Tensor | None:
 
 
 def worth_packing(weight: Tensor) -> bool:
-    """Whether few rows times this matrix are slow here as it is."""
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference() and slow_few_rows()
+    """Whether few rows times this matrix are slow as it is, and it can be told when it changes."""
+    return packs(weight.dtype, weight.device) and not weight.is_inference()
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether few rows times such matrices are slow as they are."""
+    return dtype == torch.float32 and device.type == "cpu" and slow_few_rows()
 
 
 @cache

@@ -58,6 +58,11 @@ class HybridConfig(Config):
     head_gain: float = Field(default=2.0, ge=0)
     """Tokens that the trained drafter is thought to add to a round before anything is known."""
 
+    @property
+    def unpriced(self) -> list[str]:
+        """The prices that are `auto`."""
+        return [name for name in ("head_cost", "node_cost") if getattr(self, name) == "auto"]
+
 
 class HybridFamily(DrafterConfig):
     """What result rows call it."""

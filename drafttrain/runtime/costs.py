@@ -137,12 +137,12 @@ def measured_prices(alone: SpeculativeDecoder, nodes: int) -> dict[str, float]:
     curve = score_curve(target, TEXT, drafter.needs, 5, (1, nodes + 1))
     target.forwards, drafter.calls = before
     draft = median(one.seconds["draft"] for one in played) if played else 0.0
-    return prices(RoundCost(draft, 0.0, ()), RoundCost(0.0, 0.0, (), curve.at(1)), curve, nodes)
+    return prices(draft, curve.at(1), curve, nodes)
 
 
-def prices(cost: RoundCost, plain: RoundCost, curve: ScoreCurve, nodes: int) -> dict[str, float]:
-    """A hybrid's, from what the trained drafter takes alone beside a plain forward, and what `nodes` add to that."""
-    return {"head_cost": round(cost.draft / plain.score, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
+def prices(draft: float, forward: float, curve: ScoreCurve, nodes: int) -> dict[str, float]:
+    """A hybrid's, from the seconds that the trained drafter takes alone beside a plain forward's, and what `nodes` add to that."""
+    return {"head_cost": round(draft / forward, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
 
 
 def _turned(count: int, turn: int) -> list[int]:

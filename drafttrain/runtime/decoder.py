@@ -233,12 +233,11 @@ class SpeculativeDecoder:
 
     def _priced(self, options: HybridConfig, drafter: Drafter) -> HybridConfig:
         """The same with this device's prices where they are `auto`."""
-        wanted = {name for name in ("head_cost", "node_cost") if getattr(options, name) == "auto"}
-        if not wanted:
+        if not options.unpriced:
             return options
         bare = RuntimeConfig(shape=self.runtime.shape, prefill_chunk=self.runtime.prefill_chunk)
         found = measured_prices(SpeculativeDecoder(self.target, drafter, bare), self.runtime.shape.nodes)
-        return options.model_copy(update={name: found[name] for name in wanted})
+        return options.model_copy(update={name: found[name] for name in options.unpriced})
 
     def _check_prefetch(self, drafter: Drafter) -> None:
         """A `UserError` where no bet can be drafted on, or where bets would change a text."""

@@ -139,10 +139,10 @@ class _Rows:
         device, target = self.target.device, self.target
         if not self.rows:
             self._open(len(jobs))
-        prompts = pad_sequence([torch.tensor(job.prompt, device=device) for job in jobs], batch_first=True)
-        lengths = torch.tensor([len(job.prompt) for job in jobs], device=device)
-        cache = target.new_cache(len(jobs), prompts.shape[1])
         texts = [job.prompt for job in jobs]
+        prompts = pad_sequence([torch.tensor(text, device=device) for text in texts], batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        cache = target.new_cache(len(jobs), prompts.shape[1])
         self.opening = opening = self.opening or self._read_opening(texts)
         known = opening.shared(texts)
         cache.open_with(opening.cache, known)

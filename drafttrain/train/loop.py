@@ -212,15 +212,9 @@ def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
             "`accelerate launch` was asked for several processes and started one, as it does without several GPUs; launch with "
             "--config_file configs/cpu.yaml, or `torchrun --nproc_per_node 2 -m drafttrain train RECIPE`, or ask for --num_processes 1"
         )
-    if accelerator.num_processes > 1 and cpu:
-        atexit.register(_leave)
+    if accelerator.num_processes > 1 and cpu:  # gloo's threads, where Python's end finds them in a group, abort some exits
+        atexit.register(accelerator.state.destroy_process_group)
     return accelerator
-
-
-def _leave() -> None:
-    """Ends the process group while Python still runs: gloo's threads, where static destructors find them, abort some exits."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class Run:
