@@ -14,4 +14,9 @@ done
 
 ruff check .
 mypy
-exec python -m pytest ${selection[@]+"${selection[@]}"} ${words[@]+"${words[@]}"}
+
+# A process for each core and one thread in each: tests are small, and threads of one test would wait for each other.
+cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+workers=$((cores < 4 ? cores : 4))
+export OMP_NUM_THREADS=$((cores / workers))
+exec python -m pytest --numprocesses "$workers" --dist worksteal ${selection[@]+"${selection[@]}"} ${words[@]+"${words[@]}"}

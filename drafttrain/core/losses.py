@@ -1,12 +1,12 @@
 """What a drafter learns: distances between the target's law p and its own q, unreduced, and their sum over rows in chunks.
 
-R rows (labels), D hidden, V vocabulary, Vd draft vocabulary. With a reduced vocabulary p is the target's law restricted to it and
-renormalised; labels outside it are skipped by the label's cross entropy and count as misses.
+R rows (labels), K draft steps, D hidden, V vocabulary, Vd draft vocabulary. With a reduced vocabulary p is the target's law restricted
+to it and renormalised; labels outside it are skipped by the label's cross entropy and count as misses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -104,20 +104,19 @@ class LossMix(Config):
         return loss
 
     def with_gradient(
-        self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None
+        self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The sum of `of` over the rows, and its gradient by the logits ([R, Vd], in their dtype)."""
+        """The sum of `weight` ([R]) times `of` over the rows, and its gradient by the logits ([R, Vd], in their dtype)."""
         if self.forward_kl and not (self.reverse_kl or self.tv or self.ce):
-            total, gradient = forward_kl_with_gradient(logits, teacher)
-            return total * self.forward_kl, gradient.mul_(self.forward_kl)
+            return forward_kl_with_gradient(logits, teacher, self.forward_kl * weight)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            total = self.of(leaf, teacher, labels, vocab).sum()
+            total = self.of(leaf, teacher, labels, vocab) @ weight
             return total.detach(), torch.autograd.grad(total, leaf)[0]
 
 
-def forward_kl_with_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of KL(p || q) and its gradient by the drafter's logits, q - p: [R, Vd] each -> scalar, [R, Vd].
+def forward_kl_with_gradient(logits: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum over rows of KL(p || q) and its gradient by the drafter's logits, weight (q - p): [R, Vd] twice, [R] -> scalar, [R, Vd].
 
     On a CPU a few rows at a time, so that a block stays in the cache through all of its passes.
     """
@@ -126,32 +125,25 @@ def forward_kl_with_gradient(logits: Tensor, teacher: Tensor) -> tuple[Tensor, T
         x, t = logits[rows].float(), teacher[rows].float()
         lse_x, lse_t = x.logsumexp(-1, keepdim=True), t.logsumexp(-1, keepdim=True)
         p = (t - lse_t).exp_()
-        total += (p * t.sub_(x)).sum() + (lse_x - lse_t).sum()
-        gradient[rows] = x.sub_(lse_x).exp_().sub_(p).to(gradient.dtype)
+        total += ((p * t.sub_(x)).sum(-1) + (lse_x - lse_t)[:, 0]) @ weight[rows]
+        gradient[rows] = x.sub_(lse_x).exp_().sub_(p).mul_(weight[rows, None]).to(gradient.dtype)
     return total, gradient
 
 
-def distill_plain(
-    hidden: Tensor, readout: Readout, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`distill`, with all [R, Vd] logits in memory at once."""
-    logits = readout.logits(hidden)
-    with torch.no_grad():
-        theirs = head.logits(teacher, vocab)
-        hits = _hits(logits, labels, vocab)
-    return mix.of(logits, theirs, labels, vocab).sum(), hits
-
-
 def distill(
-    hidden: Tensor, readout: Readout, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None,
-    chunk: int,
+    hidden: Sequence[Tensor], readouts: Sequence[Readout], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
+    vocab: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of `mix` over R rows, and how many rows' likeliest token is the label; logits of `chunk` rows stand in memory at a time.
+    """Weighted sum of `mix` over K steps and R rows, and at how many rows of weight each step's likeliest token is the label ([K]).
 
-    hidden: [R, D] the drafter's states; readout: its output layer; teacher: [R, D] the target's normed states whose law is
-    learnt; labels: [R] the tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all.
+    hidden: each step's states [R, D]; readouts: each step's output layer, or one for all; weight: [K, R] fp32, 0 where a step has
+    no state for a row; teacher: [R, D] the target's normed states whose law every step learns, computed once for them; labels: [R] the
+    tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all. Logits of `chunk` rows stand in memory
+    at a time.
     """
-    return _Distill.apply(hidden, *readout, teacher, head, labels, mix, vocab, chunk)
+    finishes = [readout.finish for readout in readouts]
+    layers = [tensor for readout in readouts for tensor in (readout.weight, readout.bias)]
+    return _Distill.apply(weight, finishes, teacher, head, labels, mix, vocab, chunk, *hidden, *layers)
 
 
 class _Distill(torch.autograd.Function):
@@ -159,49 +151,53 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, finish: Callable[[Tensor], Tensor] | None, teacher: Tensor,
-        head: OutputHead, labels: Tensor, mix: LossMix, vocab: Tensor | None, chunk: int,
+        ctx: Any, weight: Tensor, finishes: list[Callable[[Tensor], Tensor] | None], teacher: Tensor, head: OutputHead, labels: Tensor,
+        mix: LossMix, vocab: Tensor | None, chunk: int, *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
-        device, wanted = hidden.device, ctx.needs_input_grad
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-        own = Readout(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), finish)
-        total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
-        d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
-        for rows in torch.arange(len(hidden), device=device).split(chunk):
-            part, theirs = hidden[rows].detach().to(dtype), head.logits(teacher[rows], vocab)
-            loss, d_logits, right = _chunk(part, own, theirs, labels[rows], mix, vocab)
-            total, hits = total + loss, hits + right
-            if d_hidden is not None:
-                d_hidden[rows] = (d_logits @ own.weight).to(d_hidden.dtype)
-            if d_weight is not None:
-                d_weight += d_logits.T @ part
-            if d_bias is not None:
-                d_bias += d_logits.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        K, device, wanted = len(weight), weight.device, ctx.needs_input_grad[-len(tensors) :]
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else tensors[0].dtype
+        own: list[Any] = [None if tensor is None else tensor.detach().to(dtype) for tensor in tensors]
+        hidden, weights, biases = own[:K], own[K::2], own[K + 1 :: 2]
+        readouts = [Readout(*layer) for layer in zip(weights, biases, finishes, strict=True)]
+        total, hits = torch.zeros((), device=device), torch.zeros(K, device=device)
+        slopes = [
+            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and needed else None
+            for tensor, needed in zip(tensors, wanted, strict=True)
+        ]
+        d_hidden, d_weights, d_biases = slopes[:K], slopes[K::2], slopes[K + 1 :: 2]
+        for rows in torch.arange(len(labels), device=device).split(chunk):
+            theirs = head.logits(teacher[rows], vocab)
+            for step, (states, d_states) in enumerate(zip(hidden, d_hidden, strict=True)):
+                at = step % len(readouts)
+                part = states[rows]
+                loss, d_logits, right = _chunk(part, readouts[at], theirs, labels[rows], mix, vocab, weight[step, rows])
+                total, d_weight, d_bias = total + loss, d_weights[at], d_biases[at]
+                hits[step] += right
+                if d_states is not None:
+                    d_states[rows] = (d_logits @ readouts[at].weight).to(d_states.dtype)
+                if d_weight is not None:
+                    d_weight += d_logits.T @ part
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(*slopes)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(hits)
         return total, hits
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if saved is None else (saved * grad.to(saved.dtype)).to(dtype) for saved, dtype in pairs), *[None] * 7
+        return *[None] * 8, *(None if saved is None else (saved * grad.to(saved.dtype)).to(dtype) for saved, dtype in pairs)
 
 
 def _chunk(
-    hidden: Tensor, readout: Readout, teacher: Tensor, labels: Tensor, mix: LossMix, vocab: Tensor | None
+    hidden: Tensor, readout: Readout, teacher: Tensor, labels: Tensor, mix: LossMix, vocab: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of a few rows [R, D], its gradient [R, Vd] by what the output matrix gives, and the hits."""
+    """Weighted sum of the losses of a few rows [R, D], its gradient [R, Vd] by what the output matrix gives, and the hits."""
     with torch.enable_grad():
         raw = F.linear(hidden, readout.weight, readout.bias).requires_grad_()
         logits = raw if readout.finish is None else readout.finish(raw)
-    loss, gradient = mix.with_gradient(logits.detach(), teacher, labels, vocab)
-    return loss, torch.autograd.grad(logits, raw, gradient)[0], _hits(logits.detach(), labels, vocab)
-
-
-def _hits(logits: Tensor, labels: Tensor, vocab: Tensor | None) -> Tensor:
-    """How many rows' likeliest token is their label: [R, Vd], [R] -> scalar fp32."""
-    guess = likeliest(logits)
-    return ((guess if vocab is None else vocab[guess]) == labels).sum().float()
+    loss, gradient = mix.with_gradient(logits.detach(), teacher, labels, vocab, weight)
+    guess = likeliest(logits.detach())
+    right = ((guess if vocab is None else vocab[guess]) == labels) & (weight > 0)
+    return loss, torch.autograd.grad(logits, raw, gradient)[0], right.sum().float()

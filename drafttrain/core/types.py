@@ -121,7 +121,34 @@ class Batch:
         index = torch.arange(T, device=self.tokens.device) + offset
         inside = index < T
         index = index.clamp_max(T - 1)
+        same = (self.document[:, index] == self.document) & (self.document >= 0)
+        return self.tokens[:, index], self._drafted()[:, index] & same & inside
+
+    def labels(self) -> Labels:
+        """All labels of the batch, whichever draft step guesses them."""
+        row, place = self._drafted().nonzero(as_tuple=True)
+        return Labels(row, place, self.tokens[row, place], self.position[row, place])
+
+    def _drafted(self) -> Tensor:
+        """[B, T] bool: labels, by their own place."""
         drafted = torch.zeros_like(self.mask)
         drafted[:, 1:] = self.mask[:, 1:] & self.mask[:, :-1] & (self.document[:, 1:] == self.document[:, :-1])
-        same = (self.document[:, index] == self.document) & (self.document >= 0)
-        return self.tokens[:, index], drafted[:, index] & same & inside
+        return drafted
+
+
+@dataclass
+class Labels:
+    """The R tokens of a batch that drafters learn to guess (see `Batch.ahead`), row by row in the order of the text."""
+
+    row: Tensor  # [R] of the batch
+    place: Tensor  # [R] in that row
+    tokens: Tensor  # [R]
+    position: Tensor  # [R] within the document
+
+    def before(self, values: Tensor, offset: int) -> Tensor:
+        """[B, T, ...] -> [R, ...]: the value `offset` tokens before each label; some other one where `reaches` says there is none."""
+        return values[self.row, (self.place - offset).clamp_min(0)]
+
+    def reaches(self, offset: int) -> Tensor:
+        """[R] bool: the label's document has a token `offset` places before it."""
+        return self.position >= offset

@@ -13,16 +13,18 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
+from drafttrain.core.losses import LossMix, Readout, distill
 from drafttrain.core.nodes import Nodes, to_nodes
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.core.types import Batch, Committed, Features, Labels
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
@@ -43,6 +45,27 @@ class Loss:
     sum: Tensor  # scalar
     count: Tensor  # scalar: supervised labels
     metrics: dict[str, Tensor] = field(default_factory=dict)  # `x` with `x_count`: the loop logs sum(x) / sum(x_count)
+
+
+def distilled(
+    batch: Batch, labels: Labels, hidden: Sequence[Tensor], readouts: Sequence[Readout], head: TargetHead, mix: LossMix,
+    vocab: Tensor | None, chunk: int, first_label: int = 2, decay: float = 1.0,
+) -> Loss:
+    """The loss of draft steps that all learn the target's law at the same labels, step k weighing `decay ** k` of it.
+
+    hidden: each step's states [R, D], `first_label + k` tokens before the labels; the others as `core.losses.distill` takes them.
+    """
+    reaches = torch.stack([labels.reaches(first_label + step) for step in range(len(hidden))])  # [K, R]
+    weight = decay ** torch.arange(len(hidden), device=reaches.device, dtype=torch.float32)
+    teacher = labels.before(batch.features["last"], 1)  # the states that give the labels
+    total, hits = distill(
+        hidden, readouts, reaches * (weight / weight.sum())[:, None], teacher, head, labels.tokens, mix, vocab, chunk
+    )
+    counts = reaches.sum(1).float()
+    metrics: dict[str, Tensor] = {}
+    for step, (right, count) in enumerate(zip(hits, counts, strict=True)):
+        metrics |= {f"alpha_{step}": right, f"alpha_{step}_count": count}
+    return Loss(total, counts[0], metrics)
 
 
 class DrafterState(ABC):

@@ -28,13 +28,13 @@ from drafttrain.core.layers import (
     rotate,
     unrolled_attention,
 )
-from drafttrain.core.losses import LossMix, Readout, distill
+from drafttrain.core.losses import LossMix, Readout
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features, gathered
 from drafttrain.core.vocab import draft_vocab
-from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
+from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -233,24 +233,12 @@ class Eagle3(Drafter):
         return self._logits(states)
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        steps = self._steps_at(batch.progress)
-        total = batch.tokens.new_zeros((), dtype=torch.float32)
-        metrics: dict[str, Tensor] = {}
-        weights = [self.config.step_decay**step for step in range(steps)]
-        count = total
-        for step, hidden in enumerate(self.unrolled(batch, head, steps)):
-            labels, supervised = batch.ahead(step + 2)
-            rows = supervised.nonzero(as_tuple=True)
-            teacher = batch.features["last"][rows[0], rows[1] + step + 1]  # the state that gives x[p + 2 + step]
-            loss, hits = distill(
-                self.norm(hidden[rows]), Readout(self.lm_head.weight), teacher, head, labels[rows], self.config.loss, self.draft_ids,
-                self.config.loss_chunk,
-            )
-            here = supervised.sum()
-            total = total + loss * (weights[step] / sum(weights))
-            count = here.float() if step == 0 else count
-            metrics |= {f"alpha_{step}": hits, f"alpha_{step}_count": here.float()}
-        return Loss(total, count, metrics)
+        labels, states = batch.labels(), self.unrolled(batch, head, self._steps_at(batch.progress))
+        hidden = [self.norm(labels.before(state, step + 2)) for step, state in enumerate(states)]
+        return distilled(
+            batch, labels, hidden, [Readout(self.lm_head.weight)], head, self.config.loss, self.draft_ids, self.config.loss_chunk,
+            decay=self.config.step_decay,
+        )
 
     @torch.no_grad()
     def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:

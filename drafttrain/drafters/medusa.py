@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drafttrain.core.chance import Chance
-from drafttrain.core.losses import LossMix, Readout, distill
+from drafttrain.core.losses import LossMix, Readout
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features
 from drafttrain.core.vocab import draft_vocab
-from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward
+from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Parallel, grow
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -117,21 +117,12 @@ class Medusa(Drafter):
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        read = self._read_text(batch, head)
-        weights = [self.config.head_decay**index for index in range(self.config.heads)]
-        total = read.new_zeros((), dtype=torch.float32)
-        metrics: dict[str, Tensor] = {}
-        for index, block in enumerate(self.blocks):
-            labels, supervised = batch.ahead(index + 2)
-            rows = supervised.nonzero(as_tuple=True)
-            teacher = batch.features["last"][rows[0], rows[1] + index + 1]  # the state that gives x[p + 2 + index]
-            loss, hits = distill(
-                block(read[rows]), self._readout(index, head), teacher, head, labels[rows], self.config.loss, self.draft_ids,
-                self.config.loss_chunk,
-            )
-            total = total + loss * (weights[index] / sum(weights))
-            metrics |= {f"alpha_{index}": hits, f"alpha_{index}_count": supervised.sum().float()}
-        return Loss(total, metrics["alpha_0_count"], metrics)
+        labels, read = batch.labels(), self._read_text(batch, head)
+        hidden = [block(labels.before(read, index + 2)) for index, block in enumerate(self.blocks)]
+        readouts = [self._readout(index, head) for index in range(len(self.lm_heads) if self.config.own_heads else 1)]
+        return distilled(
+            batch, labels, hidden, readouts, head, self.config.loss, self.draft_ids, self.config.loss_chunk, decay=self.config.head_decay
+        )
 
     @torch.no_grad()
     def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:

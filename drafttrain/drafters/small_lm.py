@@ -19,12 +19,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Llama
 from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import document_mask
-from drafttrain.core.losses import LossMix, Readout, distill
+from drafttrain.core.losses import LossMix, Readout
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Batch, Committed, Features, appended, gathered
-from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
+from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, mask_windows, tree_mask
 from drafttrain.target.cache import Aim, KVShape, TreeCache
@@ -175,14 +175,11 @@ class SmallLM(Drafter):
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        labels, supervised = batch.ahead(1)
-        rows = supervised.nonzero(as_tuple=True)
-        hidden, teacher = self._encode(batch, head)[rows], batch.features["last"][rows]
-        loss, hits = distill(
-            hidden, self._readout(head), teacher, head, labels[rows], self.config.loss, None, self.config.loss_chunk
+        labels = batch.labels()
+        hidden = labels.before(self._encode(batch, head), self.first_label)
+        return distilled(
+            batch, labels, [hidden], [self._readout(head)], head, self.config.loss, None, self.config.loss_chunk, self.first_label
         )
-        count = supervised.sum().float()
-        return Loss(loss, count, {"alpha_0": hits, "alpha_0_count": count})
 
     @torch.no_grad()
     def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:

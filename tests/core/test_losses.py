@@ -18,7 +18,6 @@ from drafttrain.core.losses import (
     LossMix,
     Readout,
     distill,
-    distill_plain,
     forward_kl,
     label_cross_entropy,
     reverse_kl,
@@ -27,7 +26,7 @@ from drafttrain.core.losses import (
 )
 from drafttrain.core.vocab import draft_index
 
-ROWS, SIZE, VOCAB = 23, 6, 40
+STEPS, ROWS, SIZE, VOCAB = 3, 23, 6, 40
 MIXES = [
     LossMix(),
     LossMix(forward_kl=0.5),
@@ -44,8 +43,10 @@ class Head:
 
     def __init__(self) -> None:
         self.weight = torch.randn(VOCAB, SIZE)
+        self.asked = 0
 
     def logits(self, last: Tensor, rows: Tensor | None = None) -> Tensor:
+        self.asked += len(last)
         weight = self.weight if rows is None else self.weight[rows]
         return F.linear(last.to(weight.dtype), weight)
 
@@ -59,50 +60,76 @@ def laws() -> tuple[Tensor, Tensor]:
     return torch.randn(5, 9).softmax(-1), torch.randn(5, 9).log_softmax(-1)
 
 
-def given(vocab: Tensor | None, finish: Callable[[Tensor], Tensor] | None = None, biased: bool = False) -> dict[str, Any]:
+def given(
+    vocab: Tensor | None, finish: Callable[[Tensor], Tensor] | None = None, biased: bool = False, layers: int = 1
+) -> dict[str, Any]:
     """Arguments of `distill` that ask for every gradient."""
     torch.manual_seed(1)
     width = VOCAB if vocab is None else len(vocab)
-    bias = torch.randn(width).requires_grad_() if biased else None
+    readouts = [
+        Readout(torch.randn(width, SIZE).requires_grad_(), torch.randn(width).requires_grad_() if biased else None, finish)
+        for _ in range(layers)
+    ]
     return {
-        "hidden": torch.randn(ROWS, SIZE).requires_grad_(), "readout": Readout(torch.randn(width, SIZE).requires_grad_(), bias, finish),
-        "teacher": torch.randn(ROWS, SIZE), "head": Head(), "labels": torch.randint(0, VOCAB, (ROWS,)), "vocab": vocab,
+        "hidden": [torch.randn(ROWS, SIZE).requires_grad_() for _ in range(STEPS)], "readouts": readouts,
+        "weight": torch.rand(STEPS, ROWS) * (torch.rand(STEPS, ROWS) > 0.2), "teacher": torch.randn(ROWS, SIZE), "head": Head(),
+        "labels": torch.randint(0, VOCAB, (ROWS,)), "vocab": vocab,
     }  # fmt: skip
 
 
+def plainly(arguments: dict[str, Any], mix: LossMix) -> tuple[Tensor, Tensor]:
+    """`distill` with all logits in memory at once, each step asking the target anew."""
+    readouts, labels, vocab = arguments["readouts"], arguments["labels"], arguments["vocab"]
+    total, hits = torch.zeros(()), []
+    for step, (hidden, weight) in enumerate(zip(arguments["hidden"], arguments["weight"], strict=True)):
+        logits = readouts[step if len(readouts) > 1 else 0].logits(hidden)
+        total = total + (mix.of(logits, arguments["head"].logits(arguments["teacher"], vocab), labels, vocab) * weight).sum()
+        guess = logits.argmax(-1)
+        hits.append((((guess if vocab is None else vocab[guess]) == labels) & (weight > 0)).sum())
+    return total, torch.stack(hits).float()
+
+
 def gradients(loss: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
-    weight, bias, _ = arguments["readout"]
-    return list(torch.autograd.grad(loss, [one for one in (arguments["hidden"], weight, bias) if one is not None]))
+    layers = [tensor for readout in arguments["readouts"] for tensor in readout[:2] if tensor is not None]
+    return list(torch.autograd.grad(loss, [*arguments["hidden"], *layers]))
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 @pytest.mark.parametrize("vocab", [None, SUBSET], ids=["whole", "reduced"])
 @pytest.mark.parametrize(("finish", "biased"), [(None, False), (capped, True)], ids=["linear", "capped and biased"])
+@pytest.mark.parametrize("layers", [1, STEPS], ids=["one layer", "a layer each"])
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_chunked_value_hits_and_gradients_equal_the_plain_ones(
-    mix: LossMix, vocab: Tensor | None, finish: Callable[[Tensor], Tensor] | None, biased: bool, chunk: int
+    mix: LossMix, vocab: Tensor | None, finish: Callable[[Tensor], Tensor] | None, biased: bool, layers: int, chunk: int
 ) -> None:
-    arguments = given(vocab, finish, biased)
-    expected, hits = distill_plain(**arguments, mix=mix)
+    arguments = given(vocab, finish, biased, layers)
+    expected, hits = plainly(arguments, mix)
     found, found_hits = distill(**arguments, mix=mix, chunk=chunk)
     torch.testing.assert_close(found, expected)
-    assert found_hits == hits
+    assert found_hits.equal(hits)
     for ours, plain in zip(gradients(3 * found, arguments), gradients(3 * expected, arguments), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)  # sums in another order
 
 
+def test_the_target_gives_each_label_its_law_once_for_all_steps() -> None:
+    arguments = given(None)
+    distill(**arguments, mix=LossMix(), chunk=8)
+    assert arguments["head"].asked == ROWS
+
+
 def test_frozen_output_matrices_get_no_gradient() -> None:
     arguments = given(None)
-    arguments["readout"] = Readout(arguments["readout"].weight.detach())
+    (readout,) = arguments["readouts"]
+    arguments["readouts"] = [Readout(readout.weight.detach())]
     distill(**arguments, mix=LossMix(), chunk=8)[0].backward()
-    assert arguments["readout"].weight.grad is None
-    assert arguments["hidden"].grad.abs().sum() > 0
+    assert readout.weight.grad is None
+    assert all(hidden.grad.abs().sum() > 0 for hidden in arguments["hidden"])
 
 
 @pytest.mark.parametrize("mix", [MIXES[0], MIXES[-1]], ids=str)
 def test_autocast_computes_matrices_in_bfloat16_and_stays_near_the_exact_gradient(mix: LossMix) -> None:
     arguments = given(None)
-    exact = gradients(distill_plain(**arguments, mix=mix)[0], arguments)
+    exact = gradients(plainly(arguments, mix)[0], arguments)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = distill(**arguments, mix=mix, chunk=8)
     for ours, expected in zip(gradients(loss, arguments), exact, strict=True):
@@ -133,10 +160,10 @@ def test_no_more_than_a_chunk_of_logits_ever_stands_in_memory() -> None:
 
 def test_no_labels_give_no_loss_and_no_gradient() -> None:
     arguments = given(None)
-    arguments |= {name: arguments[name][:0] for name in ("teacher", "labels")}
-    hidden = arguments["hidden"]
-    loss, hits = distill(**{**arguments, "hidden": hidden[:0]}, mix=MIXES[-1], chunk=8)
-    assert (float(loss.detach()), float(hits)) == (0, 0)
+    arguments |= {name: arguments[name][:0] for name in ("teacher", "labels")} | {"weight": arguments["weight"][:, :0]}
+    hidden = arguments["hidden"][0]
+    loss, hits = distill(**{**arguments, "hidden": [hidden[:0]] * STEPS}, mix=MIXES[-1], chunk=8)
+    assert (float(loss.detach()), hits.tolist()) == (0, [0] * STEPS)
     loss.backward()
     assert not hidden.grad.any()
 
@@ -175,15 +202,16 @@ def test_label_cross_entropy_skips_labels_outside_the_draft_vocabulary() -> None
 def test_a_reduced_vocabulary_learns_the_target_law_renormalised_over_it() -> None:
     arguments = given(SUBSET)
     head, teacher = arguments["head"], arguments["teacher"]
-    arguments["hidden"], arguments["readout"] = teacher, Readout(head.weight[SUBSET])  # q = p restricted and renormalised
+    arguments |= {"hidden": [teacher] * STEPS, "readouts": [Readout(head.weight[SUBSET])]}  # q = p, cut and renormalised
     assert distill(**arguments, mix=LossMix(), chunk=8)[0].abs() < 1e-4
     assert distill(**arguments, mix=LossMix(forward_kl=0, tv=1), chunk=8)[0].abs() < 1e-4
 
 
 def test_hits_count_likeliest_tokens_that_are_the_label_and_never_labels_outside_the_vocabulary() -> None:
     arguments = given(SUBSET)
-    readout = Readout(torch.eye(len(SUBSET)))
-    arguments |= {"hidden": torch.eye(len(SUBSET)), "readout": readout, "teacher": torch.randn(len(SUBSET), SIZE)}
+    readouts, weight = [Readout(torch.eye(len(SUBSET)))], torch.ones(1, len(SUBSET))
+    teacher = torch.randn(len(SUBSET), SIZE)
+    arguments |= {"hidden": [torch.eye(len(SUBSET))], "readouts": readouts, "weight": weight, "teacher": teacher}
     for labels, expected in ((SUBSET, 10), (torch.arange(10), 1), (torch.tensor([0, 3, 4, 9, 1, 2, 5, 6, 7, 8]), 4)):
         assert distill(**{**arguments, "labels": labels}, mix=LossMix(), chunk=3)[1] == expected
 

@@ -71,6 +71,19 @@ def test_no_label_lies_in_another_document(store: Store) -> None:
             assert (batch.position[row, place + offset] == batch.position[row, place] + offset).all()
 
 
+def test_labels_and_what_stands_before_them_are_those_that_lie_ahead(store: Store) -> None:
+    for batch in Packed(store, range(40), 2, 64).batches(0):
+        labels = batch.labels()
+        here = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
+        for offset in (0, 1, 2, 5):
+            tokens, supervised = batch.ahead(offset)
+            row, place = supervised.nonzero(as_tuple=True)
+            reaches = labels.reaches(offset)
+            assert labels.row[reaches].equal(row)
+            assert labels.before(here, offset)[reaches].equal(place)
+            assert labels.tokens[reaches].equal(tokens[supervised])
+
+
 def test_labels_are_the_answer_but_its_first_token(tmp_path: Path, target: Target) -> None:
     writer = StoreWriter(tmp_path / "s", Origin.of_target(target))
     writer.append(Conversation.answered([10, 11, 12, 20, 21, 22, 2], 3, {}, 0))
