@@ -156,7 +156,8 @@ def evaluate(
         if out_path.exists() and setting.run in {row.run for row in read_rows(out_path)}:
             raise UserError(f"'{out_path}': another process has just finished this measurement; run again for one more")
         entries = bench.measure(suite, journal, setting.commit)
-        rows = make_rows(_samples(entries), facts, _efficiencies(entries), replace(setting, commit=_commits(entries)))
+        setting = replace(setting, commit=_commits(entries))
+        rows = make_rows(_samples(entries), facts, _efficiencies(entries), setting, _prices(entries))
         append_whole(out_path, [row.to_json() for row in rows])
     return rows
 
@@ -233,6 +234,9 @@ class Bench:
         waiting = [unit for unit in units if (unit[0], unit[2].id) not in done]
         if waiting:
             self.warm_up(suite)
+            if prices := {one.label: one.decoder.prices for one in self.runners if isinstance(one, Contender) and one.decoder.prices}:
+                entries.append({"prices": prices})
+                journal.append(entries[-1])
         with progress_bar() as progress:
             what = f"{suite.name}: {len(self.runners)} runners"
             bar = progress.add_task(what, total=len(units), completed=len(units) - len(waiting))
@@ -319,6 +323,11 @@ def _commits(entries: Sequence[dict[str, Any]]) -> str | None:
 
 def _efficiencies(entries: Sequence[dict[str, Any]]) -> dict[str, Efficiency]:
     return {label: Efficiency(**data) for entry in entries for label, data in entry.get("efficiency", {}).items()}
+
+
+def _prices(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By label; of a run that went on, the last ones."""
+    return {label: found for entry in entries for label, found in entry.get("prices", {}).items()}
 
 
 def progress_bar() -> Progress:

@@ -111,7 +111,7 @@ def table(lines: Sequence[Line], view: View = "summary") -> tuple[list[str], lis
 
 
 def columns(lines: Sequence[Line], view: View) -> list[Column]:
-    """Those of a view; baselines, qualities and prefetching have one where any of the lines was measured so."""
+    """Those of a view; baselines, qualities, prefetching and measured prices have one where any of the lines was measured so."""
     if view == "brief":
         return [column for column in columns(lines, "summary") if column.head in BRIEF]
     measured = [line.whole.measured for line in lines]
@@ -141,6 +141,8 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
         shared.append(Column("quality", lambda line: quality(line.whole.measured)))
     if any(one.prefetch for one in measured):
         shared.append(Column("prefetched drafts", lambda line: _prefetch(line.whole.measured)))
+    if any(one.prices for one in measured):
+        shared.append(Column("prices", lambda line: _prices(line.whole.measured), wide=True))
     if view == "tasks":
         return [*named, *shared, Column("looping", lambda line: f"{line.whole.measured.looping:.0%}", wide=True)]
     return [
@@ -351,6 +353,11 @@ def _prefetch(row: Measured) -> str:
         return NONE
     bets, calls = row.prefetch["bets"], row.prefetch["prefetch_calls"]
     return f"hit in {row.prefetch['hits'] / bets:.0%} of {bets:,} rounds, {row.prefetch['calls_saved']:,} calls saved for {calls:,}"
+
+
+def _prices(row: Measured) -> str:
+    """`head_cost 0.29, node_cost 0.046`, as `runtime.hybrid` has them."""
+    return ", ".join(f"{name} {price:.2g}" for name, price in (row.prices or {}).items()) or NONE
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -156,6 +156,7 @@ class Measured:
     repeat_intervals: dict[str, Interval] = field(default_factory=dict)  # as `speedups`; where `repeats` is 1 without an interval
     attempts: tuple[int, ...] = ()
     """Rounds behind each of `alpha`."""
+    prices: dict[str, float] | None = None  # what `auto` prices of `runtime.hybrid` turned out to be
 
     @property
     def behind_alpha(self) -> list[float]:
@@ -219,7 +220,8 @@ def known_alpha(values: Sequence[float | None]) -> tuple[float | None, ...]:
 
 
 def make_rows(
-    samples: Sequence[Sample], facts: dict[str, Facts], efficiencies: dict[str, Efficiency], setting: Setting
+    samples: Sequence[Sample], facts: dict[str, Facts], efficiencies: dict[str, Efficiency], setting: Setting,
+    prices: Mapping[str, dict[str, float]] | None = None,
 ) -> list[Row]:
     """A row for each runner, task (and all of them together) and kind of outputs; none where no prompt is left."""
     tasks = [*dict.fromkeys(sample.task for sample in samples), ALL]
@@ -235,7 +237,7 @@ def make_rows(
                 if chosen:
                     pairs = {name: [found[sample.key] for sample in chosen] for name, found in decoded.items()}
                     measured = summarise(chosen, pairs.pop(PLAIN), known, label, task, outputs, efficiency, exact, pairs)
-                    rows.append(Row(**asdict(setting), measured=measured))
+                    rows.append(Row(**asdict(setting), measured=replace(measured, prices=(prices or {}).get(label))))
     return rows
 
 

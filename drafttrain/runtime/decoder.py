@@ -219,6 +219,8 @@ class SpeculativeDecoder:
                 self.runtime.policy.check_drafter(drafter)
         if drafter is not None and self.runtime.prefetch:
             self._check_prefetch(drafter)
+        self.prices: dict[str, float] = {}
+        """What `auto` prices of `runtime.hybrid` turned out to be here."""
         if drafter is not None and self.runtime.hybrid is not None:
             drafter = Hybrid(self._priced(self.runtime.hybrid, drafter), drafter)
         if drafter is not None and self.runtime.corrupt:
@@ -237,7 +239,8 @@ class SpeculativeDecoder:
             return options
         bare = RuntimeConfig(shape=self.runtime.shape, prefill_chunk=self.runtime.prefill_chunk)
         found = measured_prices(SpeculativeDecoder(self.target, drafter, bare), self.runtime.shape.nodes)
-        return options.model_copy(update={name: found[name] for name in options.unpriced})
+        self.prices = {name: found[name] for name in options.unpriced}
+        return options.model_copy(update=self.prices)
 
     def _check_prefetch(self, drafter: Drafter) -> None:
         """A `UserError` where no bet can be drafted on, or where bets would change a text."""

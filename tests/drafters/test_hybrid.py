@@ -150,6 +150,7 @@ def test_prices_that_are_asked_for_are_measured_before_the_first_round(given: di
     assert isinstance(drafter, Hybrid)
     assert drafter.head_cost == given["head_cost"] if given["head_cost"] != "auto" else 0.01 < drafter.head_cost < 100
     assert drafter.node_cost != HybridConfig().node_cost and 0 <= drafter.node_cost < 1
+    assert decoder.prices == {name: getattr(drafter, name) for name, price in given.items() if price == "auto"}
     assert (target.forwards, trained.calls) == (0, 0)  # what was measured with counts nowhere
     assert decoder.generate([PROMPT], 24)[0].tokens == SpeculativeDecoder(target).generate([PROMPT], 24)[0].tokens
 

@@ -76,6 +76,19 @@ def test_greedy_contenders_are_compared_with_plain_decoding_and_equal_it_in_fp32
     assert pick(rows, PLAIN).measured.tau == 1.0
 
 
+def test_rows_say_what_auto_prices_were_measured_to_be_but_are_asked_for_as_auto(tmp_path: Path) -> None:
+    def beside_a_lookup(label: str, node_cost: Any) -> Contender:
+        runtime = RuntimeConfig(shape=Chain(length=3), hybrid=HybridConfig(node_cost=node_cost))
+        return Contender(label, SpeculativeDecoder(target(), contender().decoder.drafter, runtime))
+
+    priced = [beside_a_lookup("measured", "auto"), beside_a_lookup("fixed", 0.02)]
+    rows = evaluate(target(), priced, SUITE, CONFIG, tmp_path / "results.jsonl")
+    measured, fixed = (pick(rows, one.label).measured for one in priced)
+    assert measured.prices == {"node_cost": priced[0].decoder.drafter.node_cost}
+    assert measured.options == {"hybrid": {"node_cost": "auto"}}
+    assert fixed.prices is None
+
+
 def test_a_row_pools_what_the_decoder_itself_counts(tmp_path: Path) -> None:
     row = pick(evaluate(target(), [contender()], SUITE, CONFIG, tmp_path / "results.jsonl"), contender().label, "signs")
     prompts = [Letters()(item.turns[0])["input_ids"] for item in SUITE.items if item.task == "signs"]

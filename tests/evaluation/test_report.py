@@ -106,6 +106,13 @@ def test_prefetched_drafts_have_a_column_where_there_are_any() -> None:
     assert "prefetched" not in results_table(ROWS)
 
 
+def test_measured_prices_have_a_column_where_there_are_any() -> None:
+    found = {"head_cost": 0.291, "node_cost": 0.0464}
+    table = results_table([replace(row, measured=replace(row.measured, prices=found)) for row in ROWS])
+    assert line(table, "mine")["prices"] == "head_cost 0.29, node_cost 0.046"
+    assert "prices" not in results_table(ROWS)
+
+
 @pytest.mark.parametrize("unmeasured", [None, {}, {"tokens": 50.0, "right": None}])
 def test_a_lossy_row_without_quality_is_refused_in_every_report(tmp_path: Path, unmeasured: dict[str, float | None] | None) -> None:
     path = page(tmp_path, lossy(unmeasured), PAGE.replace("results:quick -->\n<", "results:quick plots -->\n<"))

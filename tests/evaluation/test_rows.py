@@ -201,7 +201,7 @@ def test_speed_ups_are_given_against_every_baseline_of_the_run() -> None:
 
 def test_rows_written_before_a_field_was_added_are_read_with_its_default() -> None:
     row = rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"]
-    added = {"policy", "tau_interval", "positions", "quality", "repeat_intervals"}
+    added = {"policy", "tau_interval", "positions", "quality", "repeat_intervals", "prices"}
     before = {key: value for key, value in row.to_json().items() if key not in added}
     assert Row.from_json(before, "here") == replace(row, measured=replace(row.measured, tau_interval=None, repeat_intervals={}))
 
