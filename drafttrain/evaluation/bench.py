@@ -35,6 +35,7 @@ from drafttrain.evaluation.quality import judge
 from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN, Contender, Facts, Runner, shape_name
 from drafttrain.evaluation.suites import Item, Suite
+from drafttrain.runtime.costs import in_turn
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
 
@@ -303,13 +304,6 @@ def margin(target: Target, context: list[int], ours: int, theirs: int) -> float:
     tokens = torch.tensor([context], device=target.device)
     read = target.prefill(target.new_cache(1, len(context)), tokens, torch.tensor([len(context)], device=target.device))
     return float(read.logits[0, ours].float() - read.logits[0, theirs].float())
-
-
-def in_turn(runners: Sequence[Runner], place: int) -> list[Runner]:
-    """The order at a place: everyone comes first, second, ... equally often, and follows each neighbour as often as it
-    goes before it."""
-    turned = [runners[(place + offset) % len(runners)] for offset in range(len(runners))]
-    return turned if place // len(runners) % 2 == 0 else turned[::-1]
 
 
 def _samples(entries: Sequence[dict[str, Any]]) -> list[Sample]:

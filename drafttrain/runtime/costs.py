@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP = 3
+Measured = TypeVar("Measured")
 TEXT, TEXTS = 32, 3  # tokens of a text that prices are measured behind, and how many such texts
 
 
@@ -92,7 +93,7 @@ def round_costs(
     for decoder in decoders:
         _play(decoder, prompts[0], max_new_tokens, WARM_UP)
     for turn, prompt in enumerate(prompts):
-        for place in _turned(len(decoders), turn):
+        for place in in_turn(range(len(decoders)), turn):
             played[place] += _play(decoders[place], prompt, max_new_tokens, rounds)
     return [cost_of(seen) for seen in played]
 
@@ -145,6 +146,8 @@ def prices(draft: float, forward: float, curve: ScoreCurve, nodes: int) -> dict[
     return {"head_cost": round(draft / forward, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
 
 
-def _turned(count: int, turn: int) -> list[int]:
-    order = [(turn + place) % count for place in range(count)]
-    return order if turn % 2 == 0 else order[::-1]
+def in_turn(measured: Sequence[Measured], place: int) -> list[Measured]:
+    """The order at a place: everyone comes first, second, ... equally often, and follows each neighbour as often as it
+    goes before it."""
+    turned = [measured[(place + offset) % len(measured)] for offset in range(len(measured))]
+    return turned if place // len(measured) % 2 == 0 else turned[::-1]

@@ -18,10 +18,11 @@ from drafttrain.drafters import build
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.drafters.ngram import NgramConfig
-from drafttrain.evaluation.bench import ContenderConfig, EvaluationConfig, contenders, evaluate, in_turn, peers, read_rows
+from drafttrain.evaluation.bench import ContenderConfig, EvaluationConfig, contenders, evaluate, peers, read_rows
 from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.runners import GENERATE, PLAIN, Contender, Facts, Outcome
 from drafttrain.evaluation.suites import Item, Suite, load_suite
+from drafttrain.runtime.costs import in_turn
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from tests.evaluation.toys import CONFIG, SUITE, Letters, contender, lines, target
 from tests.tiny import tiny_eagle3
