@@ -130,6 +130,21 @@ def forward_kl_with_gradient(logits: Tensor, teacher: Tensor, weight: Tensor) ->
     return total, gradient
 
 
+def distill_plain(
+    hidden: Sequence[Tensor], readouts: Sequence[Readout], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
+    vocab: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`distill`, with all [R, Vd] logits in memory at once and the target's anew for each step."""
+    total, hits = torch.zeros((), device=weight.device), torch.zeros(len(hidden), device=weight.device)
+    for step, states in enumerate(hidden):
+        logits = readouts[step % len(readouts)].logits(states)
+        with torch.no_grad():
+            theirs = head.logits(teacher, vocab)
+            hits[step] = _hits(logits, labels, vocab, weight[step])
+        total = total + mix.of(logits, theirs, labels, vocab) @ weight[step]
+    return total, hits
+
+
 def distill(
     hidden: Sequence[Tensor], readouts: Sequence[Readout], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
     vocab: Tensor | None, chunk: int,
@@ -198,6 +213,10 @@ def _chunk(
         raw = F.linear(hidden, readout.weight, readout.bias).requires_grad_()
         logits = raw if readout.finish is None else readout.finish(raw)
     loss, gradient = mix.with_gradient(logits.detach(), teacher, labels, vocab, weight)
-    guess = likeliest(logits.detach())
-    right = ((guess if vocab is None else vocab[guess]) == labels) & (weight > 0)
-    return loss, torch.autograd.grad(logits, raw, gradient)[0], right.sum().float()
+    return loss, torch.autograd.grad(logits, raw, gradient)[0], _hits(logits.detach(), labels, vocab, weight)
+
+
+def _hits(logits: Tensor, labels: Tensor, vocab: Tensor | None, weight: Tensor) -> Tensor:
+    """At how many rows of weight the likeliest token is the label: [R, Vd], [R], [R] -> scalar fp32."""
+    guess = likeliest(logits)
+    return (((guess if vocab is None else vocab[guess]) == labels) & (weight > 0)).sum().float()

@@ -18,6 +18,7 @@ from drafttrain.core.losses import (
     LossMix,
     Readout,
     distill,
+    distill_plain,
     forward_kl,
     label_cross_entropy,
     reverse_kl,
@@ -77,18 +78,6 @@ def given(
     }  # fmt: skip
 
 
-def plainly(arguments: dict[str, Any], mix: LossMix) -> tuple[Tensor, Tensor]:
-    """`distill` with all logits in memory at once, each step asking the target anew."""
-    readouts, labels, vocab = arguments["readouts"], arguments["labels"], arguments["vocab"]
-    total, hits = torch.zeros(()), []
-    for step, (hidden, weight) in enumerate(zip(arguments["hidden"], arguments["weight"], strict=True)):
-        logits = readouts[step if len(readouts) > 1 else 0].logits(hidden)
-        total = total + (mix.of(logits, arguments["head"].logits(arguments["teacher"], vocab), labels, vocab) * weight).sum()
-        guess = logits.argmax(-1)
-        hits.append((((guess if vocab is None else vocab[guess]) == labels) & (weight > 0)).sum())
-    return total, torch.stack(hits).float()
-
-
 def gradients(loss: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
     layers = [tensor for readout in arguments["readouts"] for tensor in readout[:2] if tensor is not None]
     return list(torch.autograd.grad(loss, [*arguments["hidden"], *layers]))
@@ -103,7 +92,7 @@ def test_chunked_value_hits_and_gradients_equal_the_plain_ones(
     mix: LossMix, vocab: Tensor | None, finish: Callable[[Tensor], Tensor] | None, biased: bool, layers: int, chunk: int
 ) -> None:
     arguments = given(vocab, finish, biased, layers)
-    expected, hits = plainly(arguments, mix)
+    expected, hits = distill_plain(**arguments, mix=mix)
     found, found_hits = distill(**arguments, mix=mix, chunk=chunk)
     torch.testing.assert_close(found, expected)
     assert found_hits.equal(hits)
@@ -129,7 +118,7 @@ def test_frozen_output_matrices_get_no_gradient() -> None:
 @pytest.mark.parametrize("mix", [MIXES[0], MIXES[-1]], ids=str)
 def test_autocast_computes_matrices_in_bfloat16_and_stays_near_the_exact_gradient(mix: LossMix) -> None:
     arguments = given(None)
-    exact = gradients(plainly(arguments, mix)[0], arguments)
+    exact = gradients(distill_plain(**arguments, mix=mix)[0], arguments)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = distill(**arguments, mix=mix, chunk=8)
     for ours, expected in zip(gradients(loss, arguments), exact, strict=True):
