@@ -111,7 +111,7 @@ class LossMix(Config):
             return forward_kl_with_gradient(logits, teacher, self.forward_kl * weight)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            total = self.of(leaf, teacher, labels, vocab) @ weight
+            total = (self.of(leaf, teacher, labels, vocab) * weight).sum()  # autocast would take a product of vectors in bf16
             return total.detach(), torch.autograd.grad(total, leaf)[0]
 
 
@@ -125,7 +125,7 @@ def forward_kl_with_gradient(logits: Tensor, teacher: Tensor, weight: Tensor) ->
         x, t = logits[rows].float(), teacher[rows].float()
         lse_x, lse_t = x.logsumexp(-1, keepdim=True), t.logsumexp(-1, keepdim=True)
         p = (t - lse_t).exp_()
-        total += ((p * t.sub_(x)).sum(-1) + (lse_x - lse_t)[:, 0]) @ weight[rows]
+        total += (((p * t.sub_(x)).sum(-1) + (lse_x - lse_t)[:, 0]) * weight[rows]).sum()
         gradient[rows] = x.sub_(lse_x).exp_().sub_(p).mul_(weight[rows, None]).to(gradient.dtype)
     return total, gradient
 
@@ -141,7 +141,7 @@ def distill_plain(
         with torch.no_grad():
             theirs = head.logits(teacher, vocab)
             hits[step] = _hits(logits, labels, vocab, weight[step])
-        total = total + mix.of(logits, theirs, labels, vocab) @ weight[step]
+        total = total + (mix.of(logits, theirs, labels, vocab) * weight[step]).sum()
     return total, hits
 
 
