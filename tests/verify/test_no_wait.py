@@ -1,7 +1,7 @@
 """No lossless rule waits for the host between its call and its verdict: what it is written with, and what it does when it runs.
 
-Exempt by name: the linear programs of `multidraft`, the chance that walks branches in tests, and the skeleton of a tree that did not come
-from `grow`, which knows it.
+Exempt by name: the linear programs of `multidraft`, the chance that walks branches in tests, the skeleton of a tree that did not come
+from `grow`, which knows it, and what only training reads.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ EXEMPT = {
     "tree.py": {"_read_skeleton"},
     "chance.py": {"Scripted", "_sequence_weight", "branches"},
     "sampling.py": {"_nucleus_on_host"},  # the host's own
+    "types.py": {"Batch"},  # of training
 }
 """Functions and classes by file that wait."""
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "is_nonzero", "unique", "unique_consecutive", "argwhere"}
