@@ -194,6 +194,8 @@ class _Distill(torch.autograd.Function):
                     d_weight += d_logits.T @ part
                 if d_bias is not None:
                     d_bias += d_logits.sum(0, dtype=torch.float32)
+                del d_logits  # or it would stand beside the next step's
+            del theirs
         ctx.save_for_backward(*slopes)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(hits)
