@@ -170,23 +170,23 @@ class _Distill(torch.autograd.Function):
         mix: LossMix, vocab: Tensor | None, chunk: int, *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
         K, device, wanted = len(weight), weight.device, ctx.needs_input_grad[-len(tensors) :]
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else tensors[0].dtype
-        own: list[Any] = [None if tensor is None else tensor.detach().to(dtype) for tensor in tensors]
-        hidden, weights, biases = own[:K], own[K::2], own[K + 1 :: 2]
-        readouts = [Readout(*layer) for layer in zip(weights, biases, finishes, strict=True)]
+        hidden, layers = tensors[:K], tensors[K:]
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden[0].dtype
+        own: list[Any] = [None if layer is None else layer.detach().to(dtype) for layer in layers]
+        readouts = [Readout(*layer) for layer in zip(own[::2], own[1::2], finishes, strict=True)]
         total, hits = torch.zeros((), device=device), torch.zeros(K, device=device)
-        slopes = [
-            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and needed else None
-            for tensor, needed in zip(tensors, wanted, strict=True)
+        d_hidden = [torch.empty_like(states) if needed else None for states, needed in zip(hidden, wanted[:K], strict=True)]
+        d_layers = [
+            torch.zeros_like(layer, dtype=torch.float32) if layer is not None and needed else None
+            for layer, needed in zip(layers, wanted[K:], strict=True)
         ]
-        d_hidden, d_weights, d_biases = slopes[:K], slopes[K::2], slopes[K + 1 :: 2]
         for rows in torch.arange(len(labels), device=device).split(chunk):
             theirs = head.logits(teacher[rows], vocab)
             for step, (states, d_states) in enumerate(zip(hidden, d_hidden, strict=True)):
                 at = step % len(readouts)
-                part = states[rows]
+                part = states[rows].detach().to(dtype)
                 loss, d_logits, right = _chunk(part, readouts[at], theirs, labels[rows], mix, vocab, weight[step, rows])
-                total, d_weight, d_bias = total + loss, d_weights[at], d_biases[at]
+                total, d_weight, d_bias = total + loss, d_layers[2 * at], d_layers[2 * at + 1]
                 hits[step] += right
                 if d_states is not None:
                     d_states[rows] = (d_logits @ readouts[at].weight).to(d_states.dtype)
@@ -196,7 +196,7 @@ class _Distill(torch.autograd.Function):
                     d_bias += d_logits.sum(0, dtype=torch.float32)
                 del d_logits  # or it would stand beside the next step's
             del theirs
-        ctx.save_for_backward(*slopes)
+        ctx.save_for_backward(*d_hidden, *d_layers)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(hits)
         return total, hits

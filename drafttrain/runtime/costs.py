@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP = 3
-Measured = TypeVar("Measured")
 TEXT, TEXTS = 32, 3  # tokens of a text that prices are measured behind, and how many such texts
+
+Compared = TypeVar("Compared")
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def prices(draft: float, forward: float, curve: ScoreCurve, nodes: int) -> dict[
     return {"head_cost": round(draft / forward, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
 
 
-def in_turn(measured: Sequence[Measured], place: int) -> list[Measured]:
+def in_turn(compared: Sequence[Compared], place: int) -> list[Compared]:
     """The order at a place: everyone comes first, second, ... equally often, and follows each neighbour as often as it
     goes before it."""
-    turned = [measured[(place + offset) % len(measured)] for offset in range(len(measured))]
-    return turned if place // len(measured) % 2 == 0 else turned[::-1]
+    turned = [compared[(place + offset) % len(compared)] for offset in range(len(compared))]
+    return turned if place // len(compared) % 2 == 0 else turned[::-1]
