@@ -40,7 +40,7 @@ BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # Intel's and AMD's
 
 
 def native_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
-    """bf16 where the device has instructions that multiply it, else fp32: a processor that must do without takes ten times as long in bf16.
+    """bf16 where the device has instructions that multiply it, else fp32: a processor that must do without is many times slower in bf16.
 
     Asked, not timed: milliseconds of a busy machine measure its scheduler.
     """
