@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained drafter: environment, data written by the demo target, training, a table of results and a sample.
 #   bash scripts/quickstart.sh [SECTION.KEY=VALUE ...]
-# About 25 minutes on 2 CPU cores after downloads (36 where they have no bfloat16 instructions). Run it again to go on where it was stopped.
+# Under 25 minutes on 2 CPU cores after downloads. Run it again to go on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
