@@ -27,8 +27,8 @@ from drafttrain.data.shards import INDEX, write_whole
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import DrafterConfig
 from drafttrain.evaluation.bench import EvaluationConfig
-from drafttrain.evaluation.frontier import StudyConfig
 from drafttrain.export import ExportConfig
+from drafttrain.report.frontier import StudyConfig
 from drafttrain.runtime.decoder import RESOLVED, RuntimeConfig
 from drafttrain.target.files import TargetConfig
 from drafttrain.train.loop import TrainConfig

@@ -41,7 +41,7 @@ from drafttrain.export import export as export_drafter
 from drafttrain.export.card import Story, write_card
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
 from drafttrain.runtime.decoder import SpeculativeDecoder
-from drafttrain.runtime.rounds import Laws, log_rounds
+from drafttrain.runtime.rounds import LoggedProbs, log_rounds
 from drafttrain.runtime.stats import alpha_text
 from drafttrain.target.adapter import Target, check_same_tokens, load_tokenizer, read_shape
 from drafttrain.target.files import TargetShape, resolve, target_fingerprint
@@ -248,7 +248,7 @@ def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tu
         decoder, opening, asked.sampling, asked.max_new_tokens, recipe.folder / "rounds" / name, mark, asked.seed, made_from=made_from,
         states=True,
     )  # fmt: skip
-    fitted = fit(log, Laws(log.info, drafter, target.head), config)
+    fitted = fit(log, LoggedProbs(log.info, drafter, target.head), config)
     place = decision_folder(recipe, config)
     if place.exists():
         console.print(f"the decision model in '{place}' is replaced")

@@ -2,7 +2,7 @@
 
     python scripts/bench_rules.py RECIPE [--drafter FOLDER] [--rounds 24] [--nodes 64] [--output FILE] [section.key=value ...]
 
-A tree is drawn from the drafter, scored by the target and judged by each rule, the order turning. A rule computes the target's law where it
+A tree is drawn from the drafter, scored by the target and judged by each rule, the order turning. A rule computes the target's distribution where it
 reads it, within its own time. Medians over rounds, in ms.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
@@ -51,7 +51,7 @@ def main() -> None:
     shape = Static(choices=tuple(widest(args.nodes)))
     lines = []
     for sampling in SAMPLINGS:
-        for draws in ("iid", "without_replacement", "point"):
+        for draws in ("iid", "without_replacement", "deterministic"):
             runtime = recipe.runtime.model_copy(update={"shape": shape, "draws": draws, "rule": "recursive", "hybrid": None})
             decoder = SpeculativeDecoder.from_pretrained(target, args.drafter or Path(recipe.output), runtime)
             for name, forward, alone in measure(decoder, sampling, draws, args.rounds):
@@ -90,10 +90,10 @@ def measure(decoder: SpeculativeDecoder, sampling: Sampling, draws: Any, rounds:
         turn = len(took[next(iter(rules))])
         order = [*rules][turn % len(rules) :] + [*rules][: turn % len(rules)]
         for name in order:
-            chance = Seeded(turn, torch.arange(len(tree.tokens), device=tree.tokens.device))
+            rng = SeededRng(turn, torch.arange(len(tree.tokens), device=tree.tokens.device))
             own = replace(tree), Scored(scored.logits, scored.sampling)  # nothing of what an earlier rule worked out of them
             own[0].layout()  # the target has asked for it
-            took[name].append(seconds(lambda name=name, own=own, chance=chance: rules[name](*own, chance)))
+            took[name].append(seconds(lambda name=name, own=own, rng=rng: rules[name](*own, rng)))
 
     forwards: list[float] = []
     items = load_suite("builtin").items

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.page import is_stale, renew
-from drafttrain.evaluation.report import draw, plotted, render, stale
+from drafttrain.report.page import is_stale, renew
+from drafttrain.report.tables import draw, plotted, render, stale
 
 
 def main() -> None:

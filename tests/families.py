@@ -12,7 +12,7 @@ from drafttrain.target.adapter import Target
 from tests.tiny import fitted
 
 TINY: dict[str, dict[str, Any]] = {
-    "eagle3": {"unroll": 3, "draft_vocab_size": 40},
+    "eagle3": {"ttt_steps": 3, "draft_vocab_size": 40},
     "medusa": {"heads": 4, "root": True},
     "small_lm": {"layers": 1},
     "ngram": {"branches": 2},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from drafttrain.core.types import Batch
+from drafttrain.core.types import TrainingBatch
 from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
 from drafttrain.target.adapter import Target
@@ -49,7 +49,7 @@ def fitted(drafter: Drafter, target: Target, prompts: list[list[int]], new_token
     return drafter.eval()
 
 
-def taught(drafter: Drafter, batch: Batch, head: TargetHead, steps: int, optimizer: torch.optim.Optimizer) -> Loss:
+def taught(drafter: Drafter, batch: TrainingBatch, head: TargetHead, steps: int, optimizer: torch.optim.Optimizer) -> Loss:
     """The last loss of some steps on one batch."""
     for _ in range(steps):
         loss = drafter.loss(batch, head)
@@ -59,13 +59,13 @@ def taught(drafter: Drafter, batch: Batch, head: TargetHead, steps: int, optimiz
     return loss
 
 
-def packed(target: Target, documents: Sequence[list[int]], answers_from: Sequence[int]) -> Batch:
+def packed(target: Target, documents: Sequence[list[int]], answers_from: Sequence[int]) -> TrainingBatch:
     """One row of documents, each answered from the given token on, with the target's features."""
     tokens = torch.tensor([[token for document in documents for token in document]])
     number = torch.tensor([[index for index, document in enumerate(documents) for _ in document]])
     position = torch.tensor([[place for document in documents for place in range(len(document))]])
     starts = torch.tensor([[start for document, start in zip(documents, answers_from, strict=True) for _ in document]])
-    return Batch(tokens, position >= starts, number, position, target.encode(tokens, position, number, {"aux", "last"}))
+    return TrainingBatch(tokens, position >= starts, number, position, target.encode(tokens, position, number, {"aux_hidden_states", "last_hidden_state"}))
 
 
 def greedy_text(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:

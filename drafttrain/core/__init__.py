@@ -1,1 +1,1 @@
-"""Tensors only: types, trees, sampling laws, chance, losses, layers. No files, no network, no model zoo."""
+"""Tensors only: types, trees, sampling distributions, rng, losses, layers. No files, no network, no model zoo."""

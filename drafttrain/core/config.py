@@ -15,7 +15,7 @@ from drafttrain.core.errors import UserError, nearest
 C = TypeVar("C", bound="Config")
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""What torch's generators and the 64-bit counters of `core/chance.py` take alike."""
+"""What torch's generators and the 64-bit counters of `core/rng.py` take alike."""
 
 
 class Config(BaseModel):
@@ -48,7 +48,7 @@ def parse(cls: type[C], data: Any, where: str) -> C:
 
 
 def _written_keys(location: tuple[int | str, ...], data: Any) -> list[str]:
-    """The keys as they stand in `data`: pydantic's path also names the chosen member of a union (`drafter.eagle3.unroll`)."""
+    """The keys as they stand in `data`: pydantic's path also names the chosen member of a union (`drafter.eagle3.ttt_steps`)."""
     keys, place = [], data
     for part in location:
         chosen = isinstance(place, dict) and part not in place and part in place.values()

@@ -1,6 +1,6 @@
-"""What a drafter learns: distances between the target's law p and its own q, unreduced, and their sum over rows in chunks.
+"""What a drafter learns: distances between the target's distribution p and its own q, unreduced, and their sum over rows in chunks.
 
-R rows (labels), K draft steps, D hidden, V vocabulary, Vd draft vocabulary. With a reduced vocabulary p is the target's law restricted
+R rows (labels), K draft steps, D hidden, V vocabulary, Vd draft vocabulary. With a reduced vocabulary p is the target's distribution restricted
 to it and renormalised; labels outside it are skipped by the label's cross entropy and count as misses.
 """
 
@@ -28,7 +28,7 @@ class OutputHead(Protocol):
         ...
 
 
-class Readout(NamedTuple):
+class OutputLayer(NamedTuple):
     """What turns a drafter's states into logits."""
 
     weight: Tensor  # [Vd, D]
@@ -75,9 +75,9 @@ class LossMix(Config):
     """Weights of the distances that make up a loss."""
 
     forward_kl: float = Field(default=1.0, ge=0)
-    """KL(p || q): learn the whole law (the usual distillation)."""
+    """KL(p || q): learn the whole distribution (the usual distillation)."""
     reverse_kl: float = Field(default=0.0, ge=0)
-    """KL(q || p): prefer the law's modes."""
+    """KL(q || p): prefer the distribution's modes."""
     tv: float = Field(default=0.0, ge=0)
     """Total variation: one minus the acceptance probability itself."""
     ce: float = Field(default=0.0, ge=0)
@@ -131,13 +131,13 @@ def forward_kl_with_gradient(logits: Tensor, teacher: Tensor, weight: Tensor) ->
 
 
 def distill_plain(
-    hidden: Sequence[Tensor], readouts: Sequence[Readout], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
+    hidden: Sequence[Tensor], output_layers: Sequence[OutputLayer], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
     vocab: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`distill`, with all [R, Vd] logits in memory at once and the target's anew for each step."""
     total, hits = torch.zeros((), device=weight.device), torch.zeros(len(hidden), device=weight.device)
     for step, states in enumerate(hidden):
-        logits = readouts[step % len(readouts)].logits(states)
+        logits = output_layers[step % len(output_layers)].logits(states)
         with torch.no_grad():
             theirs = head.logits(teacher, vocab)
             hits[step] = _hits(logits, labels, vocab, weight[step])
@@ -146,18 +146,18 @@ def distill_plain(
 
 
 def distill(
-    hidden: Sequence[Tensor], readouts: Sequence[Readout], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
+    hidden: Sequence[Tensor], output_layers: Sequence[OutputLayer], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
     vocab: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of `mix` over K steps and R rows, and at how many rows of weight each step's likeliest token is the label ([K]).
 
     hidden: each step's states [R, D]; readouts: each step's output layer, or one for all; weight: [K, R] fp32, 0 where a step has
-    no state for a row; teacher: [R, D] the target's normed states whose law every step learns, computed once for them; labels: [R] the
+    no state for a row; teacher: [R, D] the target's normed states whose distribution every step learns, computed once for them; labels: [R] the
     tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all. Logits of `chunk` rows stand in memory
     at a time.
     """
-    finishes = [readout.finish for readout in readouts]
-    layers = [tensor for readout in readouts for tensor in (readout.weight, readout.bias)]
+    finishes = [output_layer.finish for output_layer in output_layers]
+    layers = [tensor for output_layer in output_layers for tensor in (output_layer.weight, output_layer.bias)]
     return _Distill.apply(weight, finishes, teacher, head, labels, mix, vocab, chunk, *hidden, *layers)
 
 
@@ -173,7 +173,7 @@ class _Distill(torch.autograd.Function):
         hidden, layers = tensors[:K], tensors[K:]
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden[0].dtype
         own: list[Any] = [None if layer is None else layer.detach().to(dtype) for layer in layers]
-        readouts = [Readout(*layer) for layer in zip(own[::2], own[1::2], finishes, strict=True)]
+        output_layers = [OutputLayer(*layer) for layer in zip(own[::2], own[1::2], finishes, strict=True)]
         total, hits = torch.zeros((), device=device), torch.zeros(K, device=device)
         d_hidden = [torch.empty_like(states) if needed else None for states, needed in zip(hidden, wanted[:K], strict=True)]
         d_layers = [
@@ -183,13 +183,13 @@ class _Distill(torch.autograd.Function):
         for rows in torch.arange(len(labels), device=device).split(chunk):
             theirs = head.logits(teacher[rows], vocab)
             for step, (states, d_states) in enumerate(zip(hidden, d_hidden, strict=True)):
-                at = step % len(readouts)
+                at = step % len(output_layers)
                 part = states[rows].detach().to(dtype)
-                loss, d_logits, right = _chunk(part, readouts[at], theirs, labels[rows], mix, vocab, weight[step, rows])
+                loss, d_logits, right = _chunk(part, output_layers[at], theirs, labels[rows], mix, vocab, weight[step, rows])
                 total, d_weight, d_bias = total + loss, d_layers[2 * at], d_layers[2 * at + 1]
                 hits[step] += right
                 if d_states is not None:
-                    d_states[rows] = (d_logits @ readouts[at].weight).to(d_states.dtype)
+                    d_states[rows] = (d_logits @ output_layers[at].weight).to(d_states.dtype)
                 if d_weight is not None:
                     d_weight += d_logits.T @ part
                 if d_bias is not None:
@@ -208,12 +208,12 @@ class _Distill(torch.autograd.Function):
 
 
 def _chunk(
-    hidden: Tensor, readout: Readout, teacher: Tensor, labels: Tensor, mix: LossMix, vocab: Tensor | None, weight: Tensor
+    hidden: Tensor, output_layer: OutputLayer, teacher: Tensor, labels: Tensor, mix: LossMix, vocab: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of the losses of a few rows [R, D], its gradient [R, Vd] by what the output matrix gives, and the hits."""
     with torch.enable_grad():
-        raw = F.linear(hidden, readout.weight, readout.bias).requires_grad_()
-        logits = raw if readout.finish is None else readout.finish(raw)
+        raw = F.linear(hidden, output_layer.weight, output_layer.bias).requires_grad_()
+        logits = raw if output_layer.finish is None else output_layer.finish(raw)
     loss, gradient = mix.with_gradient(logits.detach(), teacher, labels, vocab, weight)
     return loss, torch.autograd.grad(logits, raw, gradient)[0], _hits(logits.detach(), labels, vocab, weight)
 

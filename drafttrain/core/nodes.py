@@ -17,7 +17,7 @@ class Branch:
     """Tokens one below the other, and how likely the path down to each is thought to be."""
 
     tokens: Sequence[int]
-    reach: Sequence[float]
+    path_prob: Sequence[float]
 
 
 @dataclass
@@ -26,15 +26,15 @@ class Nodes:
 
     tokens: list[int]
     parents: list[int]
-    reach: list[float]
-    origin: list[int]
+    path_prob: list[float]
+    proposer: list[int]
 
-    def add(self, token: int, parent: int, reach: float, origin: int = 0) -> int:
+    def add(self, token: int, parent: int, path_prob: float, proposer: int = 0) -> int:
         """One more node; its number."""
         self.tokens.append(token)
         self.parents.append(parent)
-        self.reach.append(reach)
-        self.origin.append(origin)
+        self.path_prob.append(path_prob)
+        self.proposer.append(proposer)
         return len(self.tokens)
 
     @property
@@ -51,14 +51,14 @@ class Nodes:
 
     def likeliest(self) -> list[int]:
         """Indices of the nodes by their chance, the best first; a parent, whose chance is never less, before its child."""
-        return sorted(range(len(self.tokens)), key=lambda place: -self.reach[place])
+        return sorted(range(len(self.tokens)), key=lambda place: -self.path_prob[place])
 
     def only(self, places: Sequence[int]) -> Nodes:
         """The nodes of these indices, among them every parent of one."""
         kept = sorted(places)
         number = {-1: 0} | {place: node for node, place in enumerate(kept, 1)}
         parents = [number[self.parents[place] - 1] for place in kept]
-        return Nodes([self.tokens[p] for p in kept], parents, [self.reach[p] for p in kept], [self.origin[p] for p in kept])
+        return Nodes([self.tokens[p] for p in kept], parents, [self.path_prob[p] for p in kept], [self.proposer[p] for p in kept])
 
 
 def from_nodes(roots: Tensor, rows: Sequence[Nodes], static: tuple[int, int] | None = None) -> Tree:
@@ -77,17 +77,17 @@ def from_nodes(roots: Tensor, rows: Sequence[Nodes], static: tuple[int, int] | N
     tokens[:, 0] = roots
     depth, children = static or (max(row.depth for row in rows), max(row.children for row in rows))
     return Tree(
-        tokens, padded("parents", 0, torch.int64), torch.tensor(live, device=roots.device), "point", depth, children,
-        origin=padded("origin", 0, torch.int8), reach=padded("reach", 1.0, torch.float32),
+        tokens, padded("parents", 0, torch.int64), torch.tensor(live, device=roots.device), "deterministic", depth, children,
+        proposer=padded("proposer", 0, torch.int8), path_prob=padded("path_prob", 1.0, torch.float32),
     )  # fmt: skip
 
 
 def to_nodes(tree: Tree) -> list[Nodes]:
     """A tree on the host (which waits for the device), dead nodes left out: they stand last, or have dead descendants only."""
-    reach = torch.ones_like(tree.tokens, dtype=torch.float32) if tree.reach is None else tree.reach
+    path_prob = torch.ones_like(tree.tokens, dtype=torch.float32) if tree.path_prob is None else tree.path_prob
     out = []
     for tokens, parents, live, chances in zip(
-        tree.tokens.tolist(), tree.parents.tolist(), tree.live.tolist(), reach.tolist(), strict=True
+        tree.tokens.tolist(), tree.parents.tolist(), tree.live.tolist(), path_prob.tolist(), strict=True
     ):
         nodes, number = Nodes([], [], [], []), {0: 0}
         for node in range(1, len(tokens)):
@@ -103,9 +103,9 @@ def of_branches(branches: Sequence[Branch], most: int) -> Nodes:
     known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
     for branch in branches:
         node = 0
-        for token, reach in zip(branch.tokens, branch.reach, strict=True):
+        for token, path_prob in zip(branch.tokens, branch.path_prob, strict=True):
             if (node, token) not in known:
-                known[node, token] = out.add(token, node, reach)
+                known[node, token] = out.add(token, node, path_prob)
             node = known[node, token]
-            out.reach[node - 1] = max(out.reach[node - 1], reach)
+            out.path_prob[node - 1] = max(out.path_prob[node - 1], path_prob)
     return out.only(out.likeliest()[:most])

@@ -22,15 +22,15 @@ MOST_ROWS = 64
 SHARE = 0.5  # of the free memory: larger models are left as they are
 
 
-class Packed:
+class PackedWeights:
     """What is known of a matrix; hangs on the matrix itself, and is neither copied nor saved with it."""
 
     def __init__(self) -> None:
         self.version: tuple[int, int] | None = None  # of the matrix when it was last used
         self.blocks: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
-        return Packed, ()
+    def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
+        return PackedWeights, ()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def _blocks(weight: Tensor) -> Tensor | None:
     if known is None:
         if not worth_packing(weight):
             return None
-        known = weight._packed = Packed()  # type: ignore[attr-defined]
+        known = weight._packed = PackedWeights()  # type: ignore[attr-defined]
     version = weight.data_ptr(), weight._version
     if known.version != version:
         known.version, known.blocks = version, None

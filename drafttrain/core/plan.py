@@ -95,7 +95,7 @@ class Static(Config):
 
 class Dynamic(Config):
     """Best-first with rerank (EAGLE-2, Li et al., 2024, arXiv:2406.16858): each level expands the `beam` likeliest nodes into `top_k`
-    children, and the `nodes` likeliest of all that was seen are kept. Point draws only: tokens are dropped after being seen."""
+    children, and the `nodes` likeliest of all that was seen are kept. Deterministic draws only: tokens are dropped after being seen."""
 
     shape: Literal["dynamic"] = "dynamic"
     depth: int = Field(default=6, ge=1)
@@ -121,27 +121,27 @@ class Plan:
     """One round's licence to draft. `stop` sees only what is known before a level is drawn."""
 
     shape: Chain | Static | Dynamic
-    draws: Draws = "point"
+    draws: Draws = "deterministic"
     """How siblings are drawn."""
     temperature: float | None = None
     """The drafter's own temperature; None takes the target's."""
     stop: Callable[[int, Tensor], Tensor] | None = None
     """(level, the drafter's logits [B, W, Vd] at the nodes that the level would hang from) -> [B] bool: rows that draw nothing from this
     level on (their nodes are dead). Asked once a level, in order, before its tokens are drawn: looking at a token and dropping it would
-    change the law."""
-    laws: bool = False
-    """Record the drafter's laws of `point` trees too: the softmax of its logits, as nothing was drawn from them."""
+    change the distribution."""
+    record_probs: bool = False
+    """Record the drafter's distributions of `deterministic` trees too: the softmax of its logits, as nothing was drawn from them."""
     draft: bool = True
     """False: this round decodes plainly, and the drafter is not asked."""
     enough: Callable[[int, Tensor, Tensor | None], Tensor] | None = None
     """(level, the drafter's logits [B, W, Vd] at the nodes the level hangs from, and its states [B, W, D] there if the family hands them
     over) -> [B] bool: rows that draw nothing BELOW this level. Asked once a level, in order. Where no row goes on, the next level is not
     even fed and the tree ends there: this waits for the host once a level."""
-    reach: bool = False
-    """`point` trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.reach`), as best-first ones always
+    path_prob: bool = False
+    """`deterministic` trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.path_prob`), as best-first ones always
     do."""
-    first: Tensor | None = None
-    """[B, w] tokens that the target named for the first level of a fixed shape; the drafter goes on below them (`Tree.named`). Where the
+    target_candidates: Tensor | None = None
+    """[B, w] tokens that the target named for the first level of a fixed shape; the drafter goes on below them (`Tree.from_target`). Where the
     shape is wider the rest is dead, where it is narrower the first ones count."""
     keep_states: bool = False
-    """Trees keep the drafter's states that their laws were read from (`Tree.law_states`)."""
+    """Trees keep the drafter's states that their distributions were read from (`Tree.draft_states`)."""

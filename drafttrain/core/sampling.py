@@ -1,6 +1,6 @@
-"""The law a token is drawn from: temperature, then top-k, then top-p, applied alike to target and drafter.
+"""The distribution a token is drawn from: temperature, then top-k, then top-p, applied alike to target and drafter.
 
-p target's law, q drafter's law; both are what stands after this file, in fp32.
+p target's distribution, q drafter's distribution; both are what stands after this file, in fp32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
             raise UserError(f"top_p {top_p!r} is outside (0, 1]; use 1 to keep every token")
         return self
 
-    def law(self, logits: Tensor) -> Tensor:
+    def probs(self, logits: Tensor) -> Tensor:
         """[..., V] logits -> [..., V] probabilities in fp32 that sum to 1."""
         if self.greedy:
             return one_hot(likeliest(logits), logits.shape[-1])
@@ -49,12 +49,12 @@ class Sampling(NamedTuple):
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
-        law = logits.softmax(-1)
-        return law if self.top_p >= 1 else nucleus(law, self.top_p)
+        probs = logits.softmax(-1)
+        return probs if self.top_p >= 1 else nucleus(probs, self.top_p)
 
 
 COLDEST = 1e-30
-"""Temperatures below it give its law, greedy but for ties and differences below 1e-28: dividing by less would overflow."""
+"""Temperatures below it give its distribution, greedy but for ties and differences below 1e-28: dividing by less would overflow."""
 
 BLOCK = 256  # logits looked at together
 
@@ -78,33 +78,33 @@ def one_hot(tokens: Tensor, vocab: int) -> Tensor:
     return nothing.scatter_(-1, tokens[..., None], 1.0)  # torch's own `one_hot` has the host look at the ids
 
 
-def nucleus(law: Tensor, top_p: float) -> Tensor:
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """The smallest set of likeliest tokens that holds `top_p`, renormalised: [..., V] -> [..., V]. Ties keep the lower id.
 
     Large vocabularies are not sorted: the least probability that stays is found digit by digit of its bits, by the mass at or above each
     digit; on a CPU among the likeliest few, where they hold enough.
     """
-    if law.shape[-1] <= SMALL:
-        return _nucleus_by_sorting(law, top_p)
-    return _nucleus_on_host(law, top_p) if law.device.type == "cpu" else _nucleus_by_digits(law, top_p)
+    if probs.shape[-1] <= SMALL:
+        return _nucleus_by_sorting(probs, top_p)
+    return _nucleus_on_host(probs, top_p) if probs.device.type == "cpu" else _nucleus_by_digits(probs, top_p)
 
 
 SMALL = 1024
 """Largest vocabulary that is sorted: counting digits costs as much for few tokens as for many."""
 
 
-def _nucleus_by_sorting(law: Tensor, top_p: float) -> Tensor:
-    ranked, order = law.sort(dim=-1, descending=True, stable=True)
+def _nucleus_by_sorting(probs: Tensor, top_p: float) -> Tensor:
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     mass = ranked.double()
-    return normalise(torch.zeros_like(law).scatter_(-1, order, torch.where(mass.cumsum(-1) - mass < top_p, ranked, 0.0)))
+    return normalise(torch.zeros_like(probs).scatter_(-1, order, torch.where(mass.cumsum(-1) - mass < top_p, ranked, 0.0)))
 
 
 FEW = 512
 """Tokens that mostly hold a nucleus; 92% of those of the demo target at temperature 0.9 and top-p 0.95."""
 
 
-def _nucleus_on_host(law: Tensor, top_p: float) -> Tensor:
-    rows = law.reshape(-1, law.shape[-1])
+def _nucleus_on_host(probs: Tensor, top_p: float) -> Tensor:
+    rows = probs.reshape(-1, probs.shape[-1])
     ranked = rows.topk(FEW).values.double()
     mass = ranked.cumsum(-1)
     least = ranked.gather(-1, (mass < top_p).sum(-1, keepdim=True).clamp_max(FEW - 1))
@@ -116,29 +116,29 @@ def _nucleus_on_host(law: Tensor, top_p: float) -> Tensor:
     wide = (mass[:, -1] < top_p).nonzero()[:, 0]
     if len(wide):
         found[wide] = _nucleus_by_digits(rows[wide], top_p)
-    return found.view_as(law)
+    return found.view_as(probs)
 
 
-def _nucleus_by_digits(law: Tensor, top_p: float) -> Tensor:
-    bits = law.view(torch.int32)  # of non-negative numbers: in the numbers' own order
-    mass = law.double()
+def _nucleus_by_digits(probs: Tensor, top_p: float) -> Tensor:
+    bits = probs.view(torch.int32)  # of non-negative numbers: in the numbers' own order
+    mass = probs.double()
     least, likelier = torch.zeros_like(bits[..., :1]), mass[..., :1]
     for shift, width in DIGITS:
         digits = 1 << width
         place = (bits >> shift).sub_(least >> shift).clamp_(-1, digits).add_(1)  # 0: below all of them; digits + 1: above
-        held = torch.zeros(*law.shape[:-1], digits + 2, dtype=torch.float64, device=law.device).scatter_add_(-1, place.long(), mass)
+        held = torch.zeros(*probs.shape[:-1], digits + 2, dtype=torch.float64, device=probs.device).scatter_add_(-1, place.long(), mass)
         held = held.flip(-1).cumsum(-1).flip(-1)  # from each place upwards
         digit = ((held[..., 1:-1] >= top_p).sum(-1, keepdim=True) - 1).clamp_min(0)
         least = least | (digit << shift).int()
         likelier = held.gather(-1, digit + 2)  # mass above the digit found
-    return _from_least(law, least.view(torch.float32), likelier, top_p)
+    return _from_least(probs, least.view(torch.float32), likelier, top_p)
 
 
-def _from_least(law: Tensor, least: Tensor, likelier: Tensor, top_p: float) -> Tensor:
+def _from_least(probs: Tensor, least: Tensor, likelier: Tensor, top_p: float) -> Tensor:
     """The nucleus whose least probability is known, [..., 1], and the mass above it: of equals, the elder ones come before."""
-    equal = law == least
+    equal = probs == least
     before = likelier + (equal.cumsum(-1) - 1) * least.double()
-    return normalise(law * ((law > least) | (equal & (before < top_p))))
+    return normalise(probs * ((probs > least) | (equal & (before < top_p))))
 
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))

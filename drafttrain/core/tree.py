@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Draws = Literal["point", "iid", "without_replacement"]
-"""How siblings were drawn, hence how they must be verified. `point`: chosen with certainty (top-k, argmax, lookup)."""
+Draws = Literal["deterministic", "iid", "without_replacement"]
+"""How siblings were drawn, hence how they must be verified. `deterministic`: chosen with certainty (top-k, argmax, lookup)."""
 
 Topology = Literal["chain", "tree"]
 
@@ -33,25 +33,25 @@ class Skeleton:
     """Where the nodes of every row hang, known on the host: of trees of a static shape."""
 
     parents: tuple[int, ...]
-    law_of: tuple[int, ...]
-    """The row of `law_rows` each node was drawn from; siblings share one."""
+    probs_row: tuple[int, ...]
+    """The row of `draft_probs` each node was drawn from; siblings share one."""
 
     def __post_init__(self) -> None:
-        laws = set(zip(self.parents[1:], self.law_of[1:], strict=True))
-        assert len(laws) == len(set(self.parents[1:])), "siblings drawn from several laws; let such a tree be of `point` draws"
+        probs_rows = set(zip(self.parents[1:], self.probs_row[1:], strict=True))
+        assert len(probs_rows) == len(set(self.parents[1:])), "siblings drawn from several distributions; let such a tree be of `deterministic` draws"
 
     def first(self, nodes: int) -> Skeleton:
         """Of the first nodes alone, among them every parent of one."""
-        return self if nodes == len(self.parents) else Skeleton(self.parents[:nodes], self.law_of[:nodes])
+        return self if nodes == len(self.parents) else Skeleton(self.parents[:nodes], self.probs_row[:nodes])
 
 
 @dataclass(frozen=True)
-class Family:
+class SiblingGroup:
     """Nodes of one depth that have children, those with the most first. Indices are slices where they follow each other: `x[:, parents]`
     is a view then."""
 
     parents: Tensor | slice  # [W]
-    laws: Tensor | slice  # [W] the rows of `law_rows` their children were drawn from
+    probs_rows: Tensor | slice  # [W] the rows of `draft_probs` their children were drawn from
     children: tuple[Tensor | slice, ...]  # rank by rank: [n] the children of that rank of the first n parents
     table: Tensor  # [W, ranks] the same, 0 where a parent has fewer
 
@@ -66,13 +66,13 @@ class Tree:
     draws: Draws
     max_depth: int  # static bound on a node's depth
     max_children: int  # static bound on a node's children
-    origin: Tensor | None = None  # [B, N] int8: which proposer (hybrids); None where there is one
-    law_rows: Tensor | None = None  # [B, R, V] fp32: the laws tokens were drawn from; of a `point` tree (if recorded) chosen by
-    law_of: Tensor | None = None  # [B, N] int64: the row of `law_rows` a node was DRAWN from; the root's is unused
-    reach: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
-    law_states: Tensor | None = None  # [B, R, D] what the drafter read those laws from, where `Plan.keep_states` asks for it
-    skeleton: Skeleton | None = None  # of a whole static shape, even where the tree ended early; without it `families` waits for the host
-    named: bool = False  # the first level is not the drafter's: the target named these tokens itself (`Plan.first`)
+    proposer: Tensor | None = None  # [B, N] int8: which proposer (hybrids); None where there is one
+    draft_probs: Tensor | None = None  # [B, R, V] fp32: the distributions tokens were drawn from; of a `deterministic` tree (if recorded) chosen by
+    probs_row: Tensor | None = None  # [B, N] int64: the row of `draft_probs` a node was DRAWN from; the root's is unused
+    path_prob: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
+    draft_states: Tensor | None = None  # [B, R, D] what the drafter read those distributions from, where `Plan.keep_states` asks for it
+    skeleton: Skeleton | None = None  # of a whole static shape, even where the tree ended early; without it `sibling_groups` waits for the host
+    from_target: bool = False  # the first level is not the drafter's: the target named these tokens itself (`Plan.target_candidates`)
 
     @property
     def topology(self) -> Topology:
@@ -108,10 +108,10 @@ class Tree:
         return table[..., :-1]
 
     @cached_property
-    def families(self) -> tuple[Family, ...]:
+    def sibling_groups(self) -> tuple[SiblingGroup, ...]:
         """The inner nodes of a tree of drawn tokens, depth by depth. Raises `ValueError` where rows differ in shape."""
         skeleton = _read_skeleton(self) if self.skeleton is None else self.skeleton.first(self.tokens.shape[1])
-        return _families(skeleton, self.tokens.device)
+        return _sibling_groups(skeleton, self.tokens.device)
 
     def layout(self) -> Layout:
         """The tree as the target reads it."""
@@ -146,11 +146,11 @@ class Tree:
         parts: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor) and name in FIELDS}
         return replace(self, **parts)
 
-    def law(self, node: Tensor) -> Tensor:
-        """[B] node -> [B, V] the law it was drawn from."""
-        assert self.law_rows is not None and self.law_of is not None, f"a {self.draws} tree recorded no laws"
-        row = self.law_of.gather(1, node[:, None])
-        return self.law_rows[torch.arange(len(node), device=node.device), row[:, 0]]
+    def draft_probs_at(self, node: Tensor) -> Tensor:
+        """[B] node -> [B, V] the distribution it was drawn from."""
+        assert self.draft_probs is not None and self.probs_row is not None, f"a {self.draws} tree recorded no distributions"
+        row = self.probs_row.gather(1, node[:, None])
+        return self.draft_probs[torch.arange(len(node), device=node.device), row[:, 0]]
 
 
 FIELDS = frozenset(field.name for field in fields(Tree))
@@ -169,7 +169,7 @@ def skeleton_mask(skeleton: Skeleton, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _families(skeleton: Skeleton, device: torch.device) -> tuple[Family, ...]:
+def _sibling_groups(skeleton: Skeleton, device: torch.device) -> tuple[SiblingGroup, ...]:
     children: dict[int, list[int]] = {}
     depth = [0]
     for node, parent in enumerate(skeleton.parents[1:], 1):
@@ -181,31 +181,31 @@ def _families(skeleton: Skeleton, device: torch.device) -> tuple[Family, ...]:
             return slice(nodes[0], nodes[0] + len(nodes))
         return torch.tensor(nodes, device=device)
 
-    families = []
+    sibling_groups = []
     for level in range(max(depth)):
         inner = sorted((node for node in children if depth[node] == level), key=lambda node: -len(children[node]))
         ranks = [[children[node][rank] for node in inner if rank < len(children[node])] for rank in range(len(children[inner[0]]))]
-        laws = [skeleton.law_of[children[node][0]] for node in inner]
+        probs_rows = [skeleton.probs_row[children[node][0]] for node in inner]
         table = [[children[node][rank] if rank < len(children[node]) else 0 for rank in range(len(ranks))] for node in inner]
-        families.append(Family(index(inner), index(laws), tuple(map(index, ranks)), torch.tensor(table, device=device)))
-    return tuple(families)
+        sibling_groups.append(SiblingGroup(index(inner), index(probs_rows), tuple(map(index, ranks)), torch.tensor(table, device=device)))
+    return tuple(sibling_groups)
 
 
 def _read_skeleton(tree: Tree) -> Skeleton:
     """From the live nodes of all rows; where a node lives nowhere, it hangs from the root."""
-    assert tree.law_of is not None, f"a {tree.draws} tree recorded no laws"
+    assert tree.probs_row is not None, f"a {tree.draws} tree recorded no distributions"
     first = tree.live.long().argmax(0)  # [N] a row in which each node lives, if any does
     node = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
-    parents, law_of = (torch.where(tree.live.any(0), part[first, node], 0) for part in (tree.parents, tree.law_of))
-    if bool((tree.live & ((tree.parents != parents) | (tree.law_of != law_of)))[:, 1:].any()):
+    parents, probs_row = (torch.where(tree.live.any(0), part[first, node], 0) for part in (tree.parents, tree.probs_row))
+    if bool((tree.live & ((tree.parents != parents) | (tree.probs_row != probs_row)))[:, 1:].any()):
         raise ValueError("rows of one batch hang their drawn nodes in different ways; verify them one by one")
-    return Skeleton(tuple(parents.tolist()), tuple(law_of.tolist()))
+    return Skeleton(tuple(parents.tolist()), tuple(probs_row.tolist()))
 
 
-def root_only(roots: Tensor, candidates: Tensor | None = None) -> Tree:
+def root_only(roots: Tensor, target_candidates: Tensor | None = None) -> Tree:
     """The tree of plain decoding: [B] -> a tree of one node, max_depth 0. candidates: [B, w], where the token after the root was left open:
     then the first of them stands below it."""
-    tokens = roots[:, None] if candidates is None else torch.stack([roots, candidates[:, 0]], 1)
+    tokens = roots[:, None] if target_candidates is None else torch.stack([roots, target_candidates[:, 0]], 1)
     below = tokens.shape[1] - 1
     zeros = torch.zeros_like(tokens)
-    return Tree(tokens, zeros, zeros == 0, "point", max_depth=below, max_children=below, named=candidates is not None)
+    return Tree(tokens, zeros, zeros == 0, "deterministic", max_depth=below, max_children=below, from_target=target_candidates is not None)

@@ -1,6 +1,6 @@
 """What passes between target, drafter, rule and trainer. B rows, N nodes, V vocabulary, D depth, T time.
 
-Feature names: `last`, the target's hidden state after its final norm (what its output head reads), and `aux`, raw residual-stream states
+Feature names: `last_hidden_state`, the target's hidden state after its final norm (what its output head reads), and `aux_hidden_states`, raw residual-stream states
 of several layers concatenated (`AUX_LAYERS`). A feature at position t was computed after reading token t.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from drafttrain.core.sampling import Sampling, likeliest
 
-FeatureName = Literal["last", "aux"]
+FeatureName = Literal["last_hidden_state", "aux_hidden_states"]
 Features = dict[str, Tensor]
 
 
 @dataclass
 class Scored:
-    """The target's answer to one layout. Laws are computed when first read: greedy rules never need them."""
+    """The target's answer to one layout. Distributions are computed when first read: greedy rules never need them."""
 
     logits: Tensor  # [B, N, V]
     sampling: Sampling
@@ -33,21 +33,21 @@ class Scored:
         return likeliest(self.logits)
 
     @cached_property
-    def p(self) -> Tensor:
-        """[B, N, V] fp32: the target's law at each node, after sampling options."""
-        return self.sampling.law(self.logits)
+    def target_probs(self) -> Tensor:
+        """[B, N, V] fp32: the target's distribution at each node, after sampling options."""
+        return self.sampling.probs(self.logits)
 
-    def law(self, nodes: Tensor | slice) -> Tensor:
+    def probs_at(self, nodes: Tensor | slice) -> Tensor:
         """[B, M, V] fp32: the same at some nodes alone, for rules that need few of them; nodes: [B, M], or a slice or [M] for all rows."""
         row = torch.arange(len(self.logits), device=self.logits.device)[:, None]
         index = (slice(None), nodes) if isinstance(nodes, slice) or nodes.dim() == 1 else (row, nodes)
-        return self.p[index] if "p" in self.__dict__ else self.sampling.law(self.logits[index])
+        return self.target_probs[index] if "target_probs" in self.__dict__ else self.sampling.probs(self.logits[index])
 
     def at(self, nodes: Tensor) -> Scored:
-        """The answer at `nodes` ([B, M]) alone; laws that were read already are not computed again."""
+        """The answer at `nodes` ([B, M]) alone; distributions that were read already are not computed again."""
         row = torch.arange(len(nodes), device=nodes.device)[:, None]
         part = Scored(self.logits[row, nodes], self.sampling, {name: value[row, nodes] for name, value in self.features.items()})
-        for name in ("top", "p"):
+        for name in ("top", "target_probs"):
             if name in self.__dict__:
                 part.__dict__[name] = self.__dict__[name][row, nodes]
         return part
@@ -60,7 +60,7 @@ class Verdict:
     path: Tensor  # [B, D] accepted nodes from the root's child down, padded with 0; the root itself always stands
     length: Tensor  # [B] how many of them
     next: Tensor | None  # [B] the token after them, drawn by the rule; None where the rule leaves it open
-    candidates: Tensor | None = None  # [B, w] where it is left open: the target's own tokens for the next tree's first level
+    target_candidates: Tensor | None = None  # [B, w] where it is left open: the target's own tokens for the next tree's first level
 
 
 @dataclass
@@ -93,7 +93,7 @@ def appended(values: Tensor, count: Tensor, more: Tensor) -> Tensor:
 
 
 @dataclass
-class Batch:
+class TrainingBatch:
     """Training rows: documents packed one after another, never attending to each other."""
 
     tokens: Tensor  # [B, T] int64
@@ -104,12 +104,12 @@ class Batch:
     progress: float = 1.0
     """How much of the training is done, 0 to 1: losses with a curriculum read it."""
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> TrainingBatch:
         move = {name: value.to(device, non_blocking=True) for name, value in self.features.items()}
         tokens, mask, document, position = (
             value.to(device, non_blocking=True) for value in (self.tokens, self.mask, self.document, self.position)
         )
-        return Batch(tokens, mask, document, position, move, self.progress)
+        return TrainingBatch(tokens, mask, document, position, move, self.progress)
 
     def ahead(self, offset: int) -> tuple[Tensor, Tensor]:
         """The tokens `offset` positions later, [B, T], and where they are labels, [B, T] bool.

@@ -12,7 +12,7 @@ from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.types import Features
 from drafttrain.data.collate import collate, pack
-from drafttrain.data.journal import FLUSH_SECONDS, Journal
+from drafttrain.data.journal import FLUSH_SECONDS, StoreJournal
 from drafttrain.data.origin import Origin, take_probe
 from drafttrain.data.store import Store, StoreWriter, feature_widths
 from drafttrain.target.adapter import Target
@@ -47,7 +47,7 @@ def capture(
     ids = [source[i].id for i in range(len(source))]
     row_length = max(row_length, longest)
     packed = pack(source.lengths.tolist(), row_length)
-    with Journal(writer, "features", source.tokens, writer.tokens, "tokens", flush_seconds) as journal:
+    with StoreJournal(writer, "features", source.tokens, writer.tokens, "tokens", flush_seconds) as journal:
         for start in range(0, len(packed), rows):
             group = packed[start : start + rows]  # the same in a run that goes on: a pass gives the same numbers again
             missing = {i for row in group for i in row if ids[i] not in writer.lengths}

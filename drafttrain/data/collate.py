@@ -16,7 +16,7 @@ import torch
 
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
-from drafttrain.core.types import Batch
+from drafttrain.core.types import TrainingBatch
 from drafttrain.data.store import Store
 from drafttrain.target.files import DTYPES
 
@@ -54,7 +54,7 @@ def label_count(mask: np.ndarray) -> int:
 
 
 @dataclass
-class Packed:
+class PackedRows:
     """A part of a store as batches.
 
     Conversations without a single label are left out; `dropped` counts them.
@@ -93,7 +93,7 @@ class Packed:
         """An epoch's, on all ranks together."""
         return sum(min(int(self.store.lengths[i]), self.row_length) for row in self.rows for i in row)
 
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[TrainingBatch]:
         """This rank's batches of an epoch, from batch `skip` on.
 
         Batch s of rank r is batch s * world + r of a single process with the same rows a batch.
@@ -107,7 +107,7 @@ class Packed:
 
 def collate(
     store: Store, rows: Sequence[Sequence[int]], row_length: int, features: Sequence[str] = (), at_least: int = 0
-) -> Batch:
+) -> TrainingBatch:
     """Conversations by row as one batch, each cut at `row_length`. at_least: rows to fill up to, with empty ones."""
     lengths = [[min(int(store.lengths[i]), row_length) for i in row] for row in rows]
     used = max((sum(row) for row in lengths), default=1)
@@ -133,10 +133,10 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _empty(R: int, T: int, widths: dict[str, int], dtype: torch.dtype) -> Batch:
+def _empty(R: int, T: int, widths: dict[str, int], dtype: torch.dtype) -> TrainingBatch:
     zeros = torch.zeros(R, T, dtype=torch.long)
     features = {name: torch.zeros(R, T, width, dtype=dtype) for name, width in widths.items()}
-    return Batch(zeros, zeros.bool(), zeros - 1, zeros.clone(), features=features)
+    return TrainingBatch(zeros, zeros.bool(), zeros - 1, zeros.clone(), features=features)
 
 
 def batches(
@@ -149,7 +149,7 @@ def batches(
     epoch: int = 0,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[TrainingBatch]:
     """One epoch of `Packed`."""
-    packed = Packed(store, indices, rows_per_batch, row_length, tuple(features), seed, rank, world)
+    packed = PackedRows(store, indices, rows_per_batch, row_length, tuple(features), seed, rank, world)
     return packed.batches(epoch)

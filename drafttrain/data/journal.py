@@ -13,7 +13,7 @@ from drafttrain.data.store import Conversation, StoreWriter
 FLUSH_SECONDS = 30.0  # a killed run loses what it finished since the last flush
 
 
-class Journal:
+class StoreJournal:
     """Appends to a store with a progress bar, and flushes every few seconds, on Ctrl-C and on errors."""
 
     def __init__(self, writer: StoreWriter, what: str, goal: int, done: int, unit: str, flush_seconds: float) -> None:
@@ -30,7 +30,7 @@ class Journal:
         self.begun = self.flushed = time.monotonic()
         self.worked = 0  # tokens of this run, for the speed
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> StoreJournal:
         self.bar.start()
         return self
 

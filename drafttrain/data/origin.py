@@ -46,11 +46,11 @@ class Origin(Config):
     template: str
     """Hash of the chat template."""
     aux_layers: tuple[int, ...]
-    """Entries of `hidden_states` that make up the feature `aux`."""
+    """Entries of `hidden_states` that make up the feature `aux_hidden_states`."""
     dtype: str
     """Precision the features were computed and stored in."""
     last_hidden_is_normed: bool = True
-    """Whether the feature `last` stands after the target's final norm."""
+    """Whether the feature `last_hidden_state` stands after the target's final norm."""
 
     @classmethod
     def of_target(cls, target: Target) -> Origin:
@@ -85,7 +85,7 @@ class Origin(Config):
         """A `UserError` that names the first thing in which `other`, the target at hand, differs from this."""
         fields = ["target", "tokenizer", "template"]
         fields += ["dtype", "last_hidden_is_normed"] if features else []
-        fields += ["aux_layers"] if "aux" in features else []
+        fields += ["aux_layers"] if "aux_hidden_states" in features else []
         for field in fields:
             ours, theirs = self.model_dump()[field], other.model_dump()[field]
             if ours != theirs:
@@ -118,7 +118,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 @torch.inference_mode()
 def take_probe(target: Target, tokens: Tensor | None = None) -> Features:
-    """Hidden states and what the target ITSELF makes of them: `last` [R, D], `top_ids` and `top_logits` [R, 16].
+    """Hidden states and what the target ITSELF makes of them: `last_hidden_state` [R, D], `top_ids` and `top_logits` [R, 16].
 
     tokens: [R] a text to take them at; by default some token ids.
     """
@@ -126,14 +126,14 @@ def take_probe(target: Target, tokens: Tensor | None = None) -> Features:
         tokens = torch.arange(PROBE_ROWS) * 7919 % target.vocab_size
     row = tokens[None, :PROBE_ROWS].to(target.device)
     position = torch.arange(row.shape[1], device=target.device)[None]
-    last = target.encode(row, position, torch.zeros_like(row), ("last",))["last"][0]
+    last = target.encode(row, position, torch.zeros_like(row), ("last_hidden_state",))["last_hidden_state"][0]
     top = target.model(row).logits[0].float().topk(min(PROBE_TOP, target.vocab_size))
-    return {"last": last.clone(), "top_ids": top.indices.clone(), "top_logits": top.values.clone()}
+    return {"last_hidden_state": last.clone(), "top_ids": top.indices.clone(), "top_logits": top.values.clone()}
 
 
 def check_probe(probe: Features, head: TargetHead, where: Path) -> None:
     """A `UserError` unless head(last hidden) gives the target's own logits: catches a missing norm, another head."""
-    last, ids, theirs = (probe[name].to(head.device) for name in ("last", "top_ids", "top_logits"))
+    last, ids, theirs = (probe[name].to(head.device) for name in ("last_hidden_state", "top_ids", "top_logits"))
     if last.shape[-1] != head.output.shape[-1]:
         raise UserError(
             f"store '{where}': hidden states of {last.shape[-1]} numbers, but the target's head reads "

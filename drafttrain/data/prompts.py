@@ -77,7 +77,7 @@ Source = Annotated[JsonlPrompts | DatasetPrompts | SelfPrompts, Field(discrimina
 
 
 @dataclass
-class Prompt:
+class DataPrompt:
     """A rendered and tokenized prompt."""
 
     tokens: list[int]
@@ -99,20 +99,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where: 
     return list(tokenizer(render(tokenizer, messages, where), add_special_tokens=False)["input_ids"])
 
 
-def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTokenizerBase) -> list[DataPrompt]:
     """All prompts of a file or data set.
 
     Raises `UserError` for a line of a file that cannot be used. Such rows of a data set, which others wrote, are left out; a line on stderr
     says how many, and why the first. Raises too where no prompt is left.
     """
     records = jsonl_records(Path(source.path)) if isinstance(source, JsonlPrompts) else dataset_records(source)
-    out: list[Prompt] = []
+    out: list[DataPrompt] = []
     unfit: list[str] = []
     for where, record in records:
         if source.limit is not None and len(out) == source.limit:
             break
         try:
-            out.append(Prompt(tokenize(tokenizer, _content(record, where), where), str(record.get("domain", ""))))
+            out.append(DataPrompt(tokenize(tokenizer, _content(record, where), where), str(record.get("domain", ""))))
         except UserError as error:
             if isinstance(source, JsonlPrompts):
                 raise

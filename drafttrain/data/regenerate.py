@@ -2,7 +2,7 @@
 
 A conversation depends on its number alone, which sets prompt, temperature and random stream. So a killed run goes on
 where it stopped and ends with the store of an uninterrupted one: token for token in fp32; in lower precision a resumed
-answer may differ by the rounding of another batch shape, and is a sample of the same law.
+answer may differ by the rounding of another batch shape, and is a sample of the same distribution.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import FeatureName
-from drafttrain.data.journal import FLUSH_SECONDS, Journal
+from drafttrain.data.journal import FLUSH_SECONDS, StoreJournal
 from drafttrain.data.origin import Origin, take_probe
-from drafttrain.data.prompts import Prompt, SelfPrompts, Source, read_prompts
+from drafttrain.data.prompts import DataPrompt, SelfPrompts, Source, read_prompts
 from drafttrain.data.store import Conversation, Store, StoreWriter, feature_widths
 from drafttrain.data.turns import Turn, all_openings, kept_prompts, openings, turn_jobs
 from drafttrain.target.adapter import Target
@@ -50,7 +50,7 @@ class DataConfig(Config):
     batch_size: int = Field(default=64, ge=1)
     """Answers written side by side."""
     capture: tuple[FeatureName, ...] = ()
-    """Features to store, taken from the passes that write the answers: `last`, `aux`."""
+    """Features to store, taken from the passes that write the answers: `last_hidden_state`, `aux_hidden_states`."""
     online: bool = False
     """Compute features that are not stored while training, with the target loaded, instead of capturing them to disk first."""
     seed: Seed = 0
@@ -63,7 +63,7 @@ class DataConfig(Config):
         most = prompts * len(self.temperatures)
         return min(self.conversations or (prompts if self.tokens is None else most), most)
 
-    def job(self, prompts: list[Prompt], id: int) -> Job:
+    def job(self, prompts: list[DataPrompt], id: int) -> Job:
         """Conversation `id`: every prompt at one temperature, then every prompt at the next."""
         lap, at = divmod(id, len(prompts))
         temperature = self.temperatures[(at + lap) % len(self.temperatures)]
@@ -91,11 +91,11 @@ def regenerate(
     return Regeneration(target, config, prompts, folder, flush_seconds, licences).run()
 
 
-def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> list[Prompt]:
+def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> list[DataPrompt]:
     """The prompts of all sources, each once; those that the target has to write are kept in `folder`."""
     if target.tokenizer is None:
         raise UserError(f"target '{target.name}' has no tokenizer, which prompts need")
-    found: dict[tuple[int, ...], Prompt] = {}
+    found: dict[tuple[int, ...], DataPrompt] = {}
     for number, source in enumerate(config.sources):
         if isinstance(source, SelfPrompts):
             made = write_turns(target, source, config, folder / str(number), flush_seconds)
@@ -119,7 +119,7 @@ def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: flo
 
 def write_turns(
     target: Target, source: SelfPrompts, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS
-) -> list[Prompt]:
+) -> list[DataPrompt]:
     """Prompts that the target writes; the turns as they came are kept in `folder`."""
     assert target.tokenizer is not None
     jobs, themes = turn_jobs(source, target), openings(source)
@@ -129,7 +129,7 @@ def write_turns(
         longest = max(len(job.prompt) for job in jobs) + source.max_tokens
         sampler = Sampler(target, config.batch_size, longest, config.seed)
         missing = (job for job in jobs if job.id not in writer.lengths)
-        with Journal(writer, "user turns", len(jobs), len(writer.lengths), "turns", flush_seconds) as journal:
+        with StoreJournal(writer, "user turns", len(jobs), len(writer.lengths), "turns", flush_seconds) as journal:
             for one in sampler.run(missing):
                 turn = _conversation(one, {"ended": one.ended})
                 journal.add(turn, None, len(one.tokens) - one.prompt_len)
@@ -169,7 +169,7 @@ class Regeneration:
     """One run over fixed prompts."""
 
     def __init__(
-        self, target: Target, config: DataConfig, prompts: list[Prompt], folder: Path, flush_seconds: float,
+        self, target: Target, config: DataConfig, prompts: list[DataPrompt], folder: Path, flush_seconds: float,
         licences: Mapping[str, str] | None = None,
     ) -> None:
         self.target, self.config, self.prompts, self.flush_seconds = target, config, prompts, flush_seconds
@@ -198,8 +198,8 @@ class Regeneration:
 
     def shortage(self, written: int) -> str | None:
         """What to say where the prompts gave less than was asked for. written: tokens in all."""
-        config, prompts, laws = self.config, len(self.prompts), len(self.config.temperatures)
-        most = prompts * laws
+        config, prompts, temperatures = self.config, len(self.prompts), len(self.config.temperatures)
+        most = prompts * temperatures
         if config.tokens is not None and written >= config.tokens:
             return None
         if config.conversations is not None and config.conversations > most:
@@ -208,7 +208,7 @@ class Regeneration:
             asked = f"data.tokens={config.tokens:,}"
         else:
             return None
-        source = f"{prompts:,} prompt{'s'[: prompts > 1]} at {laws} temperature{'s'[: laws > 1]}"
+        source = f"{prompts:,} prompt{'s'[: prompts > 1]} at {temperatures} temperature{'s'[: temperatures > 1]}"
         return f"{asked} not reached: {source} give {most:,} conversations ({written:,} tokens), no more; add prompts or data.temperatures"
 
     def _write(self) -> int:
@@ -216,7 +216,7 @@ class Regeneration:
         sampler = Sampler(self.target, self.config.batch_size, longest, self.config.seed)
         goal = self.config.tokens or self.budget.conversations
         unit = "tokens" if self.config.tokens else "conversations"
-        with Journal(self.writer, "answers", goal, self._progress(), unit, self.flush_seconds) as journal:
+        with StoreJournal(self.writer, "answers", goal, self._progress(), unit, self.flush_seconds) as journal:
             while (limit := self.budget.limit(self.writer.lengths)) is None:
                 for one in sampler.run(self._jobs(), self.config.capture):
                     journal.add(_conversation(one, self._meta(one)), one.features, len(one.tokens) - one.prompt_len)

@@ -289,8 +289,8 @@ def check_vocabulary(conversation: Conversation, origin: Origin) -> None:
 
 
 def feature_widths(needs: Iterable[str], hidden_size: int, aux_layers: int) -> dict[str, int]:
-    """Numbers a token of each feature in `needs`. aux_layers: how many layers `aux` concatenates."""
-    known = {"last": hidden_size, "aux": hidden_size * aux_layers}
+    """Numbers a token of each feature in `needs`. aux_layers: how many layers `aux_hidden_states` concatenates."""
+    known = {"last_hidden_state": hidden_size, "aux_hidden_states": hidden_size * aux_layers}
     return {name: known[name] for name in sorted(needs)}
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.errors import UserError, nearest
 from drafttrain.core.sampling import Sampling
-from drafttrain.data.prompts import Prompt, SelfPrompts, jsonl_records, tokenize
+from drafttrain.data.prompts import DataPrompt, SelfPrompts, jsonl_records, tokenize
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Job
 from drafttrain.target.template import render
@@ -85,12 +85,12 @@ def all_openings(source: SelfPrompts) -> dict[str, list[str]]:
     return by_domain
 
 
-def kept_prompts(tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn]) -> tuple[list[Prompt], dict[str, int]]:
+def kept_prompts(tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn]) -> tuple[list[DataPrompt], dict[str, int]]:
     """Prompts of the turns that are worth answering, and how many turns were dropped for which reason."""
     special = set(tokenizer.all_special_ids)
     dropped = {"unfinished": 0, "empty": 0, "repeated": 0}
     seen: set[str] = set()
-    out: list[Prompt] = []
+    out: list[DataPrompt] = []
     for turn in turns:
         # decoded behind the head: some tokenizers drop the space before a text's first word
         written = tokenizer.decode(turn.head + turn.words)[len(tokenizer.decode(turn.head)) :]
@@ -104,5 +104,5 @@ def kept_prompts(tokenizer: PreTrainedTokenizerBase, turns: Iterable[Turn]) -> t
             dropped["repeated"] += 1
         else:
             seen.add(key)
-            out.append(Prompt(tokenize(tokenizer, words, "self-written prompt"), turn.domain))
+            out.append(DataPrompt(tokenize(tokenizer, words, "self-written prompt"), turn.domain))
     return out, dropped

@@ -16,15 +16,15 @@ from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
-from drafttrain.core.losses import LossMix, Readout, distill
+from drafttrain.core.losses import LossMix, OutputLayer, distill
 from drafttrain.core.nodes import Nodes, to_nodes
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features, Labels
+from drafttrain.core.types import Committed, Features, Labels, TrainingBatch
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
@@ -48,18 +48,18 @@ class Loss:
 
 
 def distilled(
-    batch: Batch, labels: Labels, hidden: Sequence[Tensor], readouts: Sequence[Readout], head: TargetHead, mix: LossMix,
+    batch: TrainingBatch, labels: Labels, hidden: Sequence[Tensor], output_layers: Sequence[OutputLayer], head: TargetHead, mix: LossMix,
     vocab: Tensor | None, chunk: int, first_label: int = 2, decay: float = 1.0,
 ) -> Loss:
-    """The loss of draft steps that all learn the target's law at the same labels, step k weighing `decay ** k` of it.
+    """The loss of draft steps that all learn the target's distribution at the same labels, step k weighing `decay ** k` of it.
 
     hidden: each step's states [R, D], `first_label + k` tokens before the labels; the others as `core.losses.distill` takes them.
     """
     reaches = torch.stack([labels.reaches(first_label + step) for step in range(len(hidden))])  # [K, R]
     weight = decay ** torch.arange(len(hidden), device=reaches.device, dtype=torch.float32)
-    teacher = labels.before(batch.features["last"], 1)  # the states that give the labels
+    teacher = labels.before(batch.features["last_hidden_state"], 1)  # the states that give the labels
     total, hits = distill(
-        hidden, readouts, reaches * (weight / weight.sum())[:, None], teacher, head, labels.tokens, mix, vocab, chunk
+        hidden, output_layers, reaches * (weight / weight.sum())[:, None], teacher, head, labels.tokens, mix, vocab, chunk
     )
     counts = reaches.sum(1).float()
     metrics: dict[str, Tensor] = {}
@@ -79,7 +79,7 @@ class DrafterState(ABC):
     def join(self, other: DrafterState) -> DrafterState:
         """These rows followed by the other's."""
 
-    def settle(self, lengths: list[int]) -> None:  # noqa: B027
+    def set_lengths(self, lengths: list[int]) -> None:  # noqa: B027
         """What the host has learnt of the rows' committed lengths; states with a cache bound their reads by it."""
 
 
@@ -119,8 +119,8 @@ class Drafter(nn.Module, ABC):
     needs: frozenset[str] = frozenset()  # features the target must hand over, decoding and training alike
     first_label: ClassVar[int] = 2  # the row of token t first predicts token t + first_label; `Loss.count` counts those labels
     trainable: ClassVar[bool] = True  # False: no weights, `loss` and `start_from` are never called
-    gives_laws: bool = True  # the laws that chose the tokens of `point` trees can be recorded (`plan.laws`)
-    draws: ClassVar[frozenset[str]] = frozenset({"point", "iid", "without_replacement"})  # how it can draw siblings
+    gives_draft_probs: bool = True  # the distributions that chose the tokens of `deterministic` trees can be recorded (`plan.record_probs`)
+    draws: ClassVar[frozenset[str]] = frozenset({"deterministic", "iid", "without_replacement"})  # how it can draw siblings
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
     origin: str | None = None  # an existing model (folder or Hub id) that it begins as, which must have the target's tokenizer
     files: Path | None = None  # the folder it was loaded from; `drafters.files.folder_fingerprint` tells drafters apart by it
@@ -142,13 +142,13 @@ class Drafter(nn.Module, ABC):
 
     @property
     def teacher_needs(self) -> frozenset[str]:
-        """Features that only `loss` reads; `last` wherever the teacher's law is."""
-        return frozenset({"last"})
+        """Features that only `loss` reads; `last_hidden_state` wherever the teacher's distribution is."""
+        return frozenset({"last_hidden_state"})
 
     def check_layers(self, aux_layers: Sequence[int]) -> None:
-        """A `UserError` where the target's feature `aux` is of other layers than this was trained on."""
+        """A `UserError` where the target's feature `aux_hidden_states` is of other layers than this was trained on."""
         trained = list(self.target.aux_layers)
-        if "aux" in self.needs and list(aux_layers) != trained:
+        if "aux_hidden_states" in self.needs and list(aux_layers) != trained:
             raise UserError(
                 f"this {self.config.name} drafter was trained on the target's layers {trained}, but this one hands over "
                 f"{list(aux_layers)}; load it with aux_layers={trained} (target.aux_layers in recipes), or train a drafter on those"
@@ -162,28 +162,28 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
         """Sum of the losses over the batch's labels, how many there were, and what to log."""
 
     @abstractmethod
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
+    def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
         """Teacher-forced chains: [B, T, length], the drafter's greedy guesses for the `length` tokens that follow token t + 1.
 
         Guess k at t is what greedy drafting would propose at depth k + 1 in a round whose root is token t + 1, if the guesses before
         it were right. `runtime.replay` turns guesses into the accepted length that decoding would measure.
         """
 
-    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
-        """Teacher-forced states [B, T, D] at draft step 0, 1, ..., of which `logits_of` makes logits.
+    def teacher_forced_states(self, batch: TrainingBatch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+        """Teacher-forced states [B, T, D] at draft step 0, 1, ..., of which `readout` makes logits.
 
-        Step k at t stands for the law of token t + k + 2 in a round whose root is token t + 1, if everything drafted before it
+        Step k at t stands for the distribution of token t + k + 2 in a round whose root is token t + 1, if everything drafted before it
         was what the text says. Raises `UserError` where a family has no such states.
         """
-        raise UserError(f"{self.config.name} drafters hand over no states, so their laws cannot be recomputed; use another family here")
+        raise UserError(f"{self.config.name} drafters hand over no states, so their distributions cannot be recomputed; use another family here")
 
-    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
-        """States [..., D] of nodes at depth `level` (0 is the root's), from `unrolled` or `Tree.law_states`, -> logits [..., Vd]."""
-        raise UserError(f"{self.config.name} drafters hand over no states, so their laws cannot be recomputed; use another family here")
+    def readout(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+        """States [..., D] of nodes at depth `level` (0 is the root's), from `teacher_forced_states` or `Tree.draft_states`, -> logits [..., Vd]."""
+        raise UserError(f"{self.config.name} drafters hand over no states, so their distributions cannot be recomputed; use another family here")
 
     @abstractmethod
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> DrafterState:
@@ -193,12 +193,12 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
         """One tree a row, below `roots` ([B], the last committed tokens)."""
 
-    def nodes(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> list[Nodes]:
+    def nodes(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> list[Nodes]:
         """The same trees on the host, for who merges them there: a family that finds them there hands them over as they are."""
-        return to_nodes(self.propose(state, roots, plan, sampling, chance))
+        return to_nodes(self.propose(state, roots, plan, sampling, rng))
 
     @abstractmethod
     def observe(self, state: DrafterState, committed: Committed) -> None:
@@ -208,12 +208,12 @@ class Drafter(nn.Module, ABC):
         """
 
 
-class Around(Drafter):
+class WrappedDrafter(Drafter):
     """A drafter that drafts with another one inside: bounds, training and replay are the inner one's."""
 
     def __init__(self, config: DrafterConfig, inner: Drafter) -> None:
         super().__init__(config, inner.target)
-        self.inner, self.needs, self.files, self.gives_laws = inner, inner.needs, inner.files, inner.gives_laws
+        self.inner, self.needs, self.files, self.gives_draft_probs = inner, inner.needs, inner.files, inner.gives_draft_probs
 
     @property
     def max_depth(self) -> int | None:
@@ -227,15 +227,15 @@ class Around(Drafter):
     def watcher(self, watcher: Callable[[Callable[[], object]], None] | None) -> None:
         self.inner.watcher = watcher
 
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
         return self.inner.loss(batch, head)
 
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        return self.inner.walk(batch, head, length)
+    def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
+        return self.inner.teacher_forced_drafts(batch, head, length)
 
-    def inner_tree(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+    def inner_tree(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
         """What the inner one proposes; its calls count as this one's."""
         before = self.inner.calls
-        tree = self.inner.propose(state, roots, plan, sampling, chance)
+        tree = self.inner.propose(state, roots, plan, sampling, rng)
         self.calls += self.inner.calls - before
         return tree

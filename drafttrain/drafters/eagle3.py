@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import (
     GatedMLP,
@@ -28,11 +27,12 @@ from drafttrain.core.layers import (
     rotate,
     unrolled_attention,
 )
-from drafttrain.core.losses import LossMix, Readout
+from drafttrain.core.losses import LossMix, OutputLayer
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features, gathered
+from drafttrain.core.types import Committed, Features, TrainingBatch, gathered
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Frontier, grow
@@ -55,14 +55,14 @@ class Eagle3Config(DrafterConfig):
     """Query heads, a multiple of the key-value heads."""
     num_key_value_heads: int | None = Field(default=None, ge=1)
     """Key-value heads."""
-    unroll: int = Field(default=7, ge=1)
+    ttt_steps: int = Field(default=7, ge=1)
     """Draft steps unrolled in training; about the longest chain the drafter is good for."""
-    unroll_ramp: tuple[Share, Share] = (0.0, 0.0)
-    """The share of training at which unrolling begins to grow from one step, and where it reaches `unroll`."""
+    ttt_ramp: tuple[Share, Share] = (0.0, 0.0)
+    """The share of training at which the training-time test begins to grow from one step, and where it reaches `ttt_steps`."""
     step_decay: float = Field(default=0.8, gt=0, le=1)
     """Step k's loss weighs `step_decay ** k`."""
     loss: LossMix = LossMix()
-    """What each step learns from the target's law."""
+    """What each step learns from the target's distribution."""
     loss_chunk: int = Field(default=1024, ge=1)
     """Labels whose [V] logits stand in memory at once."""
     recompute: bool = False
@@ -72,8 +72,8 @@ class Eagle3Config(DrafterConfig):
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Eagle3Config:
-        if self.unroll_ramp[0] > self.unroll_ramp[1]:
-            raise ValueError(f"unroll_ramp {list(self.unroll_ramp)} ends before it begins; give [begin, end], shares of training in order")
+        if self.ttt_ramp[0] > self.ttt_ramp[1]:
+            raise ValueError(f"ttt_ramp {list(self.ttt_ramp)} ends before it begins; give [begin, end], shares of training in order")
         return self
 
 
@@ -147,7 +147,7 @@ class Eagle3(Drafter):
 
     Config = Eagle3Config
     config: Eagle3Config
-    needs = frozenset({"aux"})
+    needs = frozenset({"aux_hidden_states"})
     vocab: Tensor  # [Vd] ascending target ids
 
     def __init__(self, config: Eagle3Config, target: TargetShape) -> None:
@@ -205,9 +205,9 @@ class Eagle3(Drafter):
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
-    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+    def teacher_forced_states(self, batch: TrainingBatch, head: TargetHead, steps: int) -> Iterator[Tensor]:
         """The layer's output [B, T, D] at draft step 0, 1, ..., every row a start of its own and fed the true tokens."""
-        feature = self._fuse(batch.features["aux"])
+        feature = self._fuse(batch.features["aux_hidden_states"])
         bias = document_bias(batch.document, feature.dtype)
         seen: tuple[Tensor, ...] = ()  # keys and values of step 0, which rows share, then of the later ones, which they don't
         for step in range(steps):
@@ -229,32 +229,32 @@ class Eagle3(Drafter):
         mixed = unrolled_attention(query, *shared, bias.to(query.dtype), *own)
         return self.midlayer.finish(feature, mixed), key, value
 
-    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+    def readout(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
         return self._logits(states)
 
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
-        labels, states = batch.labels(), self.unrolled(batch, head, self._steps_at(batch.progress))
+    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
+        labels, states = batch.labels(), self.teacher_forced_states(batch, head, self._steps_at(batch.progress))
         hidden = [self.norm(labels.before(state, step + 2)) for step, state in enumerate(states)]
         return distilled(
-            batch, labels, hidden, [Readout(self.lm_head.weight)], head, self.config.loss, self.draft_ids, self.config.loss_chunk,
+            batch, labels, hidden, [OutputLayer(self.lm_head.weight)], head, self.config.loss, self.draft_ids, self.config.loss_chunk,
             decay=self.config.step_decay,
         )
 
     @torch.no_grad()
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
-        guesses = [self._guess(hidden) for hidden in self.unrolled(batch, head, length)]
+    def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
+        guesses = [self._guess(hidden) for hidden in self.teacher_forced_states(batch, head, length)]
         return torch.stack(guesses, -1)
 
     def _guess(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T] the likeliest token."""
-        return Readout(self.lm_head.weight).guesses(self.norm(hidden), self.draft_ids, self.config.loss_chunk)
+        return OutputLayer(self.lm_head.weight).guesses(self.norm(hidden), self.draft_ids, self.config.loss_chunk)
 
     def _steps_at(self, progress: float) -> int:
-        start, end = self.config.unroll_ramp
+        start, end = self.config.ttt_ramp
         if progress >= end:
-            return self.config.unroll
+            return self.config.ttt_steps
         share = max(0.0, (progress - start) / (end - start))
-        return 1 + int(share * (self.config.unroll - 1))
+        return 1 + int(share * (self.config.ttt_steps - 1))
 
     @bare_forward
     def _fuse(self, aux: Tensor) -> Tensor:
@@ -280,13 +280,13 @@ class Eagle3(Drafter):
         if P > 1:  # all pairs but the last, which waits for the first root
             place = torch.arange(P - 1, device=prompts.device).expand(B, -1)
             causal = place[0][:, None] >= torch.arange(slots, device=prompts.device)
-            self._run(state, prompts[:, 1:], self._fuse(features["aux"][:, :-1]), place, causal.expand(B, -1, -1))
+            self._run(state, prompts[:, 1:], self._fuse(features["aux_hidden_states"][:, :-1]), place, causal.expand(B, -1, -1))
         state.lengths = lengths - 1
         last = (lengths - 1)[:, None]
-        state.pending = Committed(prompts.gather(1, last), torch.ones_like(lengths), {"aux": gathered(features["aux"], last)})
+        state.pending = Committed(prompts.gather(1, last), torch.ones_like(lengths), {"aux_hidden_states": gathered(features["aux_hidden_states"], last)})
         return state
 
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
         assert isinstance(state, Eagle3State)
         hidden = self._refresh(state, roots)  # [B, 1, D]
         fed, base = 0, state.lengths[:, None]  # the root's pair stands among the committed ones
@@ -305,7 +305,7 @@ class Eagle3(Drafter):
             states.append(hidden)
             return self._logits(hidden)
 
-        return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size, states).tree
+        return grow(step, roots, plan, sampling, rng, self.draft_ids, self.target.vocab_size, states).tree
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, Eagle3State)
@@ -326,7 +326,7 @@ class Eagle3(Drafter):
         following = torch.cat([pending.tokens[:, 1:], roots[:, None]], 1).scatter(1, last, roots[:, None])
         slots = state.lengths[:, None] + order
         seen = torch.arange(state.keys.shape[2], device=roots.device) <= slots[:, :, None]
-        hidden = self._run(state, following, self._fuse(pending.features["aux"]), slots, seen)
+        hidden = self._run(state, following, self._fuse(pending.features["aux_hidden_states"]), slots, seen)
         state.lengths, state.pending = state.lengths + pending.count, None
         state.newest = torch.where((pending.count > 0)[:, None, None], gathered(hidden, last), state.newest)
         return state.newest

@@ -1,7 +1,7 @@
-"""Growing a tree level by level, for every family that can give a next-token law at a node.
+"""Growing a tree level by level, for every family that can give a next-token distribution at a node.
 
 B rows, W frontier nodes, F nodes fed so far, V vocabulary, Vd draft vocabulary. A drafter gives `step`; what is drawn, in which order and
-with which record of laws is decided here, once for all families. Draws kept exact: static shapes any, dynamic ones `point` only (they
+with which record of distributions is decided here, once for all families. Draws kept exact: static shapes any, dynamic ones `deterministic` only (they
 drop tokens after seeing them).
 """
 
@@ -14,8 +14,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor, nn
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Skeleton, Tree, skeleton_mask
 from drafttrain.core.types import gathered
@@ -71,7 +71,7 @@ Step = Callable[[Frontier], Tensor]
 
 
 class Parallel:
-    """The `Step` of drafters that give all laws of a round in one call (parallel heads, blocks): a node's depends on its depth alone."""
+    """The `Step` of drafters that give all distributions of a round in one call (parallel heads, blocks): a node's depends on its depth alone."""
 
     def __init__(self, logits: Tensor, hidden: Tensor, states: list[Tensor]) -> None:
         """logits: [B, K, Vd]; hidden: [B, K, D] what they were read from; states: see `grow`."""
@@ -84,21 +84,21 @@ class Parallel:
 
 
 def grow(
-    step: Step, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None = None, size: int = 0,
+    step: Step, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng, vocab: Tensor | None = None, size: int = 0,
     states: list[Tensor] | None = None,
 ) -> Growth:
     """A tree below `roots` [B] as `plan` wants it.
 
-    sampling: the target's; the drafter's law uses `plan.temperature` where given. vocab: [Vd] ascending target ids of the draft vocabulary,
+    sampling: the target's; the drafter's distribution uses `plan.temperature` where given. vocab: [Vd] ascending target ids of the draft vocabulary,
     None where it is the target's own; size: V, read only with a draft vocabulary. states: where `step` leaves the states
     [B, W, D] that its logits were read from, call by call; `plan.keep_states` keeps them with the tree.
     """
     if isinstance(plan.shape, Dynamic):
-        assert plan.draws == "point", "best-first trees drop tokens after seeing them: only point draws stay exact"
+        assert plan.draws == "deterministic", "best-first trees drop tokens after seeing them: only deterministic draws stay exact"
         grown = _best_first(step, roots, plan.shape, plan, vocab, size, states)
     else:
         own = sampling if plan.temperature is None else sampling._replace(temperature=plan.temperature)
-        grown = _static(step, roots, plan.shape, plan, own, chance, vocab, size, states)
+        grown = _static(step, roots, plan.shape, plan, own, rng, vocab, size, states)
     return _with_states(grown, states) if plan.keep_states and states else grown
 
 
@@ -120,41 +120,41 @@ class _Ended:
 
 def _with_states(grown: Growth, states: list[Tensor]) -> Growth:
     """A node was drawn from the state of its parent, whose place among the states is when it was fed."""
-    law_of = grown.fed.gather(1, grown.tree.parents).clamp_min(0)
-    return replace(grown, tree=replace(grown.tree, law_of=law_of, law_states=torch.cat(states, 1)))
+    probs_row = grown.fed.gather(1, grown.tree.parents).clamp_min(0)
+    return replace(grown, tree=replace(grown.tree, probs_row=probs_row, draft_states=torch.cat(states, 1)))
 
 
 def _static(
-    step: Step, roots: Tensor, shape: Chain | Static, plan: Plan, sampling: Sampling, chance: Chance, vocab: Tensor | None, size: int,
+    step: Step, roots: Tensor, shape: Chain | Static, plan: Plan, sampling: Sampling, rng: Rng, vocab: Tensor | None, size: int,
     states: list[Tensor] | None,
 ) -> Growth:
     B, device = len(roots), roots.device
-    assert plan.draws == "point" or not plan.reach, "only tokens chosen with certainty are ranked by their reach"
-    assert plan.first is None or (plan.draws == "point" and not plan.reach), "what the target named has no law of the drafter's"
-    stages, skeleton, parents, order, law_of = _stages(shape, device)
+    assert plan.draws == "deterministic" or not plan.path_prob, "only tokens chosen with certainty are ranked by their reach"
+    assert plan.target_candidates is None or (plan.draws == "deterministic" and not plan.path_prob), "what the target named has no distribution of the drafter's"
+    stages, skeleton, parents, order, probs_row = _stages(shape, device)
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
-    reach = [torch.zeros(B, 1, device=device)] if plan.reach else []  # [B, n] log probability of the paths, level by level
-    laws: list[Tensor] = []
+    path_prob = [torch.zeros(B, 1, device=device)] if plan.path_prob else []  # [B, n] log probability of the paths, level by level
+    draft_probs: list[Tensor] = []
     ended = _Ended(plan, states)
     frontier = Frontier.of(roots)
-    for level, stage in enumerate(stages):
+    for level, level_shape in enumerate(stages):
         if level:
-            frontier = frontier.below(tokens[-1][:, stage.nodes], stage.parent.expand(B, -1), stage.mask)
+            frontier = frontier.below(tokens[-1][:, level_shape.nodes], level_shape.parent.expand(B, -1), level_shape.mask)
         logits = step(frontier).expand(-1, frontier.tokens.shape[1], -1)
         stopped = None if plan.stop is None else plan.stop(level, logits)
-        if plan.first is not None and level == 0:
-            drawn, real = _named(plan.first, stage.width)
+        if plan.target_candidates is not None and level == 0:
+            drawn, real = _from_target(plan.target_candidates, level_shape.width)
             stopped = None  # they are the target's, and stand whatever the drafter thinks
         else:
-            drawn, real, law = _drawn(logits, stage.width, plan, sampling, chance)
-            if reach:
+            drawn, real, probs = _drawn(logits, level_shape.width, plan, sampling, rng)
+            if path_prob:
                 gain = logits.gather(-1, drawn).float() - logits.float().logsumexp(-1, keepdim=True)  # [B, W, width]
-                reach.append(reach[-1][:, stage.nodes[stage.slot]] + gain[:, stage.slot, stage.rank])
-            if law is not None:
-                laws.append(widen(law, vocab, size))
+                path_prob.append(path_prob[-1][:, level_shape.nodes[level_shape.slot]] + gain[:, level_shape.slot, level_shape.rank])
+            if probs is not None:
+                draft_probs.append(widen(probs, vocab, size))
             drawn = drawn if vocab is None else vocab[drawn]
-        tokens.append(drawn[:, stage.slot, stage.rank])
-        alive = real[:, stage.slot, stage.rank]
+        tokens.append(drawn[:, level_shape.slot, level_shape.rank])
+        alive = real[:, level_shape.slot, level_shape.rank]
         alive = alive if stopped is None else alive & ~stopped[:, None]
         live.append(alive if ended.rows is None else alive & ~ended.rows[:, None])
         if ended.after(level, logits, frontier.tokens.shape[1]):
@@ -162,34 +162,34 @@ def _static(
     drawn_tokens = torch.cat(tokens, 1)
     N = drawn_tokens.shape[1]  # levels follow each other: a tree that ended early is the first N nodes of the whole shape's
     depth = len(tokens) - 1
-    fed = sum(len(stage.nodes) for stage in stages[:depth])
+    fed = sum(len(level_shape.nodes) for level_shape in stages[:depth])
     tree = Tree(
         drawn_tokens, parents[:N].expand(B, -1), torch.cat(live, 1), plan.draws, max_depth=depth,
-        max_children=max(stage.width for stage in stages[:depth]),
-        reach=torch.cat(reach, 1).exp() if reach else None,
-        law_rows=torch.cat(laws, 1) if laws else None, law_of=law_of[:N].expand(B, -1) if laws else None,
-        skeleton=skeleton, named=plan.first is not None,
+        max_children=max(level_shape.width for level_shape in stages[:depth]),
+        path_prob=torch.cat(path_prob, 1).exp() if path_prob else None,
+        draft_probs=torch.cat(draft_probs, 1) if draft_probs else None, probs_row=probs_row[:N].expand(B, -1) if draft_probs else None,
+        skeleton=skeleton, from_target=plan.target_candidates is not None,
     )
     return Growth(tree, torch.arange(N, device=device).expand(B, -1), order[:fed].expand(B, -1))
 
 
-def _drawn(logits: Tensor, width: int, plan: Plan, sampling: Sampling, chance: Chance) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[B, W, Vd] -> [B, W, width] draft ids in drawn order, which of them are real, and the law they came from if it is recorded."""
-    if plan.draws == "point":
+def _drawn(logits: Tensor, width: int, plan: Plan, sampling: Sampling, rng: Rng) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[B, W, Vd] -> [B, W, width] draft ids in drawn order, which of them are real, and the distribution they came from if it is recorded."""
+    if plan.draws == "deterministic":
         drawn = top(logits, min(width, logits.shape[-1]))
         real = torch.ones_like(drawn, dtype=torch.bool)
         if short := width - drawn.shape[-1]:  # a vocabulary of fewer tokens than siblings
             drawn, real = (nn.functional.pad(part, (0, short)) for part in (drawn, real))
-        return drawn, real, logits.float().softmax(-1) if plan.laws else None
-    law = sampling.law(logits)
-    drawn = chance.draw(law, width, replace=plan.draws == "iid")
-    real = law.gather(-1, drawn) > 0  # a law of fewer tokens than siblings
+        return drawn, real, logits.float().softmax(-1) if plan.record_probs else None
+    probs = sampling.probs(logits)
+    drawn = rng.draw(probs, width, replace=plan.draws == "iid")
+    real = probs.gather(-1, drawn) > 0  # a distribution of fewer tokens than siblings
     if plan.draws == "without_replacement":  # past the last of them a draw may repeat one
-        real &= torch.arange(width, device=logits.device) < (law > 0).sum(-1, keepdim=True)
-    return drawn, real, law
+        real &= torch.arange(width, device=logits.device) < (probs > 0).sum(-1, keepdim=True)
+    return drawn, real, probs
 
 
-def _named(first: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _from_target(first: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """[B, w] -> [B, 1, width] the first ones, and which of them are real."""
     shown = nn.functional.pad(first[:, :width], (0, max(0, width - first.shape[1])))
     real = torch.arange(width, device=first.device) < first.shape[1]
@@ -205,7 +205,7 @@ def _best_first(
     number = torch.zeros_like(frontier.tokens)  # [B, W] the frontier's candidate numbers
     score = torch.zeros(number.shape, device=device)  # [B, W] log probability of the path
     tokens, scores, numbers = [frontier.tokens], [score], []
-    laws: list[Tensor] = []
+    draft_probs: list[Tensor] = []
     known = _by_level(_likeliest(step.logits, shape.top_k, vocab)) if isinstance(step, Parallel) else None
     seen, k = 1, 0  # candidates so far, and children a fed node
     ended = _Ended(plan, states)
@@ -213,18 +213,18 @@ def _best_first(
         logits, W = step(frontier), frontier.tokens.shape[1]
         numbers.append(number)
         stopped = None if plan.stop is None else plan.stop(level, logits.expand(-1, W, -1))
-        if plan.laws:
-            laws.append(widen(logits.float().softmax(-1), vocab, size).expand(-1, W, -1))
+        if plan.record_probs:
+            draft_probs.append(widen(logits.float().softmax(-1), vocab, size).expand(-1, W, -1))
         gain, best = _likeliest(logits, shape.top_k, vocab) if known is None else known[level]
         k = best.shape[-1]
-        reach = score[..., None] + gain
+        path_prob = score[..., None] + gain
         if stopped is not None:
-            reach = reach.masked_fill(stopped[:, None, None], float("-inf"))
+            path_prob = path_prob.masked_fill(stopped[:, None, None], float("-inf"))
         if ended.rows is not None:
-            reach = reach.masked_fill(ended.rows[:, None, None], float("-inf"))
+            path_prob = path_prob.masked_fill(ended.rows[:, None, None], float("-inf"))
         drawn = (best if best.shape[1] == W else best.expand(-1, W, -1)).flatten(1)  # [B, W * k]
         tokens.append(drawn)
-        scores.append(reach.flatten(1))
+        scores.append(path_prob.flatten(1))
         if ended.after(level, logits, W):
             break
         if level + 1 < shape.depth:
@@ -232,11 +232,11 @@ def _best_first(
             frontier = frontier.below(drawn.gather(1, chosen), chosen // k)
             number = seen + chosen
         seen += drawn.shape[1]
-    return _rerank(torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(numbers, 1), k, len(numbers), laws, shape)
+    return _rerank(torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(numbers, 1), k, len(numbers), draft_probs, shape)
 
 
 def _rerank(
-    tokens: Tensor, score: Tensor, numbers: Tensor, k: int, depth: int, laws: list[Tensor], shape: Dynamic
+    tokens: Tensor, score: Tensor, numbers: Tensor, k: int, depth: int, draft_probs: list[Tensor], shape: Dynamic
 ) -> Growth:
     """The root and the likeliest candidates, parents before children: a stable sort keeps a parent ahead of a child of equal score.
 
@@ -248,8 +248,8 @@ def _rerank(
     hangs = (kept - 1).clamp_min(0) // k  # from which of the fed ones; the root's is unused
     place = torch.searchsorted(kept, numbers)  # [B, F] their nodes in the tree
     tree = Tree(
-        tokens.gather(1, kept), place.gather(1, hangs).masked_fill(~live, 0), live, "point", max_depth=depth, max_children=shape.top_k,
-        reach=score.exp(), law_rows=torch.cat(laws, 1) if laws else None, law_of=hangs if laws else None,
+        tokens.gather(1, kept), place.gather(1, hangs).masked_fill(~live, 0), live, "deterministic", max_depth=depth, max_children=shape.top_k,
+        path_prob=score.exp(), draft_probs=torch.cat(draft_probs, 1) if draft_probs else None, probs_row=hangs if draft_probs else None,
     )
     return Growth(tree, kept, numbers)
 
@@ -270,17 +270,17 @@ def top(logits: Tensor, k: int) -> Tensor:
     return likeliest(logits)[..., None] if k == 1 else logits.topk(k, -1).indices
 
 
-def widen(law: Tensor, vocab: Tensor | None, size: int) -> Tensor:
-    """A law over the draft vocabulary as one over the target's: [..., Vd] -> [..., V]. Without a draft vocabulary, itself."""
+def widen(probs: Tensor, vocab: Tensor | None, size: int) -> Tensor:
+    """A distribution over the draft vocabulary as one over the target's: [..., Vd] -> [..., V]. Without a draft vocabulary, itself."""
     if vocab is None:
-        return law
-    wide = law.new_zeros(*law.shape[:-1], size)
-    wide[..., vocab] = law
+        return probs
+    wide = probs.new_zeros(*probs.shape[:-1], size)
+    wide[..., vocab] = probs
     return wide
 
 
 @dataclass(frozen=True)
-class Stage:
+class Level:
     """One level of a static shape, as index tensors."""
 
     nodes: Tensor  # [W] which nodes of the level above are expanded
@@ -292,8 +292,8 @@ class Stage:
 
 
 @lru_cache(maxsize=64)
-def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, ...], Skeleton, Tensor, Tensor, Tensor]:
-    """Stages, skeleton, parents [N], nodes in feeding order [F] and law row [N] of a static shape."""
+def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Level, ...], Skeleton, Tensor, Tensor, Tensor]:
+    """Stages, skeleton, parents [N], nodes in feeding order [F] and distribution row [N] of a static shape."""
     paths = [(), *shape.paths]
     place = {path: index for index, path in enumerate(paths)}
     inner = {path[:-1] for path in paths[1:]}
@@ -305,7 +305,7 @@ def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, .
         return torch.tensor(values, dtype=torch.long, device=device)
 
     skeleton = Skeleton(
-        parents=(0, *(place[path[:-1]] for path in paths[1:])), law_of=(0, *(order[path[:-1]] for path in paths[1:])),
+        parents=(0, *(place[path[:-1]] for path in paths[1:])), probs_row=(0, *(order[path[:-1]] for path in paths[1:])),
     )  # fmt: skip
     feeding = index([place[path] for path in order])
     whole = skeleton_mask(skeleton, device)[feeding][:, feeding]  # [F, F] of all nodes that are ever fed
@@ -313,7 +313,7 @@ def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, .
     for depth, frontier in enumerate(frontiers):
         above = frontiers[depth - 1] if depth else []
         stages.append(
-            Stage(
+            Level(
                 nodes=index([levels[depth].index(path) for path in frontier]),
                 parent=index([above.index(path[:-1]) if depth else 0 for path in frontier]),
                 slot=index([frontier.index(path[:-1]) for path in levels[depth + 1]]),
@@ -323,4 +323,4 @@ def _stages(shape: Chain | Static, device: torch.device) -> tuple[tuple[Stage, .
             )
         )
         fed_before += len(frontier)
-    return tuple(stages), skeleton, index([*skeleton.parents]), feeding, index([*skeleton.law_of])
+    return tuple(stages), skeleton, index([*skeleton.parents]), feeding, index([*skeleton.probs_row])

@@ -2,7 +2,7 @@
 
 The free proposer goes first. Where what it found is worth more than what running the trained drafter would add for its price, the trained
 one is not run; else both trees are merged, shared prefixes once. Of all nodes those stay whose chance of standing is worth their share of
-the target's forward. What each proposer is worth is learnt in every row from what was committed. All of it is `point` draws, so greedy
+the target's forward. What each proposer is worth is learnt in every row from what was committed. All of it is `deterministic` draws, so greedy
 and recursive verification stay exact whatever is chosen here. B rows, N nodes. Choosing and merging happen on the host.
 """
 
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
 from drafttrain.core.nodes import Nodes, from_nodes, to_nodes
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features
 from drafttrain.drafters import DRAFTERS, build
-from drafttrain.drafters.base import Around, Drafter, DrafterConfig, DrafterState
+from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, WrappedDrafter
 from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.target.head import TargetHead
 
@@ -38,30 +38,30 @@ else:
 TRAINED, FREE = 0, 1
 """Origins of nodes; 0 is also what a lone proposer's have."""
 MEMORY = 0.15  # weight of the newest round in what the trained drafter is thought to be worth
-RETURN = 0.03  # how far that goes back to `head_gain` in each round in which it was not run
+RETURN = 0.03  # how far that goes back to `draft_gain` in each round in which it was not run
 PRIOR = 8.0  # the trained drafter's own chances are trusted as if so many tokens had stood as they said
 
 
-Price = Annotated[float, Field(ge=0)] | Literal["auto"]
+Cost = Annotated[float, Field(ge=0)] | Literal["auto"]
 
 
 class HybridConfig(Config):
     """Prices are in target forwards of one token on this device. `auto` measures them when a decoder is made, in a few seconds; greedy
-    texts are the same at any price, but sampled ones may be other samples of the same law."""
+    texts are the same at any price, but sampled ones may be other samples of the same distribution."""
 
     lookup: AnyFree = NgramConfig()
     """The proposer that costs nothing."""
-    head_cost: Price = 0.4
+    draft_cost: Cost = 0.4
     """What a proposal of the trained drafter takes."""
-    node_cost: Price = 0.01
+    node_cost: Cost = 0.01
     """What one more node adds to the target's forward."""
-    head_gain: float = Field(default=2.0, ge=0)
+    draft_gain: float = Field(default=2.0, ge=0)
     """Tokens that the trained drafter is thought to add to a round before anything is known."""
 
     @property
-    def unpriced(self) -> list[str]:
-        """The prices that are `auto`."""
-        return [name for name in ("head_cost", "node_cost") if getattr(self, name) == "auto"]
+    def unmeasured(self) -> list[str]:
+        """The costs that are `auto`."""
+        return [name for name in ("draft_cost", "node_cost") if getattr(self, name) == "auto"]
 
 
 class HybridFamily(DrafterConfig):
@@ -96,7 +96,7 @@ class Part:
     def outcome(self, path: Sequence[int]) -> tuple[float, float]:
         """Of a path that stood, below the root: how many of its tokens should have stood along it, and how many did."""
         passed = {0, *path}
-        said = sum(chance for chance, parent in zip(self.chances[1:], self.parents[1:], strict=True) if parent in passed)
+        said = sum(rng for rng, parent in zip(self.chances[1:], self.parents[1:], strict=True) if parent in passed)
         return said, sum(self.chances[node] > 0 for node in path)
 
 
@@ -119,36 +119,36 @@ class HybridState(DrafterState):
         worth, parts = [*self.worth, *other.worth], [*self.parts, *other.parts]
         return HybridState(self.trained.join(other.trained), self.free.join(other.free), worth, parts)
 
-    def settle(self, lengths: list[int]) -> None:
-        self.trained.settle(lengths)
+    def set_lengths(self, lengths: list[int]) -> None:
+        self.trained.set_lengths(lengths)
 
 
-class Hybrid(Around):
-    """Drafts with a lookup and, where that pays, with the trained drafter inside, in one tree of `point` draws."""
+class Hybrid(WrappedDrafter):
+    """Drafts with a lookup and, where that pays, with the trained drafter inside, in one tree of `deterministic` draws."""
 
-    draws = frozenset({"point"})
+    draws = frozenset({"deterministic"})
 
     def __init__(self, options: HybridConfig, trained: Drafter) -> None:
         name = f"{trained.config.name}+{options.lookup.name}"
         super().__init__(HybridFamily(name=name), trained)
-        assert options.head_cost != "auto" and options.node_cost != "auto"
+        assert options.draft_cost != "auto" and options.node_cost != "auto"
         self.options, self.free = options, build(options.lookup, trained.target)
-        self.head_cost, self.node_cost = options.head_cost, options.node_cost
-        self.needs, self.gives_laws = trained.needs | self.free.needs, False
+        self.draft_cost, self.node_cost = options.draft_cost, options.node_cost
+        self.needs, self.gives_draft_probs = trained.needs | self.free.needs, False
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> HybridState:
         given = (prompts, lengths, features, head, capacity)
-        worth = [Worth(self.options.head_gain)] * len(prompts)
+        worth = [Worth(self.options.draft_gain)] * len(prompts)
         return HybridState(self.inner.begin(*given), self.free.begin(*given), worth, [None] * len(prompts))
 
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
         assert isinstance(state, HybridState)
-        free = self.free.nodes(state.free, roots, plan, sampling, chance)
-        found = [replace(nodes, origin=[FREE] * len(nodes.tokens)) for nodes in free]
+        free = self.free.nodes(state.free, roots, plan, sampling, rng)
+        found = [replace(nodes, proposer=[FREE] * len(nodes.tokens)) for nodes in free]
         wanted = [self.wants_head(nodes, worth.gain, plan.shape.nodes) for nodes, worth in zip(found, state.worth, strict=True)]
         rows, drafted = found, found
         if any(wanted):
-            drafted = to_nodes(self.inner_tree(state.trained, roots, replace(plan, reach=True), sampling, chance))
+            drafted = to_nodes(self.inner_tree(state.trained, roots, replace(plan, path_prob=True), sampling, rng))
             trusted = [believed(two, worth.trust) for two, worth in zip(drafted, state.worth, strict=True)]
             rows = [merged(two, one) if wants else one for one, two, wants in zip(found, trusted, wanted, strict=True)]
         chosen = [self.worth(nodes, wants, plan.shape.nodes) for nodes, wants in zip(rows, wanted, strict=True)]
@@ -159,20 +159,20 @@ class Hybrid(Around):
     def wants_head(self, found: Nodes, gain: float, budget: int) -> bool:
         """Whether tokens per cost are higher with the trained drafter than with what was found alone."""
         alone = self.worth(found, False, budget)
-        expected, size = sum(alone.reach), len(alone.tokens)
-        first = max(found.reach, default=0.0)  # where the likeliest first token stands, the trained drafter adds little
+        expected, size = sum(alone.path_prob), len(alone.tokens)
+        first = max(found.path_prob, default=0.0)  # where the likeliest first token stands, the trained drafter adds little
         without = (1 + expected) / (1 + self.node_cost * size)
-        with_head = (1 + expected + (1 - first) * gain) / (1 + self.head_cost + self.node_cost * (size + budget) / 2)
+        with_head = (1 + expected + (1 - first) * gain) / (1 + self.draft_cost + self.node_cost * (size + budget) / 2)
         return with_head > without
 
     def worth(self, nodes: Nodes, headed: bool, budget: int) -> Nodes:
         """The likeliest nodes, as long as each adds more tokens than its cost adds time; parents stay before their children."""
-        tokens, cost = 1.0, 1.0 + self.head_cost * headed
+        tokens, cost = 1.0, 1.0 + self.draft_cost * headed
         kept: list[int] = []
         for place in nodes.likeliest()[:budget]:
-            if nodes.reach[place] * cost <= self.node_cost * tokens:
+            if nodes.path_prob[place] * cost <= self.node_cost * tokens:
                 break
-            tokens, cost = tokens + nodes.reach[place], cost + self.node_cost
+            tokens, cost = tokens + nodes.path_prob[place], cost + self.node_cost
             kept.append(place)
         return nodes.only(kept)
 
@@ -187,7 +187,7 @@ class Hybrid(Around):
                 gain = before.gain + MEMORY * (part.gained(path) - before.gain)
                 state.worth[row] = Worth(gain, before.said + said, before.stood + stood)
             elif count:
-                state.worth[row] = replace(before, gain=before.gain + RETURN * (self.options.head_gain - before.gain))
+                state.worth[row] = replace(before, gain=before.gain + RETURN * (self.options.draft_gain - before.gain))
         state.parts = [None] * len(counts)
         longest = max(*counts, 1)
         committed = replace(
@@ -200,17 +200,17 @@ class Hybrid(Around):
 
 def believed(nodes: Nodes, trust: float) -> Nodes:
     """The same nodes with the chance of each after its parent times `trust`, 1 at most."""
-    said, reach = [1.0, *nodes.reach], [1.0]
+    said, path_prob = [1.0, *nodes.path_prob], [1.0]
     for node, parent in enumerate(nodes.parents, 1):
-        reach.append(reach[parent] * min(1.0, trust * said[node] / max(said[parent], 1e-30)))
-    return Nodes(nodes.tokens, nodes.parents, reach[1:], nodes.origin)
+        path_prob.append(path_prob[parent] * min(1.0, trust * said[node] / max(said[parent], 1e-30)))
+    return Nodes(nodes.tokens, nodes.parents, path_prob[1:], nodes.proposer)
 
 
 def part_of(chosen: Nodes, drafted: Nodes) -> Part:
     """What of `chosen` stands among what the trained drafter `drafted`."""
-    reach = [1.0, *drafted.reach]
+    path_prob = [1.0, *drafted.path_prob]
     said = {
-        path: reach[node] / max(reach[parent], 1e-30)
+        path: path_prob[node] / max(path_prob[parent], 1e-30)
         for node, (path, parent) in enumerate(zip(_paths(drafted), drafted.parents, strict=True), 1)
     }
     chances = [said.get(path, 0.0) for path in _paths(chosen)]
@@ -227,13 +227,13 @@ def _paths(nodes: Nodes) -> list[tuple[int, ...]]:
 
 def merged(first: Nodes, second: Nodes) -> Nodes:
     """One row's two trees as one: a node of both keeps the first's origin and the higher chance."""
-    out = Nodes([*first.tokens], [*first.parents], [*first.reach], [*first.origin])
+    out = Nodes([*first.tokens], [*first.parents], [*first.path_prob], [*first.proposer])
     known = {(parent, token): node for node, (parent, token) in enumerate(zip(first.parents, first.tokens, strict=True), 1)}
     number = {0: 0}
     for node, (parent, token) in enumerate(zip(second.parents, second.tokens, strict=True), 1):
         key = number[parent], token
         if key not in known:
-            known[key] = out.add(token, key[0], second.reach[node - 1], second.origin[node - 1])
+            known[key] = out.add(token, key[0], second.path_prob[node - 1], second.proposer[node - 1])
         number[node] = known[key]
-        out.reach[number[node] - 1] = max(out.reach[number[node] - 1], second.reach[node - 1])
+        out.path_prob[number[node] - 1] = max(out.path_prob[number[node] - 1], second.path_prob[node - 1])
     return out

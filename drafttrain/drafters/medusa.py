@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drafttrain.core.chance import Chance
-from drafttrain.core.losses import LossMix, Readout
+from drafttrain.core.losses import LossMix, OutputLayer
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.core.types import Committed, Features, TrainingBatch
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Parallel, grow
@@ -45,7 +45,7 @@ class MedusaConfig(DrafterConfig):
     head_decay: float = Field(default=0.8, gt=0, le=1)
     """Head k's loss weighs `head_decay ** k`."""
     loss: LossMix = LossMix()
-    """What each head learns from the target's law."""
+    """What each head learns from the target's distribution."""
     loss_chunk: int = Field(default=1024, ge=1)
     """Labels whose [V] logits stand in memory at once."""
 
@@ -84,7 +84,7 @@ class Medusa(Drafter):
 
     Config = MedusaConfig
     config: MedusaConfig
-    needs = frozenset({"last"})
+    needs = frozenset({"last_hidden_state"})
     vocab: Tensor  # [Vd] ascending target ids
 
     def __init__(self, config: MedusaConfig, target: TargetShape) -> None:
@@ -95,7 +95,7 @@ class Medusa(Drafter):
         self.register_buffer("vocab", torch.arange(draft_size))
         if config.own_heads:
             self.lm_heads = nn.ModuleList(nn.Linear(size, draft_size, bias=False) for _ in range(config.heads))
-        self._borrowed: tuple[TargetHead, Readout] | None = None  # the target's head, cut to the draft vocabulary
+        self._borrowed: tuple[TargetHead, OutputLayer] | None = None  # the target's head, cut to the draft vocabulary
 
     @property
     def max_depth(self) -> int:
@@ -116,54 +116,54 @@ class Medusa(Drafter):
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
         labels, read = batch.labels(), self._read_text(batch, head)
         hidden = [block(labels.before(read, index + 2)) for index, block in enumerate(self.blocks)]
-        readouts = [self._readout(index, head) for index in range(len(self.lm_heads) if self.config.own_heads else 1)]
+        output_layers = [self._readout(index, head) for index in range(len(self.lm_heads) if self.config.own_heads else 1)]
         return distilled(
-            batch, labels, hidden, readouts, head, self.config.loss, self.draft_ids, self.config.loss_chunk, decay=self.config.head_decay
+            batch, labels, hidden, output_layers, head, self.config.loss, self.draft_ids, self.config.loss_chunk, decay=self.config.head_decay
         )
 
     @torch.no_grad()
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
+    def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
         read = self._read_text(batch, head)
         guesses = torch.full((*batch.tokens.shape, length), -1, device=read.device)  # deeper than the heads: never right
         for index, block in enumerate(self.blocks[:length]):
             guesses[..., index] = self._readout(index, head).guesses(block(read), self.draft_ids, self.config.loss_chunk)
         return guesses
 
-    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+    def teacher_forced_states(self, batch: TrainingBatch, head: TargetHead, steps: int) -> Iterator[Tensor]:
         read = self._read_text(batch, head)
         for block in self.blocks[:steps]:
             yield block(read)
 
-    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+    def readout(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
         return self._readout(level, head).logits(states)
 
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> MedusaState:
         row = torch.arange(len(prompts), device=prompts.device)
-        return MedusaState(head, features["last"][row, lengths - 1])
+        return MedusaState(head, features["last_hidden_state"][row, lengths - 1])
 
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
         assert isinstance(state, MedusaState)
         self.calls += 1
         hidden = self._hidden(state, roots, plan.shape.depth)  # [B, K, D]
         logits = self._logits(hidden, state.head)  # [B, K, Vd]
         states: list[Tensor] = []
         step = Parallel(logits, hidden, states)
-        return grow(step, roots, plan, sampling, chance, self.draft_ids, self.target.vocab_size, states).tree
+        return grow(step, roots, plan, sampling, rng, self.draft_ids, self.target.vocab_size, states).tree
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, MedusaState)
         row = torch.arange(len(state.last), device=state.last.device)
-        newest = committed.features["last"][row, (committed.count - 1).clamp_min(0)]
+        newest = committed.features["last_hidden_state"][row, (committed.count - 1).clamp_min(0)]
         state.last = torch.where((committed.count > 0)[:, None], newest, state.last)
 
-    def _read_text(self, batch: Batch, head: TargetHead) -> Tensor:
+    def _read_text(self, batch: TrainingBatch, head: TargetHead) -> Tensor:
         """`_read` at every token of a text, which says what came next."""
-        return self._read(batch.features["last"], batch.ahead(1)[0], head)
+        return self._read(batch.features["last_hidden_state"], batch.ahead(1)[0], head)
 
     def _read(self, last: Tensor, roots: Tensor, head: TargetHead) -> Tensor:
         """States [..., D] and the tokens after them [...] -> [..., D], or [..., 2 D] with the tokens' normed embeddings."""
@@ -188,14 +188,14 @@ class Medusa(Drafter):
 
     # -- parts ------------------------------------------------------------------------------------------------------------------------
 
-    def _readout(self, index: int, head: TargetHead) -> Readout:
+    def _readout(self, index: int, head: TargetHead) -> OutputLayer:
         """Head `index`'s output layer."""
         if self.config.own_heads:
-            return Readout(self.lm_heads[index].get_parameter("weight"))
+            return OutputLayer(self.lm_heads[index].get_parameter("weight"))
         if self._borrowed is None or self._borrowed[0] is not head:
             rows = slice(None) if self.draft_ids is None else self.draft_ids
             bias = None if head.bias is None else head.bias[rows]
-            self._borrowed = head, Readout(head.output[rows], bias, head.finish)
+            self._borrowed = head, OutputLayer(head.output[rows], bias, head.finish)
         return self._borrowed[1]
 
     @property

@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
 from drafttrain.core.nodes import Branch, Nodes, from_nodes, of_branches
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features
+from drafttrain.core.types import Committed, Features, TrainingBatch
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -110,13 +110,13 @@ class Text:
         out: list[Branch] = []
         left = 1.0  # probability that no branch before this one is right
         for match in self.matches(root, shortest, most, length):
-            reach = [left * self.reliability.of(match.length) * (0.5 if out else 1.0)]
+            path_prob = [left * self.reliability.of(match.length) * (0.5 if out else 1.0)]
             for further in range(1, len(match.tokens)):
-                reach.append(reach[-1] * self.reliability.of(match.length + further))
+                path_prob.append(path_prob[-1] * self.reliability.of(match.length + further))
             if not out:
                 self.guessed, self.guessed_at = match, len(self.tokens) + 1
-            left -= reach[0]
-            out.append(Branch(match.tokens, reach))
+            left -= path_prob[0]
+            out.append(Branch(match.tokens, path_prob))
         return out
 
     def _learn(self, root: int) -> None:
@@ -180,19 +180,19 @@ class Ngram(Drafter):
     Config = NgramConfig
     config: NgramConfig
     trainable = False
-    gives_laws = False
-    draws = frozenset({"point"})
+    gives_draft_probs = False
+    draws = frozenset({"deterministic"})
 
     def __init__(self, config: NgramConfig, target: TargetShape) -> None:
         super().__init__(config, target)
         if config.shortest > config.longest:
             raise UserError(f"drafter.shortest {config.shortest} is above drafter.longest {config.longest}; lower it")
 
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
         raise UserError("drafter 'ngram' has no weights: there is nothing to train; use it in `drafttrain eval` or `generate`")
 
     @torch.no_grad()
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
+    def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
         guesses = torch.full((*batch.tokens.shape, length), -1)
         for row, start, stop in _documents(batch.document.tolist()):
             tokens, text = batch.tokens[row, start:stop].tolist(), Text(self.config.longest)
@@ -209,11 +209,11 @@ class Ngram(Drafter):
             rows[-1].extend(tokens[:length])
         return NgramState(rows)
 
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
-        found = self.nodes(state, roots, plan, sampling, chance)
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
+        found = self.nodes(state, roots, plan, sampling, rng)
         return from_nodes(roots, found, None if sampling.greedy else (plan.shape.nodes, self._width(plan)))
 
-    def nodes(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> list[Nodes]:
+    def nodes(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> list[Nodes]:
         """A lookup has no levels to pay for: it may be as deep as the plan has nodes, and `plan.stop` has nothing to save."""
         assert isinstance(state, NgramState)
         self.calls += 1

@@ -16,14 +16,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import document_mask
-from drafttrain.core.losses import LossMix, Readout
+from drafttrain.core.losses import LossMix, OutputLayer
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed, Features, appended, gathered
+from drafttrain.core.types import Committed, Features, TrainingBatch, appended, gathered
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, mask_windows, tree_mask
@@ -52,7 +52,7 @@ class SmallLMConfig(DrafterConfig):
     hidden_size: int | None = Field(default=None, ge=8, multiple_of=8)
     """Width of a new Llama-shaped model with an embedding of its own (tied); None: the target's shape, embedding and head."""
     loss: LossMix = LossMix()
-    """What it learns from the target's law."""
+    """What it learns from the target's distribution."""
     loss_chunk: int = Field(default=256, ge=1)
     """Labels whose [V] logits stand in memory at once."""
     architecture: dict[str, Any] | None = None
@@ -89,8 +89,8 @@ class SmallLMState(DrafterState):
         waiting = torch.cat([self.waiting, other.waiting])
         return SmallLMState(self.head, self.cache.join(other.cache), torch.cat(pending), waiting)
 
-    def settle(self, lengths: list[int]) -> None:
-        self.cache.reach = max(lengths, default=0)
+    def set_lengths(self, lengths: list[int]) -> None:
+        self.cache.max_length = max(lengths, default=0)
 
 
 class SmallLM(Drafter):
@@ -174,7 +174,7 @@ class SmallLM(Drafter):
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
         labels = batch.labels()
         hidden = labels.before(self._encode(batch, head), self.first_label)
         return distilled(
@@ -182,21 +182,21 @@ class SmallLM(Drafter):
         )
 
     @torch.no_grad()
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> Tensor:
+    def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
         best = self._readout(head).guesses(self._encode(batch, head), None, self.config.loss_chunk)  # [B, T], for token t + 1
         T = best.shape[1]
         index = torch.arange(T, device=best.device)[:, None] + 1 + torch.arange(length, device=best.device)  # [T, length]
         return torch.where(index < T, best[:, index.clamp_max(T - 1)], -1)
 
-    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Iterator[Tensor]:
+    def teacher_forced_states(self, batch: TrainingBatch, head: TargetHead, steps: int) -> Iterator[Tensor]:
         states = self._encode(batch, head)
         for step in range(steps):
             yield states.roll(-step - 1, 1)  # what comes round from the start stands for tokens beyond the row's end
 
-    def logits_of(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
+    def readout(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
         return self._logits(states, head)
 
-    def _encode(self, batch: Batch, head: TargetHead) -> Tensor:
+    def _encode(self, batch: TrainingBatch, head: TargetHead) -> Tensor:
         """Packed rows [B, T] -> [B, T, D]."""
         kind = batch.tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._dtype
@@ -215,10 +215,10 @@ class SmallLM(Drafter):
             slots = cache.aim_at(start, tokens.shape[1])
             seen = torch.arange(cache.visible, device=prompts.device) <= slots[:, :, None]
             self._forward(state, cache.aimed, tokens, slots, layer_masks(self.windows, self._dtype, seen, slots, None))
-        cache.lengths, cache.reach = lengths.clone(), prompts.shape[1]
+        cache.lengths, cache.max_length = lengths.clone(), prompts.shape[1]
         return state
 
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Chance) -> Tree:
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
         assert isinstance(state, SmallLMState)
         depth = torch.zeros(1, dtype=torch.long, device=roots.device)  # [F] of every node fed, the root first
 
@@ -233,13 +233,13 @@ class SmallLM(Drafter):
                 states.append(self._expand(state, frontier, depth))
             return self._logits(states[-1], state.head)
 
-        grown = grow(step, roots, plan, sampling, chance, states=states)
+        grown = grow(step, roots, plan, sampling, rng, states=states)
         state.fed = grown.fed
         return grown.tree
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, SmallLMState)
-        state.cache.reach += committed.tokens.shape[1]  # until the loop says what it is
+        state.cache.max_length += committed.tokens.shape[1]  # until the loop says what it is
         if state.fed is None or committed.nodes is None:  # not from a tree of its own: all of it waits
             if state.pending.shape[1] + committed.tokens.shape[1] > CATCH_UP:
                 self._feed_pending(state)
@@ -327,11 +327,11 @@ class SmallLM(Drafter):
         embedded = head.embed(tokens).to(self._dtype)
         return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
-    def _readout(self, head: TargetHead) -> Readout:
+    def _readout(self, head: TargetHead) -> OutputLayer:
         if self.borrows:
-            return Readout(head.output, head.bias, head.finish)
+            return OutputLayer(head.output, head.bias, head.finish)
         output, V = self._own().get_output_embeddings(), self.target.vocab_size  # it may be padded with rows that no token has
-        return Readout(output.weight[:V], None if output.bias is None else output.bias[:V], finisher(self.lm_config))
+        return OutputLayer(output.weight[:V], None if output.bias is None else output.bias[:V], finisher(self.lm_config))
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -27,7 +27,7 @@ from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import AnyFree
 from drafttrain.evaluation.efficiency import Efficiency, measure
 from drafttrain.evaluation.execute import can_execute
-from drafttrain.evaluation.journal import Journal, append_whole, read_lines
+from drafttrain.evaluation.journal import ResultJournal, append_whole, read_lines
 from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.peers import Peer, PeerConfig, make_peer
@@ -152,13 +152,13 @@ def evaluate(
     bench = Bench(target, runners, config, judged_labels(facts, config))
     bench.check(suite)
     setting = bench.setting(suite, out_path, facts)
-    journal = Journal(out_path.parent / "measurements" / f"{setting.run}.jsonl")
+    journal = ResultJournal(out_path.parent / "measurements" / f"{setting.run}.jsonl")
     with journal.alone():
         if out_path.exists() and setting.run in {row.run for row in read_rows(out_path)}:
             raise UserError(f"'{out_path}': another process has just finished this measurement; run again for one more")
         entries = bench.measure(suite, journal, setting.commit)
         setting = replace(setting, commit=_commits(entries))
-        rows = make_rows(_samples(entries), facts, _efficiencies(entries), setting, _prices(entries))
+        rows = make_rows(_samples(entries), facts, _efficiencies(entries), setting, _hybrid_costs(entries))
         append_whole(out_path, [row.to_json() for row in rows])
     return rows
 
@@ -227,7 +227,7 @@ class Bench:
             for runner in self.runners:
                 runner.run(prompt, tokens, self.config.sampling, self.config.seed)
 
-    def measure(self, suite: Suite, journal: Journal, commit: str | None) -> list[dict[str, Any]]:
+    def measure(self, suite: Suite, journal: ResultJournal, commit: str | None) -> list[dict[str, Any]]:
         """Decodes what the journal lacks; everything that then stands in it. commit: of the code that decodes."""
         entries, config = [*journal.entries], self.config
         done = {(entry["repeat"], entry["item"]) for entry in entries if "item" in entry}
@@ -235,8 +235,8 @@ class Bench:
         waiting = [unit for unit in units if (unit[0], unit[2].id) not in done]
         if waiting:
             self.warm_up(suite)
-            if prices := {one.label: one.decoder.prices for one in self.runners if isinstance(one, Contender) and one.decoder.prices}:
-                entries.append({"prices": prices})
+            if hybrid_costs := {one.label: one.decoder.hybrid_costs for one in self.runners if isinstance(one, Contender) and one.decoder.hybrid_costs}:
+                entries.append({"hybrid_costs": hybrid_costs})
                 journal.append(entries[-1])
         with progress_bar() as progress:
             what = f"{suite.name}: {len(self.runners)} runners"
@@ -319,9 +319,9 @@ def _efficiencies(entries: Sequence[dict[str, Any]]) -> dict[str, Efficiency]:
     return {label: Efficiency(**data) for entry in entries for label, data in entry.get("efficiency", {}).items()}
 
 
-def _prices(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _hybrid_costs(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By label; of a run that went on, the last ones."""
-    return {label: found for entry in entries for label, found in entry.get("prices", {}).items()}
+    return {label: found for entry in entries for label, found in entry.get("hybrid_costs", {}).items()}
 
 
 def progress_bar() -> Progress:

@@ -24,7 +24,7 @@ FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S | re.
 
 
 @dataclass(frozen=True)
-class Check:
+class AnswerCheck:
     """How the answer to an item is judged."""
 
     kind: Kind
@@ -33,13 +33,13 @@ class Check:
     header: str = ""  # `code`: what stands before an answer that is only a function's body
 
 
-def right(check: Check, text: str) -> bool:
+def right(check: AnswerCheck, text: str) -> bool:
     """Whether the text gives an accepted answer. Not for `code`."""
     answer = final_answer(check, text)
     return answer is not None and answer in {canonical(check.kind, accepted) for accepted in check.answers}
 
 
-def final_answer(check: Check, text: str) -> str | None:
+def final_answer(check: AnswerCheck, text: str) -> str | None:
     """The answer that a text settles on, in canonical form; None where it gives none. Not for `code`.
 
     `word`: the first accepted answer that the text holds, since no other word could be told from prose.
@@ -124,7 +124,7 @@ def choice_letter(text: str, letters: str = "ABCDE") -> str | None:
     return found[1] if found else None
 
 
-def program(check: Check, text: str) -> str:
+def program(check: AnswerCheck, text: str) -> str:
     """The program that decides a `code` item: what the text wrote (its first fenced block, or all of it), then the tests.
 
     A text that defines the function stands behind the header's own imports; one that is only a body continues the header.

@@ -39,7 +39,7 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Round:
+class RecordedRound:
     """Seconds of one round."""
 
     whole: float
@@ -63,8 +63,8 @@ def measure(
     )
 
 
-def _rounds(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling, seed: int, new_tokens: int) -> Iterator[Round]:
-    batch, replay = decoder.batch(sampling, seed), Replay(decoder)
+def _rounds(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling, seed: int, new_tokens: int) -> Iterator[RecordedRound]:
+    batch, replay = decoder.batch(sampling, seed), RoundReplay(decoder)
     batch.start([Request(prompt, 0, new_tokens)])
     batch.clock.take()  # waits for the device and forgets the prefill
     while not batch.done:
@@ -72,10 +72,10 @@ def _rounds(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling, 
         with replay:
             batch.step()
         drafting = batch.clock.take()["draft"]
-        yield Round(time.perf_counter() - start - replay.seconds, drafting, replay.target_seconds, replay.drafter_seconds)
+        yield RecordedRound(time.perf_counter() - start - replay.seconds, drafting, replay.target_seconds, replay.drafter_seconds)
 
 
-class Replay:
+class RoundReplay:
     """Does the bare forwards of a round again while it is entered."""
 
     def __init__(self, decoder: SpeculativeDecoder) -> None:
@@ -83,7 +83,7 @@ class Replay:
         self.calls: list[Callable[[], object]] = []  # the drafter's, in this round so far
         self.seconds, self.target_seconds, self.drafter_seconds = 0.0, 0.0, 0.0
 
-    def __enter__(self) -> Replay:
+    def __enter__(self) -> RoundReplay:
         self.calls, self.seconds, self.target_seconds, self.drafter_seconds = [], 0.0, 0.0, 0.0
         self._hook = self.target.backbone.register_forward_hook(self._after_backbone, with_kwargs=True)
         if self.drafter is not None:

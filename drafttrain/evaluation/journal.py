@@ -18,7 +18,7 @@ from drafttrain.data.shards import write_whole
 MEND = "restore the file or move it away and run again"
 
 
-class Journal:
+class ResultJournal:
     """Appends whole lines; a line torn by a kill or a full disk is left out when it is read, and dropped before anything is appended."""
 
     def __init__(self, path: Path) -> None:

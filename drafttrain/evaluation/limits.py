@@ -18,7 +18,7 @@ from drafttrain.verify.multidraft import MultidraftConfig, acceptance, limit
 from drafttrain.verify.recursive import RecursiveConfig
 
 TOGETHER = 16
-"""Nodes whose laws are sorted at once."""
+"""Nodes whose distributions are sorted at once."""
 VISITS, LIMIT = "visits", "limit"
 
 
@@ -34,9 +34,9 @@ class Tried:
 def tries(tree: Tree, p: Tensor, visits: Tensor, asked: Mapping[str, RuleConfig]) -> Tried:
     """P* and each rule's acceptance at the visited nodes that have children, summed up by level, weighted by `visits` [C, N].
 
-    tree: of iid draws; p: [C, N, V] the target's laws; asked: rules of `ACCEPTANCE` by label.
+    tree: of iid draws; p: [C, N, V] the target's distributions; asked: rules of `ACCEPTANCE` by label.
     """
-    assert tree.draws == "iid" and tree.law_rows is not None and tree.law_of is not None
+    assert tree.draws == "iid" and tree.draft_probs is not None and tree.probs_row is not None
     children = (tree.children >= 0).sum(-1)  # [C, N]
     shape = (len(visits), tree.max_depth)
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name in (VISITS, LIMIT, *asked)}
@@ -44,7 +44,7 @@ def tries(tree: Tree, p: Tensor, visits: Tensor, asked: Mapping[str, RuleConfig]
         rows, nodes = ((children == K) & (visits > 0)).nonzero(as_tuple=True)
         for row, node in zip(rows.split(TOGETHER), nodes.split(TOGETHER), strict=True):
             child = tree.children[row, node, 0]
-            target, drafted = p[row, node], tree.law_rows[row, tree.law_of[row, child]]  # [M, V]
+            target, drafted = p[row, node], tree.draft_probs[row, tree.probs_row[row, child]]  # [M, V]
             weight, level = visits[row, node].double().cpu(), tree.depth[row, node].cpu()
             values = {VISITS: torch.ones_like(weight), LIMIT: limit(target, drafted, K).cpu()}
             for label, config in asked.items():
@@ -55,7 +55,7 @@ def tries(tree: Tree, p: Tensor, visits: Tensor, asked: Mapping[str, RuleConfig]
 
 
 def one_by_one(config: RuleConfig, p: Tensor, q: Tensor, K: int) -> Tensor:
-    """The probability that `recursive` accepts one of K iid drafts, or `rejection` its only one: [M, V] laws -> [M], fp64."""
+    """The probability that `recursive` accepts one of K iid drafts, or `rejection` its only one: [M, V] distributions -> [M], fp64."""
     if isinstance(config, RecursiveConfig) and config.naive:  # the token drawn from p is among the drafts
         return (p.double() * (1 - (1 - q.double()) ** K)).sum(-1)
     P, q, falls = p.double(), q.double(), torch.ones(len(p), dtype=torch.float64, device=p.device)
@@ -66,7 +66,7 @@ def one_by_one(config: RuleConfig, p: Tensor, q: Tensor, K: int) -> Tensor:
 
 
 def chosen_one(config: RuleConfig, p: Tensor, q: Tensor, K: int) -> Tensor:
-    """The probability that `multidraft` accepts the draft it chooses: [M, V] laws -> [M], fp64."""
+    """The probability that `multidraft` accepts the draft it chooses: [M, V] distributions -> [M], fp64."""
     assert isinstance(config, MultidraftConfig)
     return acceptance(p, q, K, config)
 

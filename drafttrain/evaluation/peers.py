@@ -81,7 +81,7 @@ class Peer:
     def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
         torch.manual_seed(seed)
         ids = torch.tensor([prompt], device=self.target.device)
-        memory, rounds = PeakMemory(self.target.device), Rounds(self.target, len(prompt))
+        memory, rounds = PeakMemory(self.target.device), PeerRounds(self.target, len(prompt))
         start = time.perf_counter()
         with rounds:
             out: Tensor = self.target.model.generate(
@@ -114,7 +114,7 @@ class Peer:
 
 
 @dataclass
-class Rounds:
+class PeerRounds:
     """Watches the target's forwards while it is entered."""
 
     target: Target
@@ -125,7 +125,7 @@ class Rounds:
     prefill_end: float = 0.0
     hooks: list[Any] = field(default_factory=list)
 
-    def __enter__(self) -> Rounds:
+    def __enter__(self) -> PeerRounds:
         backbone = self.target.backbone
         self.hooks = [
             backbone.register_forward_pre_hook(self._before, with_kwargs=True), backbone.register_forward_hook(self._after)

@@ -1,15 +1,15 @@
-"""Quality of decoded text, for rules that do not keep the target's law: how far the text is from what the target itself would write.
+"""Quality of decoded text, for rules that do not keep the target's distribution: how far the text is from what the target itself would write.
 
 One teacher-forced pass of the target over the text, after the clock has stopped. At every committed token x (those that rounds kept;
-the prefill's token is the target's own) the target's law after the text so far is known:
+the prefill's token is the target's own) the target's distribution after the text so far is known:
 
     p   the softmax of its logits at the run's temperature (1 where decoding is greedy), all tokens kept
-    r   the law that plain decoding draws from there: p after top-k and top-p; at temperature 0 all mass on the argmax
+    r   the distribution that plain decoding draws from there: p after top-k and top-p; at temperature 0 all mass on the argmax
 
     argmax agreement   share of committed tokens that are the argmax
     excess KL          mean of  KL(x || p) - E_{y ~ r} KL(y || p)  =  -log p(x) + sum_y r(y) log p(y),  in nats
 
-KL(x || p) is the divergence of a realised choice, all mass on x. A text alone does not tell the law that a lossy rule drew from, only
+KL(x || p) is the divergence of a realised choice, all mass on x. A text alone does not tell the distribution that a lossy rule drew from, only
 what it chose. For greedy decoding the excess is log(p_max / p(x)), 0 for the argmax and positive for every other token; for sampling its
 expectation is 0 under every lossless rule, whatever the sampling options, positive where unlikely tokens stand and negative where
 only likely ones do.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.sampling import Sampling, likeliest
-from drafttrain.evaluation.check import Check, final_answer, program, right
+from drafttrain.evaluation.check import AnswerCheck, final_answer, program, right
 from drafttrain.evaluation.execute import passes
 from drafttrain.target.adapter import Target
 
@@ -37,7 +37,7 @@ ROWS = 64  # positions whose logits are held at once
 
 
 @dataclass
-class Judged:
+class JudgedText:
     """One decoding, as the journal keeps it."""
 
     tokens: int  # committed tokens
@@ -48,16 +48,16 @@ class Judged:
 
 
 def judge(
-    target: Target, prompt: Sequence[int], tokens: Sequence[int], text: str, plain: str, check: Check | None, sampling: Sampling,
+    target: Target, prompt: Sequence[int], tokens: Sequence[int], text: str, plain: str, check: AnswerCheck | None, sampling: Sampling,
     execute: bool = False,
-) -> Judged:
+) -> JudgedText:
     """The quality of one decoding.
 
     tokens: the answer's, the prefill's first; text: the same as text; plain: plain decoding's text. execute: run programs
     (`check.kind` is `code`); otherwise they count as not checkable.
     """
     read = read_text(target, prompt, tokens, sampling)
-    judged = Judged(len(tokens) - 1, int(read.agreed.sum()), float(read.excess.sum()))
+    judged = JudgedText(len(tokens) - 1, int(read.agreed.sum()), float(read.excess.sum()))
     if check is not None and check.kind == "code":
         judged.right = passes(program(check, text)) if execute else None
     elif check is not None:
@@ -67,7 +67,7 @@ def judge(
     return judged
 
 
-def pooled(judged: Sequence[Judged]) -> Quality | None:
+def pooled(judged: Sequence[JudgedText]) -> Quality | None:
     """Over all committed tokens and all checkable answers; None where nothing was judged.
 
     `tokens`, `argmax_agreement`, `excess_kl` (nats a token), `checked` (answers that could be checked), `right` (share of them),
@@ -102,7 +102,7 @@ def read_text(target: Target, prompt: Sequence[int], tokens: Sequence[int], samp
     """One pass over prompt and answer; T is the answer's length less the prefill's token."""
     text = torch.tensor([[*prompt, *tokens[:-1]]], device=target.device)
     length = torch.tensor([text.shape[1]], device=target.device)
-    hidden = target.prefill(target.new_cache(1, text.shape[1]), text, length, {"last"}).features["last"]
+    hidden = target.prefill(target.new_cache(1, text.shape[1]), text, length, {"last_hidden_state"}).features["last_hidden_state"]
     chosen = torch.tensor(list(tokens[1:]), dtype=torch.long, device=target.device)  # [T]
     parts = [
         (likeliest(logits) == token, excess_surprisal(logits, token, sampling))
@@ -115,8 +115,8 @@ def read_text(target: Target, prompt: Sequence[int], tokens: Sequence[int], samp
 def excess_surprisal(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
     """-log p(x) less what plain decoding's token has in expectation: [T, V], [T] -> [T] nats."""
     surprisal = -(logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)  # [T, V]
-    law = sampling.law(logits)
-    expected = torch.where(law > 0, law * surprisal, 0.0).sum(-1)
+    probs = sampling.probs(logits)
+    expected = torch.where(probs > 0, probs * surprisal, 0.0).sum(-1)
     return surprisal.gather(-1, tokens[:, None])[:, 0] - expected
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation.efficiency import Efficiency
-from drafttrain.evaluation.quality import Judged, Quality, pooled
+from drafttrain.evaluation.quality import JudgedText, Quality, pooled
 from drafttrain.evaluation.runners import GENERATE, PLAIN, Facts, Outcome
 from drafttrain.evaluation.suites import ALL
 from drafttrain.runtime.stats import PHASES, Statistics
@@ -22,7 +22,7 @@ FORMAT = 1
 RESAMPLES = 10_000
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t, 97.5%, of 1, 2, ... degrees of freedom; the last one stands for more, too."""
-PREFETCH = ("bets", "hits", "prefetch_calls", "calls_saved")
+PREFETCH = ("prefetched", "prefetch_hits", "prefetch_calls", "calls_saved")
 BASELINES = (PLAIN, GENERATE)
 """Whom speed-ups are measured against, as far as they are in a run."""
 STRETCH = 16
@@ -50,7 +50,7 @@ class Sample:
     outcome: Outcome
     looping: bool
     difference: Difference | None = None
-    quality: Judged | None = None
+    quality: JudgedText | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -67,7 +67,7 @@ class Sample:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sample:
         difference = None if data["difference"] is None else Difference(**data["difference"])
-        quality = Judged(**data["quality"]) if data.get("quality") else None  # older journals have none
+        quality = JudgedText(**data["quality"]) if data.get("quality") else None  # older journals have none
         outcome = Outcome.from_json(data["outcome"])
         return cls(**{**data, "outcome": outcome, "difference": difference, "quality": quality})
 
@@ -151,12 +151,12 @@ class Measured:
     tau_interval: Interval | None = None
     positions: tuple[tuple[int, int], ...] = ()
     """(rounds, tokens they kept) of the rounds that begin in each `STRETCH` tokens of an answer."""
-    prefetch: dict[str, int] | None = None  # bets, hits, prefetch_calls, calls_saved; see `Statistics`
+    prefetch: dict[str, int] | None = None  # prefetched drafts, hits, prefetch_calls, calls_saved; see `Statistics`
     quality: Quality | None = None  # see `quality.pooled`; None where it was not measured
     repeat_intervals: dict[str, Interval] = field(default_factory=dict)  # as `speedups`; where `repeats` is 1 without an interval
     attempts: tuple[int, ...] = ()
     """Rounds behind each of `alpha`."""
-    prices: dict[str, float] | None = None  # what `auto` prices of `runtime.hybrid` turned out to be
+    hybrid_costs: dict[str, float] | None = None  # what `auto` costs of `runtime.hybrid` turned out to be
 
     @property
     def behind_alpha(self) -> list[float]:
@@ -221,7 +221,7 @@ def known_alpha(values: Sequence[float | None]) -> tuple[float | None, ...]:
 
 def make_rows(
     samples: Sequence[Sample], facts: dict[str, Facts], efficiencies: dict[str, Efficiency], setting: Setting,
-    prices: Mapping[str, dict[str, float]] | None = None,
+    hybrid_costs: Mapping[str, dict[str, float]] | None = None,
 ) -> list[Row]:
     """A row for each runner, task (and all of them together) and kind of outputs; none where no prompt is left."""
     tasks = [*dict.fromkeys(sample.task for sample in samples), ALL]
@@ -237,7 +237,7 @@ def make_rows(
                 if chosen:
                     pairs = {name: [found[sample.key] for sample in chosen] for name, found in decoded.items()}
                     measured = summarise(chosen, pairs.pop(PLAIN), known, label, task, outputs, efficiency, exact, pairs)
-                    rows.append(Row(**asdict(setting), measured=replace(measured, prices=(prices or {}).get(label))))
+                    rows.append(Row(**asdict(setting), measured=replace(measured, hybrid_costs=(hybrid_costs or {}).get(label))))
     return rows
 
 
@@ -271,7 +271,7 @@ def summarise(
         peak_memory=max(sample.outcome.peak_memory for sample in own),
         loop_efficiency=efficiency.loop if efficiency else None,
         drafting_overhead=efficiency.drafting if efficiency else None,
-        prefetch={name: vars(total)[name] for name in PREFETCH} if total.bets else None,
+        prefetch={name: vars(total)[name] for name in PREFETCH} if total.prefetched else None,
         quality=pooled([sample.quality for sample in own if sample.quality is not None]),
         tau_interval=tau_interval(own), positions=by_position(own),
     )

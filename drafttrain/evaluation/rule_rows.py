@@ -17,7 +17,7 @@ Form = Literal["whole", "first chain"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RuleComparison:
     """One rule against the first on the same rounds."""
 
     tau: Interval
@@ -69,7 +69,7 @@ class RuleRow:
     """At the same nodes, the probability that this rule accepts one of the children."""
     of_limit: tuple[Interval, ...]
     """The second over the first."""
-    law_gap: float
+    probs_gap: float
     """Largest difference between recomputed and logged probabilities of drafted tokens, over the first rounds."""
     device: str
     versions: dict[str, str]
@@ -77,7 +77,7 @@ class RuleRow:
     date: str
     looping: float | None = None
     """Share of the logged answers that go round in circles; older rows do not say."""
-    not_looping: Comparison | None = None
+    not_looping: RuleComparison | None = None
     """The figures over the rounds of the other answers; None where there are none, or nobody knows."""
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class RuleRow:
         given = {name: value for name, value in data.items() if name != "format"}
         try:
             if given.get("not_looping") is not None:
-                given["not_looping"] = Comparison(**_compared(given["not_looping"]))
+                given["not_looping"] = RuleComparison(**_compared(given["not_looping"]))
             return cls(**{**given, **_compared(given), "reached": tuple(given["reached"])})
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: a broken row of rules ({error}); replay again, or remove the line") from error

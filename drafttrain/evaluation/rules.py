@@ -1,12 +1,12 @@
 """Rules compared on the same trees: real rounds are logged once, and every rule judges each of them.
 
-The expected accepted length of a rule on a tree (its tokens and the laws p and q fixed) is a mean over `chances` runs of the rule
+The expected accepted length of a rule on a tree (its tokens and the distributions p and q fixed) is a mean over `chances` runs of the rule
 itself, whose random numbers are spread evenly and the same for every rule. Differences are paired round by round; intervals are
 bootstraps over prompts.
 
 Where siblings were drawn iid, the limit P* of every rule's acceptance (`limits.py`) stands beside that of each top-down rule, at the nodes
 whose children the first rule tried: no chance is left in them but which nodes were reached.
-n rounds, N nodes, K levels, R laws, V vocabulary, S chances.
+n rounds, N nodes, K levels, R distributions, V vocabulary, S chances.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Spread
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
+from drafttrain.core.rng import SpreadRng
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.evaluation.bench import EvaluationConfig
@@ -32,10 +32,10 @@ from drafttrain.evaluation.limits import ACCEPTANCE, Tried, tries
 from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.rows import Interval
-from drafttrain.evaluation.rule_rows import Comparison, Form, RuleRow
+from drafttrain.evaluation.rule_rows import Form, RuleComparison, RuleRow
 from drafttrain.evaluation.runners import Contender
 from drafttrain.evaluation.suites import Suite
-from drafttrain.runtime.rounds import Laws, RoundLog, RoundsInfo, log_rounds
+from drafttrain.runtime.rounds import LoggedProbs, RoundLog, RoundsInfo, log_rounds
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
@@ -45,7 +45,7 @@ ELEMENTS = 1 << 26
 """Probabilities that one call of a rule may look at, about."""
 
 @dataclass(frozen=True)
-class Judge:
+class RuleOnTrial:
     """A rule, and what it is shown of each tree."""
 
     rule: Rule
@@ -68,44 +68,44 @@ class Levels:
 
 
 @dataclass
-class Judged:
+class RuleOutcome:
     """What one judge made of all rounds."""
 
-    judge: Judge
+    judge: RuleOnTrial
     lengths: np.ndarray  # [n] expected accepted length of each round, the bonus token not counted
     reached: np.ndarray  # [K] share of rounds in which a node at depth 1, 2, ... stood
     levels: Levels | None = None  # of iid draws, and rules that go from the root down
 
-    def of(self, some: np.ndarray) -> Judged:
+    def of(self, some: np.ndarray) -> RuleOutcome:
         """Of the rounds [n] bool alone; `reached` stays that of all."""
         levels = None if self.levels is None else Levels(*(level[some] for level in vars(self.levels).values()))
         return replace(self, lengths=self.lengths[some], levels=levels)
 
 
-def judges(info: RoundsInfo, further: Sequence[RuleConfig] = ()) -> tuple[list[Judge], list[str]]:
+def judges(info: RoundsInfo, further: Sequence[RuleConfig] = ()) -> tuple[list[RuleOnTrial], list[str]]:
     """Every registered rule that is exact for such trees, and `further` ones with their options; why the others are left out.
 
     The first one is what the others are compared with: `recursive` for trees, `rejection` for chains.
     """
     topology = "chain" if info.max_children <= 1 else "tree"
-    chosen: dict[str, Judge] = {}
+    chosen: dict[str, RuleOnTrial] = {}
     left_out: list[str] = []
     for name, kind in RULES.items():
         reason = _unfit(kind, info.draws, topology, info.temperature)
         if reason is None:
-            judge = Judge(build(kind.Config(name=name)))
+            judge = RuleOnTrial(build(kind.Config(name=name)))
             chosen[judge.label] = judge
         else:
             left_out.append(f"{name}: {reason}")
     for config in further:
         kind = RULES[config.name]
         if kind.lossless and (info.draws, topology) in kind.accepts:
-            judge = Judge(build(config))
+            judge = RuleOnTrial(build(config))
             chosen[judge.label] = judge
     first = "recursive" if topology == "tree" else "rejection"
     order = sorted(chosen.values(), key=lambda judge: judge.label != first)
     if topology == "tree":
-        order.append(Judge(build(RULES["rejection"].Config(name="rejection")), "first chain"))
+        order.append(RuleOnTrial(build(RULES["rejection"].Config(name="rejection")), "first chain"))
     return order, left_out
 
 
@@ -122,7 +122,7 @@ def _unfit(kind: type[Rule], draws: str, topology: str, temperature: float) -> s
 
 
 @torch.inference_mode()
-def judge_rounds(log: RoundLog, laws: Laws, every: Sequence[Judge], chances: int = 16, seed: int = 0) -> list[Judged]:
+def judge_rounds(log: RoundLog, logged_probs: LoggedProbs, every: Sequence[RuleOnTrial], chances: int = 16, seed: int = 0) -> list[RuleOutcome]:
     """The expected accepted lengths of all rounds under each judge, in the log's order."""
     info = log.info
     lengths: list[list[np.ndarray]] = [[] for _ in every]
@@ -132,25 +132,25 @@ def judge_rounds(log: RoundLog, laws: Laws, every: Sequence[Judge], chances: int
     first = 0
     for shard in log.parts():
         size = shard.tokens.shape[1] + (0 if shard.states is None else shard.states.shape[1])
-        whole = max(1, ELEMENTS // (chances * size * laws.head.vocab_size))
-        together = chances if whole > 1 else max(1, min(chances, ELEMENTS // (size * laws.head.vocab_size)))
+        whole = max(1, ELEMENTS // (chances * size * logged_probs.head.vocab_size))
+        together = chances if whole > 1 else max(1, min(chances, ELEMENTS // (size * logged_probs.head.vocab_size)))
         for rounds in shard.split(whole):
-            tree, logits = laws.tree(rounds), laws.logits(rounds)
-            scored = Scored(logits, info.sampling, {"last": rounds.last.to(logits.device)})
+            tree, logits = logged_probs.tree(rounds), logged_probs.logits(rounds)
+            scored = Scored(logits, info.sampling, {"last_hidden_state": rounds.last.to(logits.device)})
             for place, judge in enumerate(every):
                 verdict = _verdicts(judge, tree, scored, first, chances, together, seed)
                 found = verdict.length.view(-1, chances).cpu().numpy()  # [C, S]
                 lengths[place].append(found.mean(1))
                 stood[place] += (found[..., None] > np.arange(info.max_depth)).mean(1).sum(0)
                 if place == 0 and info.draws == "iid":
-                    tried.append(tries(tree, scored.p, _visits(tree, verdict, chances), asked))
+                    tried.append(tries(tree, scored.target_probs, _visits(tree, verdict, chances), asked))
             first += len(rounds)
     levels = [_levels(tried, judge) for judge in every]
     rest = zip(every, lengths, stood, levels, strict=True)
-    return [Judged(judge, np.concatenate(parts), reach / first, level) for judge, parts, reach, level in rest]
+    return [RuleOutcome(judge, np.concatenate(parts), reach / first, level) for judge, parts, reach, level in rest]
 
 
-def _verdicts(judge: Judge, tree: Tree, scored: Scored, first: int, chances: int, together: int, seed: int) -> Verdict:
+def _verdicts(judge: RuleOnTrial, tree: Tree, scored: Scored, first: int, chances: int, together: int, seed: int) -> Verdict:
     """Of C trees, the first of which has number `first`, each judged S times: path [C * S, D], length [C * S]."""
     if judge.form == "first chain":
         tree, scored = first_chain(tree, scored)
@@ -160,8 +160,8 @@ def _verdicts(judge: Judge, tree: Tree, scored: Scored, first: int, chances: int
         runs = torch.arange(begin, min(begin + together, chances), device=device)
         times, numbers = len(runs), first + torch.arange(C, device=device)
         shown = Scored(_repeat(scored.logits, times), scored.sampling, {name: _repeat(x, times) for name, x in scored.features.items()})
-        shown.p = _repeat(scored.p, times)
-        verdict = judge.rule(_repeated(tree, times), shown, Spread(seed, _repeat(numbers, times), runs.repeat(C), chances))
+        shown.target_probs = _repeat(scored.target_probs, times)
+        verdict = judge.rule(_repeated(tree, times), shown, SpreadRng(seed, _repeat(numbers, times), runs.repeat(C), chances))
         paths.append(verdict.path.unflatten(0, (C, times)))
         lengths.append(verdict.length.view(C, times))
     return Verdict(torch.cat(paths, 1).flatten(0, 1), torch.cat(lengths, 1).flatten(), None)
@@ -175,7 +175,7 @@ def _visits(tree: Tree, verdict: Verdict, chances: int) -> Tensor:
     return stood.view(-1, chances, stood.shape[1]).mean(1)
 
 
-def _levels(tried: Sequence[Tried], judge: Judge) -> Levels | None:
+def _levels(tried: Sequence[Tried], judge: RuleOnTrial) -> Levels | None:
     if not tried or judge.label not in tried[0].accepted:
         return None
     parts = [(one.visits, one.limit, one.accepted[judge.label]) for one in tried]
@@ -188,29 +188,29 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 
 def _repeated(tree: Tree, times: int) -> Tree:
-    laws, law_of = (None if value is None else _repeat(value, times) for value in (tree.law_rows, tree.law_of))
+    logged_probs, probs_row = (None if value is None else _repeat(value, times) for value in (tree.draft_probs, tree.probs_row))
     tokens, parents, live = (_repeat(value, times) for value in (tree.tokens, tree.parents, tree.live))
-    return replace(tree, tokens=tokens, parents=parents, live=live, law_rows=laws, law_of=law_of)
+    return replace(tree, tokens=tokens, parents=parents, live=live, draft_probs=logged_probs, probs_row=probs_row)
 
 
 def first_chain(tree: Tree, scored: Scored) -> tuple[Tree, Scored]:
     """The chain of first-born children below the root, and what the target said there.
 
-    A first sibling is drawn from the whole law whether or not the later ones are put back, so this chain is one of `iid` draws.
+    A first sibling is drawn from the whole distribution whether or not the later ones are put back, so this chain is one of `iid` draws.
     """
     nodes, real = tree.first_born()  # [B, K + 1]
     parents = (torch.arange(nodes.shape[1], device=nodes.device) - 1).clamp_min(0).expand_as(nodes)
     chain = Tree(
-        tree.tokens.gather(1, nodes), parents, real, "point" if tree.draws == "point" else "iid", tree.max_depth, 1,
-        law_rows=tree.law_rows, law_of=None if tree.law_of is None else tree.law_of.gather(1, nodes),
+        tree.tokens.gather(1, nodes), parents, real, "deterministic" if tree.draws == "deterministic" else "iid", tree.max_depth, 1,
+        draft_probs=tree.draft_probs, probs_row=None if tree.probs_row is None else tree.probs_row.gather(1, nodes),
     )
     at = (torch.arange(len(nodes), device=nodes.device)[:, None], nodes)
     shown = Scored(scored.logits[at], scored.sampling, {name: value[at] for name, value in scored.features.items()})
-    shown.p = scored.p[at]
+    shown.target_probs = scored.target_probs[at]
     return chain, shown
 
 
-def compare(judged: Sequence[Judged], prompt: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
+def compare(judged: Sequence[RuleOutcome], prompt: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[RuleComparison]:
     """Pooled over rounds; intervals are the middle 95% over resampled prompts. prompt: [n] the prompt of each round."""
     _, place = np.unique(prompt, return_inverse=True)
     prompts = int(place.max()) + 1
@@ -241,7 +241,7 @@ def compare(judged: Sequence[Judged], prompt: np.ndarray, resamples: int = RESAM
         }  # fmt: skip
 
     return [
-        Comparison(
+        RuleComparison(
             interval(float(value[e]), means[:, e]),
             interval(float(value[e] - value[0]), means[:, e] - means[:, 0]),
             interval(float(value[e] / value[0] - 1), means[:, e] / means[:, 0] - 1),
@@ -289,14 +289,14 @@ def _logged(target: Target, contender: Contender, suite: Suite, config: Evaluati
 
 
 def _judged_by(
-    every: Sequence[Judge], log: RoundLog, target: Target, contender: Contender, suite: Suite, config: EvaluationConfig, chances: int
+    every: Sequence[RuleOnTrial], log: RoundLog, target: Target, contender: Contender, suite: Suite, config: EvaluationConfig, chances: int
 ) -> list[RuleRow]:
     """A row for each of `every` rule: what it accepts in the log, and that over the first one's."""
     decoder = contender.decoder
     assert decoder.drafter is not None
-    laws = Laws(log.info, decoder.drafter, target.head)
-    gap = laws.check(next(next(log.parts()).split(8)))
-    judged = judge_rounds(log, laws, every, chances, config.seed)
+    logged_probs = LoggedProbs(log.info, decoder.drafter, target.head)
+    gap = logged_probs.check(next(next(log.parts()).split(8)))
+    judged = judge_rounds(log, logged_probs, every, chances, config.seed)
     prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
     accepted = torch.cat([part.accepted for part in log.parts()]).float()
     looping = np.array([loops(tokens) for tokens in log.answers()])
@@ -309,7 +309,7 @@ def _judged_by(
             max_new_tokens=config.max_new_tokens, seed=config.seed, shape=decoder.runtime.shape.model_dump(mode="json"),
             draws=log.info.draws, decoded_by=log.info.rule, decoded_tau=float(accepted.mean()) + 1, rounds=len(log),
             prompts=len(np.unique(prompt // config.repeats)), chances=chances, rule=one.judge.label,
-            reached=tuple(float(share) for share in one.reached), against=every[0].label, law_gap=gap,
+            reached=tuple(float(share) for share in one.reached), against=every[0].label, probs_gap=gap,
             device=device_name(target.device), versions=versions(), commit=commit(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"), **vars(found),
             looping=float(looping.mean()), not_looping=not_looping,

@@ -16,7 +16,7 @@ from typing import Any
 
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError, nearest
-from drafttrain.evaluation.check import KINDS, NUMBER, Check
+from drafttrain.evaluation.check import KINDS, NUMBER, AnswerCheck
 from drafttrain.evaluation.layouts import LAYOUTS, layout_lines
 
 Message = dict[str, str]
@@ -35,7 +35,7 @@ class Item:
     task: str
     turns: tuple[str, ...]  # what the user says, turn by turn
     before: tuple[tuple[str, str], ...] = ()  # (role, content) of messages that stand before the first turn
-    check: Check | None = None  # of the answer to the last turn
+    check: AnswerCheck | None = None  # of the answer to the last turn
 
     def opening(self) -> str | list[Message]:
         """The first prompt: a lone message as a string, so that targets without a chat template can read it too."""
@@ -142,7 +142,7 @@ def item_of(data: dict[str, Any], where: str) -> Item:
     return Item(str(data["id"]), str(data["task"]), tuple(turns), before, _check(data, where))
 
 
-def _check(data: dict[str, Any], where: str) -> Check | None:
+def _check(data: dict[str, Any], where: str) -> AnswerCheck | None:
     """How the answer is judged; None without one."""
     given = data.get("answer")
     if given is None:
@@ -156,7 +156,7 @@ def _check(data: dict[str, Any], where: str) -> Check | None:
     options = tuple(str(option) for option in data.get("options", ()))
     if kind == "option" and not set(answers) <= set(options):
         raise UserError(f"{where}: 'options' lists the words to choose from, the answer among them; got {list(options)}")
-    return Check(kind, answers, options, str(data.get("header", "")))
+    return AnswerCheck(kind, answers, options, str(data.get("header", "")))
 
 
 def _conversation(data: dict[str, Any], form: str, where: str) -> tuple[tuple[tuple[str, str], ...], list[Any]]:

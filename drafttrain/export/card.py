@@ -12,7 +12,7 @@ from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation.bench import read_rows
-from drafttrain.evaluation.report import results_table
+from drafttrain.report.tables import results_table
 from drafttrain.runtime.stats import alpha_text
 from drafttrain.target.files import DEMO, TargetConfig
 

@@ -74,7 +74,7 @@ def score_curve(target: Target, context: int, needs: Iterable[str], passes: int 
     tokens = torch.randint(0, target.vocab_size, (1, context + max(nodes)), generator=generator).to(target.device)
     cache = target.new_cache(1, context + max(nodes) + 1)
     target.prefill(cache, tokens[:, :context], torch.tensor([context], device=target.device))
-    cache.settle([context])
+    cache.set_lengths([context])
     taken: dict[int, list[float]] = {N: [] for N in nodes}
     for number in range(WARM_UP + passes):
         for N in nodes if number % 2 else nodes[::-1]:
@@ -125,7 +125,7 @@ def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, r
     return out
 
 
-def measured_prices(alone: SpeculativeDecoder, nodes: int) -> dict[str, float]:
+def measured_hybrid_costs(alone: SpeculativeDecoder, nodes: int) -> dict[str, float]:
     """`prices` for trees of `nodes`, in a few seconds and without a suite: rounds and forwards behind texts of random tokens.
 
     alone: decodes with the trained drafter alone. Its counters and the target's stay as they were.
@@ -139,12 +139,12 @@ def measured_prices(alone: SpeculativeDecoder, nodes: int) -> dict[str, float]:
     curve = score_curve(target, TEXT, drafter.needs, 5, (1, nodes + 1))
     target.forwards, drafter.calls = before
     draft = median(one.seconds["draft"] for one in played) if played else 0.0
-    return prices(draft, curve.at(1), curve, nodes)
+    return hybrid_costs(draft, curve.at(1), curve, nodes)
 
 
-def prices(draft: float, forward: float, curve: ScoreCurve, nodes: int) -> dict[str, float]:
+def hybrid_costs(draft: float, forward: float, curve: ScoreCurve, nodes: int) -> dict[str, float]:
     """A hybrid's, from the seconds that the trained drafter takes alone beside a plain forward's, and what `nodes` add to that."""
-    return {"head_cost": round(draft / forward, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
+    return {"draft_cost": round(draft / forward, 3), "node_cost": round(max(0.0, curve.forwards(nodes + 1) - 1) / nodes, 4)}
 
 
 def in_turn(compared: Sequence[Compared], place: int) -> list[Compared]:

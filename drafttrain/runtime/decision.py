@@ -1,11 +1,11 @@
-"""The decision model: will anything drafted from this law stand? (Lu et al., 2024, arXiv:2409.10644)
+"""The decision model: will anything drafted from this distribution stand? (Lu et al., 2024, arXiv:2409.10644)
 
 A small MLP that scores a node from what the drafter knows there before a child is drawn. Two kinds:
 
-    hard    reads the law's entropy and ten largest entries;     learns whether x is the target's argmax
+    hard    reads the distribution's entropy and ten largest entries;     learns whether x is the target's argmax
     soft    reads these and the drafter's state [D];             learns min(1, p(x) / q(x)) of the token x that was drawn
 
-(The paper's `soft` reads the state alone. From a thousand rounds that tells less than the entropy does; with the law beside it, and half of
+(The paper's `soft` reads the state alone. From a thousand rounds that tells less than the entropy does; with the distribution beside it, and half of
 the state hidden at each step of training, it tells more.)
 
 The policy `decision` ends a tree where no node's score is above a threshold. `train/decision.py` trains it from logged rounds.
@@ -30,8 +30,8 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.data.shards import write_whole
 
 LIKELIEST = 10
-LAW = LIKELIEST + 1
-"""Numbers told of a law."""
+PROBS_FEATURES = LIKELIEST + 1
+"""Numbers told of a distribution."""
 HIDDEN_SHARE = 0.5
 """Of a state's numbers, at each step of training."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -70,20 +70,20 @@ class Decision(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., F] -> [...] logits of the score. F: `LAW`, or `LAW` and D."""
-        law, state = ((inputs.float() - self.mean) / self.spread).tensor_split([LAW], -1)
-        return self.net(torch.cat([law, F.dropout(state, HIDDEN_SHARE, self.training)], -1))[..., 0]
+        probs, state = ((inputs.float() - self.mean) / self.spread).tensor_split([PROBS_FEATURES], -1)
+        return self.net(torch.cat([probs, F.dropout(state, HIDDEN_SHARE, self.training)], -1))[..., 0]
 
     def score(self, logits: Tensor, states: Tensor | None) -> Tensor:
         """The drafter's logits [B, W, Vd] and states [B, W, D] -> [B, W] in (0, 1)."""
         if self.mean.device != logits.device:
             self.to(logits.device)
-        law, size = law_features(logits), self.shape.inputs - LAW
+        probs, size = probs_features(logits), self.shape.inputs - PROBS_FEATURES
         if self.shape.labels == "hard":
-            return self(law).sigmoid()
+            return self(probs).sigmoid()
         if states is None or states.shape[-1] != size:
             given = "none" if states is None else str(states.shape[-1])
             raise UserError(f"decision model: it reads states of {size} numbers, this drafter gives {given}; train another")
-        return self(torch.cat([law, states.float()], -1)).sigmoid()
+        return self(torch.cat([probs, states.float()], -1)).sigmoid()
 
     def check(self, sampling: Sampling) -> None:
         """A `UserError` where it learnt from rounds of other sampling: acceptance changes with the temperature."""
@@ -101,11 +101,11 @@ class Decision(nn.Module):
         write_whole(folder / CONFIG, lambda path: path.write_text(self.shape.model_dump_json(indent=1)))
 
 
-def law_features(logits: Tensor) -> Tensor:
+def probs_features(logits: Tensor) -> Tensor:
     """[..., Vd] -> [..., 11]: entropy (nats) and the ten largest probabilities of their softmax, zeros where there are fewer tokens."""
-    law = logits.float().softmax(-1)
-    best = law.topk(min(LIKELIEST, law.shape[-1]), -1).values
-    return torch.cat([torch.special.entr(law).sum(-1, keepdim=True), F.pad(best, (0, LIKELIEST - best.shape[-1]))], -1)
+    probs = logits.float().softmax(-1)
+    best = probs.topk(min(LIKELIEST, probs.shape[-1]), -1).values
+    return torch.cat([torch.special.entr(probs).sum(-1, keepdim=True), F.pad(best, (0, LIKELIEST - best.shape[-1]))], -1)
 
 
 def load_decision(folder: Path) -> Decision:

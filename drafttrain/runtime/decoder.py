@@ -27,8 +27,8 @@ from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
-from drafttrain.runtime.costs import measured_prices
-from drafttrain.runtime.generate import Batch, Emission, Request, RoundHook
+from drafttrain.runtime.costs import measured_hybrid_costs
+from drafttrain.runtime.generate import DecodingLoop, Emission, Request, RoundHook
 from drafttrain.runtime.policy import POLICIES, Fixed, Policy, PolicyConfig
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
@@ -50,14 +50,14 @@ HALF = "\ufffd"
 """What a tokenizer shows for the bytes of a character that is not whole yet."""
 
 REFUSED = {
-    "repetition_penalty": "it changes the target's law with every token, drafted ones included",
-    "presence_penalty": "it changes the target's law with every token, drafted ones included",
-    "frequency_penalty": "it changes the target's law with every token, drafted ones included",
-    "no_repeat_ngram_size": "it changes the target's law with every token, drafted ones included",
+    "repetition_penalty": "it changes the target's distribution with every token, drafted ones included",
+    "presence_penalty": "it changes the target's distribution with every token, drafted ones included",
+    "frequency_penalty": "it changes the target's distribution with every token, drafted ones included",
+    "no_repeat_ngram_size": "it changes the target's distribution with every token, drafted ones included",
     "min_p": "no verification rule here is proven with it",
     "typical_p": "no verification rule here is proven with it",
-    "num_beams": "a beam is not a sample of the target's law",
-    "logits_processor": "an arbitrary change of the law cannot be verified exactly",
+    "num_beams": "a beam is not a sample of the target's distribution",
+    "logits_processor": "an arbitrary change of the distribution cannot be verified exactly",
 }
 
 
@@ -75,15 +75,15 @@ class RuntimeConfig(Config):
     shape: Shape = Chain()
     """The tree of a round: `chain`, `static` or `dynamic`."""
     draws: Draws | Literal["auto"] = "auto"
-    """How siblings are drawn. `auto`: `point` at temperature 0 and in dynamic trees, `iid` in chains, `without_replacement` in static
+    """How siblings are drawn. `auto`: `deterministic` at temperature 0 and in dynamic trees, `iid` in chains, `without_replacement` in static
     trees."""
     rule: AnyRule = "auto"
     """Verification rule: its name, or `name` with its options. `auto`: `greedy` at temperature 0, else `rejection` for chains and
     `recursive` for trees."""
     policy: AnyPolicy = "fixed"
     """What makes the plans of rounds: its name, or `name` with its options. `adaptive` decodes plainly while drafting loses: greedy texts
-    stay the same, and sampled ones keep the target's law, but as it goes by measured times, the same seed may give another sample."""
-    treat_as: Literal["point"] | None = None
+    stay the same, and sampled ones keep the target's distribution, but as it goes by measured times, the same seed may give another sample."""
+    treat_as: Literal["deterministic"] | None = None
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
     drafter_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """The drafter's own temperature; by default the target's."""
@@ -93,7 +93,7 @@ class RuntimeConfig(Config):
     """Share of drafted tokens that are swapped for random ones: the control that shows what a lossy rule lets through. Never of use
     otherwise."""
     prefetch: int = Field(default=0, ge=0)
-    """Bets a row on what the target will commit, drafted on while it scores; 0 places none. Only for drafters that read nothing of the
+    """Prefetched drafts a row on what the target will commit, drafted on while it scores; 0 places none. Only for drafters that read nothing of the
     target (`small_lm`). Reports hits and drafter calls saved; one process computes one thing at a time, so it is not faster for it."""
     prefill_chunk: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward."""
@@ -110,29 +110,29 @@ class RuntimeConfig(Config):
     def fitted(self, sampling: Sampling, drafter: Drafter | type[Drafter] | None = None) -> tuple[Rule, Plan]:
         """The rule and the plan for these sampling options, or a `UserError` where they would not be exact, or the rule could not work.
 
-        drafter: it or its family, where it is known: some can draw in one way only, or give no laws.
+        drafter: it or its family, where it is known: some can draw in one way only, or give no distributions.
         """
         rule = self._rule(sampling)
-        if rule.leaves_open:
+        if rule.leaves_next_open:
             self._check_open(rule, drafter)
-        chosen = self.hybrid is not None or self.corrupt or rule.leaves_open
-        able = frozenset({"point"}) if chosen else (drafter or Drafter).draws
+        chosen = self.hybrid is not None or self.corrupt or rule.leaves_next_open
+        able = frozenset({"deterministic"}) if chosen else (drafter or Drafter).draws
         draws: Draws = _auto_draws(self.shape.shape, sampling, able) if self.draws == "auto" else self.draws
         if draws not in able:
             raise UserError(f"runtime.draws '{draws}': this drafter makes {' or '.join(sorted(able))} draws only; leave draws at 'auto'")
-        if self.shape.shape == "dynamic" and draws != "point":
-            raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'point' draws stay exact")
+        if self.shape.shape == "dynamic" and draws != "deterministic":
+            raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'deterministic' draws stay exact")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise UserError(f"runtime.policy '{self.policy}' is unknown{nearest(self.policy, POLICIES)}; known: {', '.join(POLICIES)}")
         if not isinstance(self.policy, str):
             self.policy.check(sampling)
         rule.check(self.topology, self.treat_as or draws, sampling)
-        if rule.reads_laws and (self.hybrid is not None or not (drafter or Drafter).gives_laws):
+        if rule.needs_draft_probs and (self.hybrid is not None or not (drafter or Drafter).gives_draft_probs):
             what = "a tree that a lookup has a part in (runtime.hybrid)" if self.hybrid is not None else "a tree of this drafter"
             raise UserError(
-                f"rule '{rule.config.name}' reads the drafter's laws, but {what} has none; choose another rule, or a trained drafter alone"
+                f"rule '{rule.config.name}' reads the drafter's distributions, but {what} has none; choose another rule, or a trained drafter alone"
             )
-        return rule, Plan(self.shape, draws, self.drafter_temperature, laws=rule.reads_laws)
+        return rule, Plan(self.shape, draws, self.drafter_temperature, record_probs=rule.needs_draft_probs)
 
     def _check_open(self, rule: Rule, drafter: Drafter | type[Drafter] | None) -> None:
         """A `UserError` where nothing could be drafted below candidates of the target."""
@@ -141,7 +141,7 @@ class RuntimeConfig(Config):
                 self.shape.shape == "dynamic",
             "a lookup drafts under committed tokens alone; leave runtime.hybrid out": self.hybrid is not None,
             "runtime.corrupt would swap them; set it to 0": self.corrupt,
-            "runtime.prefetch bets on the next token; set it to 0": self.prefetch,
+            "runtime.prefetch prefetched drafts on the next token; set it to 0": self.prefetch,
             "this drafter is a lookup, which drafts under committed tokens alone; use a trained one": not (drafter or Drafter).trainable,
         }  # fmt: skip
         for reason, holds in reasons.items():
@@ -187,7 +187,7 @@ class Piece:
 class Stream(Iterator[Piece]):
     """One answer as it is written, piece by piece, and what it took so far."""
 
-    def __init__(self, pieces: Iterator[Piece], batch: Batch) -> None:
+    def __init__(self, pieces: Iterator[Piece], batch: DecodingLoop) -> None:
         self._pieces, self._batch = pieces, batch
 
     def __next__(self) -> Piece:
@@ -219,8 +219,8 @@ class SpeculativeDecoder:
                 self.runtime.policy.check_drafter(drafter)
         if drafter is not None and self.runtime.prefetch:
             self._check_prefetch(drafter)
-        self.prices: dict[str, float] = {}
-        """What `auto` prices of `runtime.hybrid` turned out to be here."""
+        self.hybrid_costs: dict[str, float] = {}
+        """What `auto` costs of `runtime.hybrid` turned out to be here."""
         if drafter is not None and self.runtime.hybrid is not None:
             drafter = Hybrid(self._priced(self.runtime.hybrid, drafter), drafter)
         if drafter is not None and self.runtime.corrupt:
@@ -235,21 +235,21 @@ class SpeculativeDecoder:
 
     def _priced(self, options: HybridConfig, drafter: Drafter) -> HybridConfig:
         """The same with this device's prices where they are `auto`."""
-        if not options.unpriced:
+        if not options.unmeasured:
             return options
         bare = RuntimeConfig(shape=self.runtime.shape, prefill_chunk=self.runtime.prefill_chunk)
-        found = measured_prices(SpeculativeDecoder(self.target, drafter, bare), self.runtime.shape.nodes)
-        self.prices = {name: found[name] for name in options.unpriced}
-        return options.model_copy(update=self.prices)
+        found = measured_hybrid_costs(SpeculativeDecoder(self.target, drafter, bare), self.runtime.shape.nodes)
+        self.hybrid_costs = {name: found[name] for name in options.unmeasured}
+        return options.model_copy(update=self.hybrid_costs)
 
     def _check_prefetch(self, drafter: Drafter) -> None:
-        """A `UserError` where no bet can be drafted on, or where bets would change a text."""
+        """A `UserError` where no prefetched draft can be drafted on, or where prefetched drafts would change a text."""
         runtime, name = self.runtime, drafter.config.name
         reasons = {
-            f"a {name} drafter reads the target's features ({', '.join(sorted(drafter.needs))}) at tokens that are bets": drafter.needs,
+            f"a {name} drafter reads the target's features ({', '.join(sorted(drafter.needs))}) at tokens that are prefetched drafts": drafter.needs,
             f"a {name} drafter takes no time to save": not drafter.trainable,
-            "beside a lookup (runtime.hybrid) there are no laws to bet by": runtime.hybrid is not None,
-            "swapped tokens (runtime.corrupt) have no law to bet by": runtime.corrupt,
+            "beside a lookup (runtime.hybrid) there are no distributions to prefetched draft by": runtime.hybrid is not None,
+            "swapped tokens (runtime.corrupt) have no distribution to prefetched draft by": runtime.corrupt,
             f"policy '{runtime.policy_name}' plans a round from the one before, which is not known yet": runtime.policy_name != "fixed",
         }
         for reason, holds in reasons.items():
@@ -317,7 +317,7 @@ class SpeculativeDecoder:
         batch = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
         return Stream(self._written(batch, request, stops), batch)
 
-    def _written(self, batch: Batch, request: list[Request], stops: tuple[str, ...]) -> Iterator[Piece]:
+    def _written(self, batch: DecodingLoop, request: list[Request], stops: tuple[str, ...]) -> Iterator[Piece]:
         tokens: list[int] = []
         origins: list[int] = []  # of each whole character
         text = shown = ""
@@ -380,20 +380,20 @@ class SpeculativeDecoder:
         messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
         return list(tokenizer(render(tokenizer, messages, "prompt"), add_special_tokens=False)["input_ids"])
 
-    def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> Batch:
+    def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> DecodingLoop:
         """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
         if not (_is_whole(seed) and 0 <= seed < 2**63):
             raise UserError(f"seed {seed!r}: expected a whole number from 0 to 2^63 - 1; take another one")
         if not (on_round is None or callable(on_round)):
             raise UserError(f"on_round {on_round!r}: expected a function of a tree, what the target scored, and the verdict")
         rule, plan = self.runtime.fitted(sampling.check(), self.drafter)
-        if self.drafter is None:  # a lone root is a chain of point draws, whatever the drafted trees would be
-            lone = RuntimeConfig(shape=Chain(length=1), draws="point", rule="auto" if sampling.greedy else "recursive")
+        if self.drafter is None:  # a lone root is a chain of deterministic draws, whatever the drafted trees would be
+            lone = RuntimeConfig(shape=Chain(length=1), draws="deterministic", rule="auto" if sampling.greedy else "recursive")
             rule, plan = lone.fitted(sampling)
         if plan not in self._policies:
             self._policies[plan] = Fixed(plan) if self.drafter is None else self.runtime.planner(plan)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
-        return Batch(
+        return DecodingLoop(
             self.target, self.drafter, rule, self._policies[plan], sampling, seed, self.runtime.treat_as, stopper, on_round,
             self.runtime.prefill_chunk, self.runtime.prefetch,
         )
@@ -455,7 +455,7 @@ def _refuse(options: dict[str, Any]) -> None:
         )
 
 
-def _run(batch: Batch, requests: list[Request]) -> Iterator[list[Emission]]:
+def _run(batch: DecodingLoop, requests: list[Request]) -> Iterator[list[Emission]]:
     yield batch.start(requests)
     while not batch.done:
         yield batch.step()
@@ -495,8 +495,8 @@ def _check_count(name: str, value: Any, reason: str) -> None:
 
 
 def _auto_draws(shape: str, sampling: Sampling, able: frozenset[str]) -> Draws:
-    if sampling.greedy or shape == "dynamic" or able == {"point"}:
-        return "point"
+    if sampling.greedy or shape == "dynamic" or able == {"deterministic"}:
+        return "deterministic"
     return "iid" if shape == "chain" else "without_replacement"
 
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from drafttrain.core.chance import Seeded, draw_one
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import SeededRng, draw_one
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Draws, Tree, root_only
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter, DrafterState
 from drafttrain.runtime.policy import Policy
-from drafttrain.runtime.prefetch import Bets, Prefetcher
-from drafttrain.runtime.stats import Clock, History, Round, Statistics, Tally
+from drafttrain.runtime.prefetch import Prefetched, Prefetcher
+from drafttrain.runtime.stats import Clock, History, PastRound, Statistics, Tally
 from drafttrain.target.adapter import Target
 from drafttrain.verify.base import Rule
 
@@ -37,7 +37,7 @@ class Request:
 
 
 @dataclass
-class Kept:
+class CutVerdict:
     """A verdict after EOS and the length limit cut it."""
 
     verdict: Verdict
@@ -54,12 +54,12 @@ class Emission:
     tokens: list[int]  # none where the row was finished before
     accepted: int  # the first so many are nodes of the tree, the rest is the target's
     done: bool
-    named: int = 0  # the first so many are nodes that the target named itself (`Tree.named`)
+    from_target: int = 0  # the first so many are nodes that the target named itself (`Tree.from_target`)
 
     @property
     def origins(self) -> list[int]:
         """Of each token: 1 the drafter's, 0 the target's."""
-        drafted = range(self.named, self.accepted)
+        drafted = range(self.from_target, self.accepted)
         return [int(place in drafted) for place in range(len(self.tokens))]
 
 
@@ -70,7 +70,7 @@ Stopper = Callable[[int, list[int]], int]
 """(request, its tokens so far) -> how many of them to keep, for stop strings."""
 
 
-class Batch:
+class DecodingLoop:
     """Rows being decoded together."""
 
     def __init__(
@@ -79,14 +79,14 @@ class Batch:
         prefetch: int = 0,
     ) -> None:
         """drafter: None decodes plainly, by the same loop. stopper: see `Stopper`; it moves the round's wait before the commit.
-        prefetch: bets a row on what a round commits (see `runtime/prefetch.py`); they add a wait a round."""
+        prefetch: prefetched drafts a row on what a round commits (see `runtime/prefetch.py`); they add a wait a round."""
         self.target, self.drafter, self.rule, self.policy, self.sampling = target, drafter, rule, policy, sampling
         self.seed, self.treat_as, self.stopper, self.on_round, self.prefill_chunk = seed, treat_as, stopper, on_round, prefill_chunk
         self.needs = rule.needs | (drafter.needs if drafter else frozenset())
         self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
         self.prefetcher = Prefetcher(drafter, target.head, prefetch) if prefetch and drafter else None
         self.ready: Tree | None = None  # the next round's tree, where it was prefetched
-        self.candidates: Tensor | None = None  # [B, w] the target's, for its first level, where the rule left the last round open
+        self.target_candidates: Tensor | None = None  # [B, w] the target's, for its first level, where the rule left the last round open
         self.history, self.clock = History(), Clock(target.device)
         self.now: Callable[[], float] = time.perf_counter  # what policies are told of time
         self.calls = [0, 0]  # of target and drafter, by this batch alone
@@ -124,7 +124,7 @@ class Batch:
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         shape = self.policy.plan(self.history).shape
         capacity = longest + shape.slots + self.rule.slots(shape) + 1
-        capacity += shape.depth + 1 if self.prefetcher else 0  # bets may run past a row's end
+        capacity += shape.depth + 1 if self.prefetcher else 0  # prefetched drafts may run past a row's end
         self.cache = self.target.new_cache(len(distinct), capacity)
         read = self.target.prefill(self.cache, prompts, lengths, self.needs, self.prefill_chunk)
 
@@ -133,11 +133,11 @@ class Batch:
         self.row_ids = list(range(len(requests)))  # [B] the request each row decodes
         self.written: list[list[int]] = [[] for _ in requests]
         self.lengths = [len(request.prompt) for request in requests]  # [B] committed tokens, as the host knows them
-        self.cache.settle(self.lengths)
+        self.cache.set_lengths(self.lengths)
         self.left = torch.tensor([request.max_new_tokens for request in requests], device=device)
         self.alive = torch.ones(len(requests), dtype=torch.bool, device=device)
         self.tally, self.request_of = Tally(len(requests), device), torch.arange(len(requests), device=device)
-        self.chance = Seeded(self.seed, torch.tensor([request.stream for request in requests], device=device))
+        self.rng = SeededRng(self.seed, torch.tensor([request.stream for request in requests], device=device))
         self.rounds = 0
         self.roots = self._first(read.logits[rows])
         self.state: DrafterState | None = None
@@ -158,33 +158,33 @@ class Batch:
         begun = self.now()
         self.clock.start()
         plan = self.policy.plan(self.history)
-        self.chance.turn(2 * self.rounds + 1)
+        self.rng.substream(2 * self.rounds + 1)
         tree = self._propose(plan)
-        bets = self._bet(tree, plan)
+        prefetched = self._prefetch(tree, plan)
         self.clock.lap("draft")
         scored = self.target.score(self.cache, self.rule.layout(tree), self.sampling, self.needs)
         self.clock.lap("score")
-        self.chance.turn(2 * self.rounds + 2)
-        verdict = self.rule(tree, scored, self.chance)
+        self.rng.substream(2 * self.rounds + 2)
+        verdict = self.rule(tree, scored, self.rng)
         if self.on_round:
             self.clock.lap("verify")
             self.on_round(tree, scored, verdict)
             self.clock.pause()  # whoever looks on pays for it
         kept = self._cut(tree, verdict)
         self.clock.lap("verify")
-        gained = self._fetch(kept, tree.named) if self.stopper else None  # stop strings need the host before the commit
+        gained = self._fetch(kept, tree.from_target) if self.stopper else None  # stop strings need the host before the commit
         if gained:
             kept = self._stop(kept, gained)
         committed = self.target.commit(self.cache, tree, scored, kept.verdict, kept.count > 0)
-        if self.drafter and self.state and not (bets and self._won(bets, kept)):
+        if self.drafter and self.state and not (prefetched and self._take_prefetched(prefetched, kept)):
             self.drafter.observe(self.state, committed)
         self._count(tree, kept)
-        self.candidates = verdict.candidates
+        self.target_candidates = verdict.target_candidates
         self.clock.lap("commit")
-        gained = gained or self._fetch(kept, tree.named)
+        gained = gained or self._fetch(kept, tree.from_target)
         root = int(kept.verdict.next is not None)  # it stays in the cache, even if a draft behind it ended the row
         self.lengths = [length + (one.accepted + root if one.tokens else 0) for length, one in zip(self.lengths, gained, strict=True)]
-        self._settle()
+        self._set_lengths()
         out = self._hand_out(kept, gained)
         self._remember(plan, gained, begun)
         self._drop_finished()
@@ -202,7 +202,7 @@ class Batch:
         rows[0].seconds = self.clock.seconds()
         rows[0].target_forwards, rows[0].drafter_calls = self.calls
         rows[0].syncs = self.history.syncs
-        rows[0].bets, rows[0].hits = self.history.bets, self.history.hits
+        rows[0].prefetched, rows[0].hits = self.history.prefetched, self.history.hits
         rows[0].prefetch_calls, rows[0].calls_saved = self.history.prefetch_calls, self.history.calls_saved
         return rows
 
@@ -210,45 +210,45 @@ class Batch:
         """[B, V] after the prompts -> [B] the token the prefill gives."""
         if self.sampling.greedy:
             return likeliest(logits)
-        return draw_one(self.chance, self.sampling.law(logits))
+        return draw_one(self.rng, self.sampling.probs(logits))
 
     def _propose(self, plan: Plan) -> Tree:
         if self.drafter is None or self.state is None or not plan.draft:
-            return root_only(self.roots, self.candidates)
+            return root_only(self.roots, self.target_candidates)
         tree, self.ready = self.ready, None
         if tree is None:
-            plan = replace(plan, keep_states=plan.keep_states or self.prefetcher is not None, first=self.candidates)
-            tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.chance)
+            plan = replace(plan, keep_states=plan.keep_states or self.prefetcher is not None, target_candidates=self.target_candidates)
+            tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.rng)
         return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
 
-    def _bet(self, tree: Tree, plan: Plan) -> Bets | None:
+    def _prefetch(self, tree: Tree, plan: Plan) -> Prefetched | None:
         """Drafts for the next round, made before this one is scored."""
         if self.prefetcher is None or self.state is None or self.drafter is None:
             return None
         before = self.drafter.calls
         rows = torch.arange(len(self.roots), device=self.roots.device).repeat_interleave(self.prefetcher.width)
-        chance = self.chance.select(rows)
-        chance.turn(2 * self.rounds + 3)
-        bets = self.prefetcher.draft(self.state, tree, replace(plan, keep_states=True), self.sampling, chance)
+        rng = self.rng.select(rows)
+        rng.substream(2 * self.rounds + 3)
+        prefetched = self.prefetcher.draft(self.state, tree, replace(plan, keep_states=True), self.sampling, rng)
         self.history.prefetch_calls += self.drafter.calls - before
-        return bets
+        return prefetched
 
-    def _won(self, bets: Bets, kept: Kept) -> bool:
-        """Takes the drafts of the bets that came true, where every row that goes on has one."""
-        hits = bets.hits(kept.verdict)
+    def _take_prefetched(self, prefetched: Prefetched, kept: CutVerdict) -> bool:
+        """Takes the drafts of the prefetched drafts that came true, where every row that goes on has one."""
+        hits = prefetched.hits(kept.verdict)
         self.history.syncs += 1
         going = [hit for hit, alive in zip(hits.tolist(), kept.alive.tolist(), strict=True) if alive]
-        self.history.bets += len(going)
+        self.history.prefetched += len(going)
         self.history.hits += sum(hit >= 0 for hit in going)
         if not going or min(going) < 0:
             return False
-        width = bets.token.shape[1]
+        width = prefetched.token.shape[1]
         rows = torch.arange(len(hits), device=hits.device) * width + hits.clamp_min(0)
-        self.state, self.ready = bets.state.select(rows), bets.tree.select(rows)
-        self.history.calls_saved += bets.saved
+        self.state, self.ready = prefetched.state.select(rows), prefetched.tree.select(rows)
+        self.history.calls_saved += prefetched.saved
         return True
 
-    def _cut(self, tree: Tree, verdict: Verdict) -> Kept:
+    def _cut(self, tree: Tree, verdict: Verdict) -> CutVerdict:
         """The round's new tokens up to the first EOS and the row's limit."""
         drafted = tree.tokens.gather(1, verdict.path)  # [B, D]
         tokens = torch.cat([drafted, torch.zeros_like(self.roots)[:, None]], 1)
@@ -256,7 +256,7 @@ class Batch:
             tokens = tokens.scatter(1, verdict.length[:, None], verdict.next[:, None])
         return self._limit(verdict, tokens)
 
-    def _limit(self, verdict: Verdict, tokens: Tensor) -> Kept:
+    def _limit(self, verdict: Verdict, tokens: Tensor) -> CutVerdict:
         written = verdict.length + int(verdict.next is not None)
         count = torch.where(self.alive, torch.minimum(written, self.left), 0)
         order = torch.arange(tokens.shape[1], device=tokens.device)
@@ -264,19 +264,19 @@ class Batch:
         ended = ends.any(1)
         count = torch.where(ended, ends.long().argmax(1) + 1, count)
         alive = self.alive & ~ended & (self.left > count)
-        return Kept(replace(verdict, length=torch.minimum(verdict.length, count)), tokens, count, alive)
+        return CutVerdict(replace(verdict, length=torch.minimum(verdict.length, count)), tokens, count, alive)
 
-    def _fetch(self, kept: Kept, named: bool = False) -> list[Emission]:
-        """The round's one wait for the device: what every row gained, finished ones too. named: see `Tree.named`."""
+    def _fetch(self, kept: CutVerdict, from_target: bool = False) -> list[Emission]:
+        """The round's one wait for the device: what every row gained, finished ones too. named: see `Tree.from_target`."""
         self.history.syncs += 1
         marks = torch.stack([kept.count, kept.verdict.length, kept.alive.long()], 1)
         rows = torch.cat([kept.tokens, marks], 1).tolist()
         return [
-            Emission(request, tokens[:count], accepted, not alive, int(named and accepted > 0))
+            Emission(request, tokens[:count], accepted, not alive, int(from_target and accepted > 0))
             for request, (*tokens, count, accepted, alive) in zip(self.row_ids, rows, strict=True)
         ]
 
-    def _stop(self, kept: Kept, gained: list[Emission]) -> Kept:
+    def _stop(self, kept: CutVerdict, gained: list[Emission]) -> CutVerdict:
         """Cuts at stop strings, which only the host can read; `gained` is cut in place."""
         assert self.stopper is not None
         for one in gained:
@@ -288,7 +288,7 @@ class Batch:
         count, length, alive = cut.unbind(1)
         return replace(kept, count=count, alive=alive.bool(), verdict=replace(kept.verdict, length=length))
 
-    def _count(self, tree: Tree, kept: Kept) -> None:
+    def _count(self, tree: Tree, kept: CutVerdict) -> None:
         """alpha's attempts: every depth reached, and one more where the last node had a child that could have stood."""
         accepted = kept.verdict.length
         tip = kept.verdict.path.gather(1, (accepted - 1).clamp_min(0)[:, None])
@@ -297,9 +297,9 @@ class Batch:
         below[:, 0] = False
         uncut = kept.count > accepted if kept.verdict.next is not None else kept.alive
         tried = accepted + (below.any(1) & uncut)
-        self.tally.add(self.request_of, self.alive, kept.count, accepted, tried, tree.max_depth, tree.named)
+        self.tally.add(self.request_of, self.alive, kept.count, accepted, tried, tree.max_depth, tree.from_target)
 
-    def _hand_out(self, kept: Kept, gained: list[Emission]) -> list[Emission]:
+    def _hand_out(self, kept: CutVerdict, gained: list[Emission]) -> list[Emission]:
         """Moves the rows on; what they gained, and that finished ones are done."""
         last = (kept.count - 1).clamp_min(0)[:, None]
         self.roots = torch.where(kept.count > 0, kept.tokens.gather(1, last)[:, 0], self.roots)
@@ -313,12 +313,12 @@ class Batch:
         """What the next plan may be made from."""
         going = sum(bool(one.tokens) or not one.done for one in gained)
         tokens, drafted = sum(len(one.tokens) for one in gained), plan.draft and self.drafter is not None
-        self.history.add(Round(len(gained), going, tokens, drafted, self.now() - begun))
+        self.history.add(PastRound(len(gained), going, tokens, drafted, self.now() - begun))
 
-    def _settle(self) -> None:
-        self.cache.settle(self.lengths)
+    def _set_lengths(self) -> None:
+        self.cache.set_lengths(self.lengths)
         if self.state:
-            self.state.settle(self.lengths)
+            self.state.set_lengths(self.lengths)
 
     def _drop_finished(self) -> None:
         """Leaves finished rows behind once they are half of the batch: what goes on gets smaller at most log2(B) times."""
@@ -333,9 +333,9 @@ class Batch:
         self.cache = self.cache.select(rows)
         self.state = self.state.select(rows) if self.state else None
         self.ready = self.ready.select(rows) if self.ready else None
-        self.candidates = None if self.candidates is None else self.candidates[rows]
-        self._settle()
-        self.chance, self.request_of = self.chance.select(rows), self.request_of[rows]
+        self.target_candidates = None if self.target_candidates is None else self.target_candidates[rows]
+        self._set_lengths()
+        self.rng, self.request_of = self.rng.select(rows), self.request_of[rows]
         self.roots, self.left, self.alive = self.roots[rows], self.left[rows], self.alive[rows]
 
 

@@ -1,4 +1,4 @@
-"""Policies make each round's plan from what is known before it. A policy changes how much is drafted, never the law of what comes out."""
+"""Policies make each round's plan from what is known before it. A policy changes how much is drafted, never the distribution of what comes out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import folder_fingerprint
 from drafttrain.runtime.decision import load_decision
-from drafttrain.runtime.stats import History, Round
+from drafttrain.runtime.stats import History, PastRound
 from drafttrain.verify.confidence import confidence
 
 
@@ -82,7 +82,7 @@ class ConfidentConfig(PolicyConfig):
 class Confident:
     """The exact mode of confidence-modulated speculation (see `verify/confidence.py`): only the draft's length follows the drafter.
 
-    A level's confidence is that of its most confident node. It is read from the drafter's law before a token is drawn from it, so every
+    A level's confidence is that of its most confident node. It is read from the drafter's distribution before a token is drawn from it, so every
     lossless rule stays exact.
     """
 
@@ -97,7 +97,7 @@ class Confident:
         return self._plan
 
     def _stop(self, level: int, logits: Tensor) -> Tensor:
-        """[B, W, Vd] -> [B]; raw logits: temperature and cuts would make every law look confident."""
+        """[B, W, Vd] -> [B]; raw logits: temperature and cuts would make every distribution look confident."""
         here = confidence(logits.float().softmax(-1), self.config.entropy_weight).amax(1)
         self._reached = here if level == 0 else self._reached * here
         return (self._reached < self.config.floor) & (level >= self.config.at_least)
@@ -119,8 +119,8 @@ PAUSE, LONGEST_PAUSE = 16, 512
 class Evidence:
     """What is known of batches of one number of rows, whose rounds are comparable."""
 
-    drafted: deque[Round] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    plain: deque[Round] = field(default_factory=lambda: deque(maxlen=2 * PLAIN_PROBE))
+    drafted: deque[PastRound] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    plain: deque[PastRound] = field(default_factory=lambda: deque(maxlen=2 * PLAIN_PROBE))
     drafted_since: int = 0  # rounds since plain ones were timed
     plain_left: int = 0  # rounds to go before drafting is tried again
     pause: int = PAUSE  # the next one's length
@@ -159,7 +159,7 @@ class Adaptive:
             self._learn(history.latest)
         return self._plan if self._drafts(self._known.setdefault(self._rows, Evidence())) else self._plainly
 
-    def _learn(self, last: Round) -> None:
+    def _learn(self, last: PastRound) -> None:
         known = self._known.setdefault(last.rows, Evidence())
         self._rows = last.rows
         (known.drafted if last.drafted else known.plain).append(last)
@@ -187,7 +187,7 @@ class Adaptive:
         return False
 
 
-def _seconds(rounds: Iterable[Round]) -> float:
+def _seconds(rounds: Iterable[PastRound]) -> float:
     return median(one.seconds for one in rounds)
 
 
@@ -218,8 +218,8 @@ class DecisionConfig(PolicyConfig):
 class Decided:
     """Ends a tree before a level that a trained decision model expects to be rejected (see `runtime/decision.py`).
 
-    The model reads the law that a level was drawn from, and only levels not drawn yet are given up: every lossless rule stays exact.
-    It waits for the host once a level. Rows drafted together end together: sampled texts then depend on their batch, their law does not.
+    The model reads the distribution that a level was drawn from, and only levels not drawn yet are given up: every lossless rule stays exact.
+    It waits for the host once a level. Rows drafted together end together: sampled texts then depend on their batch, their distribution does not.
     """
 
     Config: ClassVar[type[PolicyConfig]] = DecisionConfig

@@ -22,32 +22,32 @@ from torch import Tensor
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.types import Batch
+from drafttrain.core.types import TrainingBatch
 from drafttrain.drafters.base import Drafter
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.head import TargetHead
 
-Walk = Callable[[Batch, int], Tensor]
+TeacherForced = Callable[[TrainingBatch, int], Tensor]
 """(batch, K) -> [B, T, K] guesses, as `Drafter.walk` gives them."""
-Stands = Callable[[Batch, int], tuple[Tensor, Tensor]]
+Stands = Callable[[TrainingBatch, int], tuple[Tensor, Tensor]]
 """(batch, K) -> g and w, [B, T, K] each, as `stands` gives them."""
 
 
 @torch.no_grad()
-def replay(walk: Walk, batches: Iterable[Batch], length: int) -> Statistics:
+def replay(teacher_forced_drafts: TeacherForced, batches: Iterable[TrainingBatch], length: int) -> Statistics:
     """Chains of `length` over every answer in `batches`.
 
     Only texts that the target wrote greedily give the figure that greedy decoding measures; choose the conversations accordingly.
     """
     out = Statistics(attempts=[0] * length, accepts=[0] * length)
     for batch in batches:
-        runs = matching_runs(batch, walk(batch, length)).cpu().numpy()
+        runs = matching_runs(batch, teacher_forced_drafts(batch, length)).cpu().numpy()
         for row, start, stop in answers(batch):
             _walk_answer(out, runs[row], start, stop)
     return out
 
 
-def matching_runs(batch: Batch, guesses: Tensor) -> Tensor:
+def matching_runs(batch: TrainingBatch, guesses: Tensor) -> Tensor:
     """[B, T, K] guesses -> [B, T] how many of them, from the first on, are what the text says after token t + 1."""
     right = []
     for step in range(guesses.shape[-1]):
@@ -56,7 +56,7 @@ def matching_runs(batch: Batch, guesses: Tensor) -> Tensor:
     return torch.stack(right, -1).long().cumprod(-1).sum(-1)
 
 
-def answers(batch: Batch) -> Iterator[tuple[int, int, int]]:
+def answers(batch: TrainingBatch) -> Iterator[tuple[int, int, int]]:
     """(row, start, stop) of every stretch of answer tokens within one document."""
     mask, document = batch.mask.cpu().numpy(), batch.document.cpu().numpy()
     for row in range(len(mask)):
@@ -121,20 +121,20 @@ class Expected:
 
 @torch.no_grad()
 def replay_sampled(
-    drafter: Drafter, batches: Iterable[Batch], head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None,
+    drafter: Drafter, batches: Iterable[TrainingBatch], head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None,
     chunk: int = 256,
 ) -> Expected:
-    """Chains of `length` over every answer in `batches`, whose features hold `last`.
+    """Chains of `length` over every answer in `batches`, whose features hold `last_hidden_state`.
 
     Only texts that the target sampled as `sampling` says give the figure that such decoding measures. temperature: the drafter's own;
-    chunk: positions whose [V] laws stand in memory at once. Raises `UserError` where the family has no states to replay.
+    chunk: positions whose [V] distributions stand in memory at once. Raises `UserError` where the family has no states to replay.
     """
     return expect(lambda batch, steps: stands(drafter, batch, head, sampling, steps, temperature, chunk), batches, length)
 
 
 @torch.no_grad()
-def expect(standing: Stands, batches: Iterable[Batch], length: int) -> Expected:
-    """`replay_sampled` with its laws computed by `standing`, which may hold a drafter that is spread over processes."""
+def expect(standing: Stands, batches: Iterable[TrainingBatch], length: int) -> Expected:
+    """`replay_sampled` with its distributions computed by `standing`, which may hold a drafter that is spread over processes."""
     counted: list[tuple[int, float, np.ndarray, np.ndarray, float]] = []
     for batch in batches:
         overlaps, weights = (values.cpu().double().numpy() for values in standing(batch, length))
@@ -147,7 +147,7 @@ def expect(standing: Stands, batches: Iterable[Batch], length: int) -> Expected:
 
 
 def stands(
-    drafter: Drafter, batch: Batch, head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None, chunk: int = 256
+    drafter: Drafter, batch: TrainingBatch, head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
     """g and w, [B, T, K] each: of the token at depth k + 1 in a round whose root is token t + 1, with the text's own before it.
 
@@ -155,7 +155,7 @@ def stands(
     """
     own = sampling if temperature is None else sampling._replace(temperature=temperature)
     ids = drafter.draft_ids
-    steps = list(drafter.unrolled(batch, head, length))  # [B, T, D] each; deeper than the family reaches: nothing stands
+    steps = list(drafter.teacher_forced_states(batch, head, length))  # [B, T, D] each; deeper than the family reaches: nothing stands
     roots = [batch.ahead(step + 2)[1] for step in range(len(steps))]  # [B, T] each: where a root's token at depth step + 1 is a label
     g = torch.zeros(*batch.tokens.shape, length, device=batch.tokens.device)
     w = torch.zeros_like(g)
@@ -163,14 +163,14 @@ def stands(
     for part in supervised.nonzero().split(chunk):
         row, place = part.unbind(1)  # the target's state here gives p, for every depth alike
         text = following[row, place]
-        p = sampling.law(head.logits(batch.features["last"][row, place]))
+        p = sampling.probs(head.logits(batch.features["last_hidden_state"][row, place]))
         stood = p.gather(1, text[:, None])[:, 0].clamp_min(1e-38)
         p = p if ids is None else p[:, ids]
         column, drafted = (text, torch.ones_like(text, dtype=torch.bool)) if ids is None else _columns(ids, text)
         for step, states in enumerate(steps):
             at = place - step - 1
             here = ((at >= 0) & roots[step][row, at]).nonzero()[:, 0]
-            q = own.law(drafter.logits_of(states[row[here], at[here]], step, head))
+            q = own.probs(drafter.readout(states[row[here], at[here]], step, head))
             said = q.gather(1, column[here, None])[:, 0] * drafted[here]
             g[row[here], at[here], step] = torch.minimum(p[here], q).sum(-1)
             w[row[here], at[here], step] = (said / stood[here]).clamp_max(1.0)

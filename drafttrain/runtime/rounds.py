@@ -1,6 +1,6 @@
 """Rounds on disk: logged once while decoding, and read again by whatever wants to judge the same trees (rules, decision models).
 
-A log keeps tokens and hidden states, and the laws p and q are recomputed from these through the frozen heads in fp32: the laws
+A log keeps tokens and hidden states, and the distributions p and q are recomputed from these through the frozen heads in fp32: the distributions
 themselves would take a hundred times the room. B rows, n rounds, N nodes, R drafter states, D hidden, V vocabulary.
 
     FOLDER/rounds-00000.safetensors ...    FOLDER/answers.json    what was written, prompt by prompt (token ids)
@@ -31,7 +31,7 @@ from drafttrain.data.shards import write_whole, writing
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.grow import widen
 from drafttrain.runtime.decoder import SpeculativeDecoder
-from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.generate import DecodingLoop, Request
 from drafttrain.runtime.policy import Fixed
 from drafttrain.target.head import TargetHead
 
@@ -39,7 +39,7 @@ FORMAT = 1
 INDEX, ANSWERS = "index.json", "answers.json"
 SHARD_BYTES = 256 << 20
 FOREIGN = 0.05
-"""Recomputed laws of the same weights differ from the logged ones by rounding, in the mean far less than this; other weights' don't."""
+"""Recomputed distributions of the same weights differ from the logged ones by rounding, in the mean far less than this; other weights' don't."""
 
 
 class RoundsInfo(Config):
@@ -83,7 +83,7 @@ class RoundsInfo(Config):
 
 
 @dataclass
-class Rounds:
+class LoggedRounds:
     """Some logged rounds, one a row."""
 
     tokens: Tensor  # [n, N]
@@ -93,9 +93,9 @@ class Rounds:
     p: Tensor  # [n, N] the target's probability of each node after its parent, as it was when decoding
     accepted: Tensor  # [n] nodes that stood, before anything was cut
     prompt: Tensor  # [n] number of the prompt
-    law_of: Tensor | None = None  # [n, N] which of `states` a node was drawn from
+    probs_row: Tensor | None = None  # [n, N] which of `states` a node was drawn from
     states: Tensor | None = None  # [n, R, D'] the drafter's
-    q: Tensor | None = None  # [n, N] the probability each node was drawn with, as it was when decoding; None for point draws
+    q: Tensor | None = None  # [n, N] the probability each node was drawn with, as it was when decoding; None for deterministic draws
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,41 +105,41 @@ class Rounds:
         every = {field.name: vars(self)[field.name] for field in fields(self)}
         return {name: value for name, value in every.items() if value is not None}
 
-    def split(self, size: int) -> Iterator[Rounds]:
+    def split(self, size: int) -> Iterator[LoggedRounds]:
         """`size` rounds at a time."""
         for start in range(0, len(self), size):
-            yield Rounds(**{name: value[start : start + size] for name, value in self.tensors().items()})
+            yield LoggedRounds(**{name: value[start : start + size] for name, value in self.tensors().items()})
 
 
-class Recorder:
+class RoundRecorder:
     """An `on_round` hook that keeps what a log needs of the rows that go on."""
 
     def __init__(self, first_prompt: int, states: bool = False) -> None:
-        """first_prompt: the number of the batch's first request; states: of `point` trees too."""
-        self.first_prompt, self.states, self.parts = first_prompt, states, list[Rounds]()
+        """first_prompt: the number of the batch's first request; states: of `deterministic` trees too."""
+        self.first_prompt, self.states, self.parts = first_prompt, states, list[LoggedRounds]()
         self.depth = self.children = 1  # the most that a tree had
-        self.batch: Batch | None = None  # set by whoever made both
+        self.batch: DecodingLoop | None = None  # set by whoever made both
 
     def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
         assert self.batch is not None
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)[:, None]
         q = None
-        if (self.states or tree.draws != "point") and tree.law_states is None:
-            raise UserError("this drafter hands over no states of the tokens it draws, and its rounds cannot be logged with their laws")
-        if tree.draws != "point":
-            assert tree.law_rows is not None and tree.law_of is not None
-            q = tree.law_rows[row, tree.law_of, tree.tokens]
+        if (self.states or tree.draws != "deterministic") and tree.draft_states is None:
+            raise UserError("this drafter hands over no states of the tokens it draws, and its rounds cannot be logged with their distributions")
+        if tree.draws != "deterministic":
+            assert tree.draft_probs is not None and tree.probs_row is not None
+            q = tree.draft_probs[row, tree.probs_row, tree.tokens]
         numbers = torch.tensor(self.batch.row_ids) + self.first_prompt
-        p = scored.p[row, tree.parents, tree.tokens]
-        whole = Rounds(
-            tree.tokens, tree.parents, tree.live, scored.features["last"], p, verdict.length, numbers, tree.law_of, tree.law_states, q
+        p = scored.target_probs[row, tree.parents, tree.tokens]
+        whole = LoggedRounds(
+            tree.tokens, tree.parents, tree.live, scored.features["last_hidden_state"], p, verdict.length, numbers, tree.probs_row, tree.draft_states, q
         )
         self.depth = max(self.depth, int(tree.depth.masked_fill(~tree.live, 0).max()))
         self.children = max(self.children, int((tree.children >= 0).sum(-1).max()))
         alive = self.batch.alive.cpu()
-        self.parts.append(Rounds(**{name: value.cpu()[alive] for name, value in whole.tensors().items()}))
+        self.parts.append(LoggedRounds(**{name: value.cpu()[alive] for name, value in whole.tensors().items()}))
 
-    def take(self) -> Rounds:
+    def take(self) -> LoggedRounds:
         """Everything since the last call."""
         whole, self.parts = joined(self.parts), []
         return whole
@@ -151,7 +151,7 @@ def log_rounds(
 ) -> RoundLog:
     """Decodes the prompts (token ids) with the decoder's drafter, shape and rule, and logs every round.
 
-    drafter: its fingerprint. states: keep the drafter's states of `point` trees too. The policy is left
+    drafter: its fingerprint. states: keep the drafter's states of `deterministic` trees too. The policy is left
     out: whole shapes are logged. A finished log in `folder` that was made from the same is opened instead of decoding again. Raises
     `UserError` where the family cannot hand over the states of drawn tokens, or the disk is full.
     """
@@ -159,7 +159,7 @@ def log_rounds(
     draws: Draws = decoder.runtime.treat_as or plan.draws
     info = RoundsInfo(
         target=decoder.target.fingerprint, drafter=drafter, **sampling._asdict(), drafter_temperature=plan.temperature,
-        draws=draws, states=states or draws != "point", max_depth=1, max_children=1, rule=rule.config.name,
+        draws=draws, states=states or draws != "deterministic", max_depth=1, max_children=1, rule=rule.config.name,
         dtype=str(decoder.target.dtype).removeprefix("torch."), seed=seed, max_new_tokens=max_new_tokens, prompts=len(prompts),
         made_from=made_from or {},
     )  # fmt: skip
@@ -172,12 +172,12 @@ def log_rounds(
     answers: list[list[int]] = []
     depth = children = 1  # as the trees have them: a lookup's may be deeper and wider than the plan's shape
     for start in range(0, len(prompts), batch_size):
-        recorder = Recorder(start, info.states)
-        batch = Batch(
+        recorder = RoundRecorder(start, info.states)
+        batch = DecodingLoop(
             decoder.target, decoder.drafter, rule, policy, sampling, seed, decoder.runtime.treat_as, None, recorder,
             decoder.runtime.prefill_chunk,
         )
-        batch.needs = batch.needs | {"last"}
+        batch.needs = batch.needs | {"last_hidden_state"}
         recorder.batch = batch
         group = prompts[start : start + batch_size]
         batch.start([Request(prompt, start + place, max_new_tokens) for place, prompt in enumerate(group)])
@@ -195,12 +195,12 @@ class RoundWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shards, self.rounds = folder, list[str](), 0
-        self.parts: list[Rounds] = []  # not on the disk yet
+        self.parts: list[LoggedRounds] = []  # not on the disk yet
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / INDEX).unlink(missing_ok=True)
 
-    def add(self, rounds: Rounds) -> None:
+    def add(self, rounds: LoggedRounds) -> None:
         """Writes a shard once there is enough for one."""
         self.parts.append(rounds)
         if sum(value.nbytes for part in self.parts for value in part.tensors().values()) >= SHARD_BYTES:
@@ -226,9 +226,9 @@ class RoundWriter:
         self.rounds += len(whole)
 
 
-def joined(parts: Sequence[Rounds]) -> Rounds:
+def joined(parts: Sequence[LoggedRounds]) -> LoggedRounds:
     """All rounds of the parts, in order."""
-    return Rounds(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
+    return LoggedRounds(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
 
 
 class RoundLog:
@@ -264,20 +264,20 @@ class RoundLog:
             raise UserError(f"'{path}': missing or corrupt ({first_line(error)}); delete the folder and log again") from error
         return found
 
-    def parts(self) -> Iterator[Rounds]:
+    def parts(self) -> Iterator[LoggedRounds]:
         """Shard after shard."""
         for name in self.info.shards:
             try:
-                yield Rounds(**load_file(self.folder / name))
+                yield LoggedRounds(**load_file(self.folder / name))
             except (SafetensorError, OSError) as error:
                 reason = first_line(error)
                 raise UserError(f"'{self.folder / name}': truncated or corrupt ({reason}); delete the folder and log again") from error
 
 
-class Laws:
+class LoggedProbs:
     """What logged tokens were drawn from and judged by, recomputed in fp32 from the hidden states of a log.
 
-    Where the models computed in less than fp32 the laws differ from those of the decoding by that rounding.
+    Where the models computed in less than fp32 the distributions differ from those of the decoding by that rounding.
     """
 
     def __init__(self, info: RoundsInfo, drafter: Drafter, head: TargetHead) -> None:
@@ -288,26 +288,26 @@ class Laws:
         self.head = head.to(head.device, torch.float32)
 
     @torch.inference_mode()
-    def logits(self, rounds: Rounds) -> Tensor:
+    def logits(self, rounds: LoggedRounds) -> Tensor:
         """[n, N, V] the target's."""
         return self.head.logits(rounds.last.to(self.head.device))
 
     @torch.inference_mode()
-    def tree(self, rounds: Rounds) -> Tree:
-        """The trees as they were proposed, with the laws [n, R, V] that their tokens were drawn from."""
+    def tree(self, rounds: LoggedRounds) -> Tree:
+        """The trees as they were proposed, with the distributions [n, R, V] that their tokens were drawn from."""
         device = self.head.device
         bare = Tree(
             rounds.tokens.to(device), rounds.parents.to(device), rounds.live.to(device), self.info.draws, self.info.max_depth,
             self.info.max_children,
         )
-        if self.info.draws == "point":
+        if self.info.draws == "deterministic":
             return bare
-        assert rounds.law_of is not None
-        law, ids = self.info.drafter_sampling.law(self.drafter_logits(rounds)), self.drafter.draft_ids
-        return replace(bare, law_of=rounds.law_of.to(device), law_rows=law if ids is None else widen(law, ids, self.head.vocab_size))
+        assert rounds.probs_row is not None
+        probs, ids = self.info.drafter_sampling.probs(self.drafter_logits(rounds)), self.drafter.draft_ids
+        return replace(bare, probs_row=rounds.probs_row.to(device), draft_probs=probs if ids is None else widen(probs, ids, self.head.vocab_size))
 
     @torch.inference_mode()
-    def drafter_logits(self, rounds: Rounds) -> Tensor:
+    def drafter_logits(self, rounds: LoggedRounds) -> Tensor:
         """[n, R, Vd] the drafter's, at the nodes whose states were logged."""
         if rounds.states is None:
             raise UserError("these rounds were logged without the drafter's states; delete the log and make it with them")
@@ -316,33 +316,33 @@ class Laws:
         for level in range(self.info.max_depth):
             at = (levels == level).nonzero(as_tuple=True)
             if len(at[0]):
-                logits = self.drafter.logits_of(states[at], level, self.head)
+                logits = self.drafter.readout(states[at], level, self.head)
                 out = logits.new_zeros(*states.shape[:2], logits.shape[-1]) if out is None else out
                 out[at] = logits
         assert out is not None
         return out
 
-    def check(self, rounds: Rounds) -> float:
+    def check(self, rounds: LoggedRounds) -> float:
         """The largest difference between recomputed and logged probabilities of drawn tokens; a `UserError` for other weights."""
         tree, row = self.tree(rounds), torch.arange(len(rounds), device=self.head.device)[:, None]
-        p = self.info.sampling.law(self.logits(rounds))[row, tree.parents, tree.tokens]
+        p = self.info.sampling.probs(self.logits(rounds))[row, tree.parents, tree.tokens]
         gaps = [(p.cpu() - rounds.p).abs()[:, 1:]]
-        if rounds.q is not None and tree.law_rows is not None and tree.law_of is not None:
-            gaps.append((tree.law_rows[row, tree.law_of, tree.tokens].cpu() - rounds.q).abs()[:, 1:])
+        if rounds.q is not None and tree.draft_probs is not None and tree.probs_row is not None:
+            gaps.append((tree.draft_probs[row, tree.probs_row, tree.tokens].cpu() - rounds.q).abs()[:, 1:])
         gap = torch.cat(gaps)[torch.cat([rounds.live[:, 1:]] * len(gaps))]
         if len(gap) and float(gap.mean()) > FOREIGN:
             raise UserError(
-                f"laws recomputed from the logged states differ from those of the decoding by {float(gap.mean()):.2f} in the mean: the "
+                f"distributions recomputed from the logged states differ from those of the decoding by {float(gap.mean()):.2f} in the mean: the "
                 f"log was made with another drafter or target; delete it and log again"
             )
         return float(gap.max()) if len(gap) else 0.0
 
 
-def _levels(rounds: Rounds) -> Tensor:
+def _levels(rounds: LoggedRounds) -> Tensor:
     """[n, R] depth of the nodes that the states are of; 0 where no logged node was drawn from one."""
-    assert rounds.states is not None and rounds.law_of is not None
+    assert rounds.states is not None and rounds.probs_row is not None
     depth = torch.zeros_like(rounds.parents)
     for node in range(1, depth.shape[1]):  # parents stand before their children
         depth[:, node] = depth.gather(1, rounds.parents[:, node : node + 1])[:, 0] + 1
     levels = torch.zeros(rounds.states.shape[:2], dtype=torch.long)
-    return levels.scatter(1, rounds.law_of[:, 1:], depth[:, 1:] - 1)
+    return levels.scatter(1, rounds.probs_row[:, 1:], depth[:, 1:] - 1)

@@ -30,10 +30,10 @@ class Statistics:
     drafter_calls: int = 0
     syncs: int = 0
     """Times the host waited for the device during rounds."""
-    bets: int = 0
+    prefetched: int = 0
     """Rounds of rows for which drafts were prefetched."""
     hits: int = 0
-    """Bets that came true."""
+    """Prefetched drafts that came true."""
     prefetch_calls: int = 0
     """Drafter calls that prefetching took; `drafter_calls` counts them too."""
     calls_saved: int = 0
@@ -69,7 +69,7 @@ class Statistics:
             self.target_forwards + other.target_forwards,
             self.drafter_calls + other.drafter_calls,
             self.syncs + other.syncs,
-            self.bets + other.bets,
+            self.prefetched + other.prefetched,
             self.hits + other.hits,
             self.prefetch_calls + other.prefetch_calls,
             self.calls_saved + other.calls_saved,
@@ -83,7 +83,7 @@ def alpha_text(alpha: Iterable[float | None], zeros: bool = True) -> str:
 
 
 @dataclass(frozen=True)
-class Round:
+class PastRound:
     """One round of a batch, as the host knows it afterwards."""
 
     rows: int  # computed, finished ones included
@@ -97,9 +97,9 @@ class Round:
 class History(Statistics):
     """All that a policy may know before a round. Of the counts it holds `rounds`, `tokens` and `syncs`, over all rows."""
 
-    latest: Round | None = None
+    latest: PastRound | None = None
 
-    def add(self, round_: Round) -> None:
+    def add(self, round_: PastRound) -> None:
         """The round that has just ended."""
         self.rounds, self.tokens, self.latest = self.rounds + round_.going, self.tokens + round_.tokens, round_
 
@@ -114,10 +114,10 @@ class Tally:
         self.accepts = torch.zeros_like(self.attempts)
 
     def add(
-        self, rows: Tensor, going: Tensor, kept: Tensor, accepted: Tensor, tried: Tensor, depth: int, named: bool = False
+        self, rows: Tensor, going: Tensor, kept: Tensor, accepted: Tensor, tried: Tensor, depth: int, from_target: bool = False
     ) -> None:
         """One round of the batch's `rows` [R]: which of them went on, tokens kept, nodes that stood, depths tried ([R] each; 0 everywhere
-        where a row was done). named: the first level was the target's own (`Tree.named`), and counts in no alpha."""
+        where a row was done). named: the first level was the target's own (`Tree.from_target`), and counts in no alpha."""
         missing = depth - self.attempts.shape[1]
         if missing > 0:
             more = torch.zeros(len(self.rounds), missing, dtype=torch.long, device=rows.device)
@@ -125,7 +125,7 @@ class Tally:
         level = torch.arange(self.attempts.shape[1], device=rows.device)
         self.rounds.index_add_(0, rows, going.long())
         self.tokens.index_add_(0, rows, kept)
-        drafted = level >= int(named)
+        drafted = level >= int(from_target)
         self.attempts.index_add_(0, rows, (drafted & (level < tried[:, None])).long())
         self.accepts.index_add_(0, rows, (drafted & (level < accepted[:, None])).long())
 

@@ -119,10 +119,10 @@ class Target:
             width = tokens.shape[1]
             slots = cache.aim_at(start, width)
             seen = torch.arange(cache.visible, device=self.device) <= slots[:, :, None]  # [B, width, visible]
-            got = self._forward(tokens, slots, seen, cache, {"last", *features}, key_positions=None)
+            got = self._forward(tokens, slots, seen, cache, {"last_hidden_state", *features}, key_positions=None)
             at = lengths - 1 - start
             inside = (at >= 0) & (at < width)
-            here = got["last"].gather(1, at.clamp(0, width - 1)[:, None, None].expand(-1, 1, last.shape[-1]))[:, 0]
+            here = got["last_hidden_state"].gather(1, at.clamp(0, width - 1)[:, None, None].expand(-1, 1, last.shape[-1]))[:, 0]
             last = torch.where(inside[:, None], here, last)
             parts.append({name: got[name] for name in features})
         cache.lengths = lengths.clone()
@@ -136,8 +136,8 @@ class Target:
         slots = cache.aim(layout.tokens.shape[1])
         seen, key_positions = tree_mask(cache, slots, layout.mask, layout.depth)
         positions = (cache.lengths[:, None] + layout.depth).clamp_max(self.max_context - 1)  # drafts may reach past the end, and are cut
-        got = self._forward(layout.tokens, positions, seen, cache, {"last", *features}, key_positions)
-        return Scored(self.head.logits(got["last"]), sampling, {name: got[name] for name in features})
+        got = self._forward(layout.tokens, positions, seen, cache, {"last_hidden_state", *features}, key_positions)
+        return Scored(self.head.logits(got["last_hidden_state"]), sampling, {name: got[name] for name in features})
 
     def commit(self, cache: TreeCache, tree: Tree, scored: Scored, verdict: Verdict, alive: Tensor) -> Committed:
         """Keeps the root and the accepted nodes of the rows that are `alive` ([B] bool); the others keep nothing.
@@ -170,13 +170,13 @@ class Target:
             attention_mask=layer_masks(self.windows, self.dtype, seen, positions, key_positions),
             past_key_values=cache,
             use_cache=cache is not None,
-            output_hidden_states="aux" in wanted,
+            output_hidden_states="aux_hidden_states" in wanted,
         )
         features: Features = {}
-        if "last" in wanted:
-            features["last"] = out.last_hidden_state
-        if "aux" in wanted:
-            features["aux"] = torch.cat([out.hidden_states[index] for index in self.aux_layers], -1)
+        if "last_hidden_state" in wanted:
+            features["last_hidden_state"] = out.last_hidden_state
+        if "aux_hidden_states" in wanted:
+            features["aux_hidden_states"] = torch.cat([out.hidden_states[index] for index in self.aux_layers], -1)
         return features
 
     @torch.inference_mode()
@@ -189,7 +189,7 @@ class Target:
         cache = self.new_cache(1, 8)
         first = self.prefill(cache, tokens[:, :2], torch.tensor([2], device=self.device))
         zero = torch.zeros(1, 3, dtype=torch.long, device=self.device)
-        tree = Tree(torch.cat([tokens[:, 2:3], tokens[:, :1], tokens[:, 3:]], 1), zero, zero == 0, "point", 1, 2)
+        tree = Tree(torch.cat([tokens[:, 2:3], tokens[:, :1], tokens[:, 3:]], 1), zero, zero == 0, "deterministic", 1, 2)
         branched = self.score(cache, tree.layout(), Sampling()).logits[0]
         ours = torch.stack([first.logits[0], branched[0], branched[2]])
         theirs = plain.logits[0, 1:]

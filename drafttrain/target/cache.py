@@ -63,7 +63,7 @@ class TreeLayer(CacheLayerMixin):
         return self.owner.visible, 0
 
     def get_seq_length(self) -> int:
-        return self.owner.reach
+        return self.owner.max_length
 
     def get_max_length(self) -> int:
         return self.owner.capacity
@@ -76,7 +76,7 @@ class TreeCache(Cache):
         """shapes: each layer's heads; capacity: slots a row (committed tokens and one round's nodes)."""
         self.shapes, self.capacity = shapes, -(-capacity // BUCKET) * BUCKET
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # committed tokens
-        self.reach = 0  # host's upper bound on `lengths`
+        self.max_length = 0  # host's upper bound on `lengths`
         self.slots = self.lengths[:, None]  # [B, N] where the current forward writes
         self.start: int | None = None  # ... or the first of consecutive slots, the same for all rows
         self.visible = BUCKET
@@ -96,8 +96,8 @@ class TreeCache(Cache):
         nodes = torch.arange(behind, behind + width, device=self.lengths.device)
         self.start, self.slots = None, self.lengths[:, None] + nodes
         if len(self.lengths) == 1 and self.exact:
-            self.start = self.reach + behind
-        self.visible = self._bucket(self.reach + behind + width)
+            self.start = self.max_length + behind
+        self.visible = self._bucket(self.max_length + behind + width)
         return self.slots
 
     @property
@@ -137,9 +137,9 @@ class TreeCache(Cache):
         self.lengths = self.lengths + kept
         self.exact = False
 
-    def settle(self, lengths: list[int]) -> None:
+    def set_lengths(self, lengths: list[int]) -> None:
         """Tells the cache what the host has learnt of the rows' lengths (a loop's one synchronisation)."""
-        self.reach = max(lengths, default=0)
+        self.max_length = max(lengths, default=0)
         self.exact = len(lengths) == 1
 
     def select(self, rows: Tensor) -> TreeCache:
@@ -147,7 +147,7 @@ class TreeCache(Cache):
         part = TreeCache(self.shapes, len(rows), self.capacity, self.lengths.device, self.storage[0].dtype)
         for mine, ours in zip(part.storage, self.storage, strict=True):
             mine.copy_(ours[:, rows])
-        part.lengths, part.reach = self.lengths[rows], self.reach
+        part.lengths, part.max_length = self.lengths[rows], self.max_length
         return part
 
     def join(self, other: TreeCache) -> TreeCache:
@@ -157,7 +157,7 @@ class TreeCache(Cache):
         for whole, *parts in zip(both.storage, self.storage, other.storage, strict=True):
             for part, rows in zip(parts, (slice(0, len(self.lengths)), slice(len(self.lengths), None)), strict=True):
                 whole[:, rows, :, : part.shape[3]] = part
-        both.lengths, both.reach = torch.cat([self.lengths, other.lengths]), max(self.reach, other.reach)
+        both.lengths, both.max_length = torch.cat([self.lengths, other.lengths]), max(self.max_length, other.max_length)
         return both
 
     def open_with(self, other: TreeCache, tokens: int) -> None:

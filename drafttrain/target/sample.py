@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import root_only
 from drafttrain.core.types import Features
@@ -122,7 +122,7 @@ class _Rows:
         self.rows: list[_Row | None] = []
         self.cache: TreeCache
         self.roots: Tensor  # [B] tokens the target reads next
-        self.chance: Seeded
+        self.rng: SeededRng
         self.opening: _Opening | None = None
         self.kept: Features = {}  # name -> [B, capacity, F] features so far
 
@@ -154,15 +154,15 @@ class _Rows:
         self.cache.put(places, cache)
         for place, job in zip(vacant, jobs, strict=True):
             self.rows[place] = _Row(job, len(job.prompt))
-        self._settle()
+        self._set_lengths()
         for name, value in read.features.items():
             kept = self._keep(name, value.shape[-1])
             if known:
                 kept[places, :known] = opening.features[name][:known]
             kept[places, known : known + value.shape[1]] = value
-        streams = Seeded(self.sampler.seed, torch.tensor([job.id for job in jobs], device=device))
+        streams = SeededRng(self.sampler.seed, torch.tensor([job.id for job in jobs], device=device))
         self.roots[places] = draw(read.logits, streams, alike([job.sampling for job in jobs], device))
-        self.chance.key[places], self.chance.count[places] = streams.key, streams.count
+        self.rng.key[places], self.rng.count[places] = streams.key, streams.count
         self._sort()
 
     def _read_opening(self, prompts: list[list[int]]) -> _Opening:
@@ -183,7 +183,7 @@ class _Rows:
         place = torch.arange(len(self.rows), device=self.target.device)
         for name, value in scored.features.items():
             self._keep(name, value.shape[-1])[place, self.cache.lengths] = value[:, 0]
-        read, self.roots = self.roots, draw(scored.logits[:, 0], self.chance, self.drawn)
+        read, self.roots = self.roots, draw(scored.logits[:, 0], self.rng, self.drawn)
         self.cache.commit(torch.zeros_like(place)[:, None], self.live.long(), moved=False)
         return self._hand_out(torch.stack([read, self.roots], 1).tolist())  # the step's one wait
 
@@ -195,13 +195,13 @@ class _Rows:
             row.cached += 1
             if row.write(fetched[place][1:] if row.written else fetched[place], self.target.eos_ids):
                 done.append(self._finish(place, row))
-        self._settle()
+        self._set_lengths()
         if done:
             self._sort()
         return done
 
-    def _settle(self) -> None:
-        self.cache.settle([row.cached if row else 0 for row in self.rows])
+    def _set_lengths(self) -> None:
+        self.cache.set_lengths([row.cached if row else 0 for row in self.rows])
 
     def _finish(self, place: int, row: _Row) -> Finished:
         tokens = row.job.prompt + row.written
@@ -216,7 +216,7 @@ class _Rows:
         self.rows = [None] * batch
         self.cache = self.target.new_cache(batch, self.sampler.capacity)
         self.roots = torch.zeros(batch, dtype=torch.long, device=device)
-        self.chance = Seeded(self.sampler.seed, self.roots)
+        self.rng = SeededRng(self.sampler.seed, self.roots)
 
     def _shrink(self) -> None:
         """Fewer rows, once nothing is left to fill them with."""
@@ -225,7 +225,7 @@ class _Rows:
             return
         places = torch.tensor(left, device=self.target.device)
         self.rows = [self.rows[place] for place in left]
-        self.cache, self.roots, self.chance = self.cache.select(places), self.roots[places], self.chance.select(places)
+        self.cache, self.roots, self.rng = self.cache.select(places), self.roots[places], self.rng.select(places)
         self.kept = {name: value[places] for name, value in self.kept.items()}
         self._sort()
 
@@ -262,11 +262,11 @@ def alike(options: Sequence[Sampling], device: torch.device) -> Alike:
     return [(sampling, torch.tensor(places, device=device)) for sampling, places in groups.items()]
 
 
-def draw(logits: Tensor, chance: Seeded, sampled: Alike) -> Tensor:
+def draw(logits: Tensor, rng: SeededRng, sampled: Alike) -> Tensor:
     """[B, V] -> [B] next tokens, each row in its own way. Only the streams of sampled rows move."""
     tokens = likeliest(logits)
     for sampling, places in sampled:
-        part = chance.select(places)
-        tokens[places] = part.draw(sampling.law(logits[places])[:, None], 1, replace=True)[:, 0, 0]
-        chance.count[places] = part.count
+        part = rng.select(places)
+        tokens[places] = part.draw(sampling.probs(logits[places])[:, None], 1, replace=True)[:, 0, 0]
+        rng.count[places] = part.count
     return tokens

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from drafttrain.core.config import Config, Seed
 from drafttrain.core.errors import UserError
-from drafttrain.runtime.decision import Decision, DecisionShape, law_features
-from drafttrain.runtime.rounds import Laws, RoundLog, Rounds
+from drafttrain.runtime.decision import Decision, DecisionShape, probs_features
+from drafttrain.runtime.rounds import LoggedProbs, LoggedRounds, RoundLog
 from drafttrain.train.heads import apart, auroc, descend
 
 CHUNK = 32
@@ -39,16 +39,16 @@ class DecisionTraining(Config):
 
 
 @dataclass
-class Examples:
+class DecisionExamples:
     """Every live drawn node of some rounds."""
 
     inputs: Tensor  # [M, F]
     label: Tensor  # [M] in [0, 1]
-    entropy: Tensor  # [M] of the law that the node was drawn from
+    entropy: Tensor  # [M] of the distribution that the node was drawn from
     prompt: Tensor  # [M]
 
-    def at(self, chosen: Tensor) -> Examples:
-        return Examples(self.inputs[chosen], self.label[chosen], self.entropy[chosen], self.prompt[chosen])
+    def at(self, chosen: Tensor) -> DecisionExamples:
+        return DecisionExamples(self.inputs[chosen], self.label[chosen], self.entropy[chosen], self.prompt[chosen])
 
 
 @dataclass
@@ -61,36 +61,36 @@ class Fitted:
     loss: float  # held-out cross entropy
     prior_loss: float  # that of the held-out labels' own mean; lower for `hard` ones, which are balanced for training only
     auroc: float  # P(a node that stands scores above one that does not)
-    entropy_auroc: float  # the same of the law's negative entropy, which needs no training
+    entropy_auroc: float  # the same of the distribution's negative entropy, which needs no training
 
 
-def examples(log: RoundLog, laws: Laws, labels: Literal["soft", "hard"]) -> Examples:
+def examples(log: RoundLog, logged_probs: LoggedProbs, labels: Literal["soft", "hard"]) -> DecisionExamples:
     """soft labels: min(1, p(x) / q(x)), with q = 1 where x was chosen with certainty. hard ones: x is the target's argmax."""
-    parts = [_examples(rounds, laws, labels) for shard in log.parts() for rounds in shard.split(CHUNK)]
+    parts = [_examples(rounds, logged_probs, labels) for shard in log.parts() for rounds in shard.split(CHUNK)]
     names = ("inputs", "label", "entropy", "prompt")
-    return Examples(*(torch.cat([vars(part)[name] for part in parts]) for name in names))
+    return DecisionExamples(*(torch.cat([vars(part)[name] for part in parts]) for name in names))
 
 
-def _examples(rounds: Rounds, laws: Laws, labels: Literal["soft", "hard"]) -> Examples:
-    features = law_features(laws.drafter_logits(rounds)).cpu()  # [n, R, 11]
-    assert rounds.states is not None and rounds.law_of is not None
+def _examples(rounds: LoggedRounds, logged_probs: LoggedProbs, labels: Literal["soft", "hard"]) -> DecisionExamples:
+    features = probs_features(logged_probs.drafter_logits(rounds)).cpu()  # [n, R, 11]
+    assert rounds.states is not None and rounds.probs_row is not None
     drawn = rounds.live.clone()
     drawn[:, 0] = False
     row, node = drawn.nonzero(as_tuple=True)
-    source = rounds.law_of[row, node]
+    source = rounds.probs_row[row, node]
     if labels == "hard":
-        best = laws.logits(rounds).argmax(-1).cpu()  # [n, N]
+        best = logged_probs.logits(rounds).argmax(-1).cpu()  # [n, N]
         label = (best[row, rounds.parents[row, node]] == rounds.tokens[row, node]).float()
     else:
         q = torch.ones_like(rounds.p) if rounds.q is None else rounds.q
         label = (rounds.p[row, node] / q[row, node].clamp_min(1e-38)).clamp_max(1.0)
     inputs = features if labels == "hard" else torch.cat([features, rounds.states.float()], -1)
-    return Examples(inputs[row, source].clone(), label.clone(), features[row, source, 0].clone(), rounds.prompt[row])
+    return DecisionExamples(inputs[row, source].clone(), label.clone(), features[row, source, 0].clone(), rounds.prompt[row])
 
 
-def fit(log: RoundLog, laws: Laws, config: DecisionTraining) -> Fitted:
+def fit(log: RoundLog, logged_probs: LoggedProbs, config: DecisionTraining) -> Fitted:
     """Trains a decision model on a log. Raises `UserError` where it holds too little to learn from."""
-    known = examples(log, laws, config.labels)
+    known = examples(log, logged_probs, config.labels)
     generator = torch.Generator().manual_seed(config.seed)
     prompts = known.prompt.unique()
     if len(prompts) < 2:
@@ -121,9 +121,9 @@ def fit(log: RoundLog, laws: Laws, config: DecisionTraining) -> Fitted:
     )
 
 
-def _train(model: Decision, train: Examples, held: Examples, config: DecisionTraining, generator: torch.Generator) -> float:
+def _train(model: Decision, train: DecisionExamples, held: DecisionExamples, config: DecisionTraining, generator: torch.Generator) -> float:
     """Leaves the best epoch's weights in the model; its held-out loss."""
-    def loss(known: Examples) -> Tensor:
+    def loss(known: DecisionExamples) -> Tensor:
         return F.binary_cross_entropy_with_logits(model(known.inputs), known.label)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -135,7 +135,7 @@ def _train(model: Decision, train: Examples, held: Examples, config: DecisionTra
     return best
 
 
-def _balanced(known: Examples, generator: torch.Generator) -> Examples:
+def _balanced(known: DecisionExamples, generator: torch.Generator) -> DecisionExamples:
     """As many nodes that stand as nodes that do not."""
     yes, no = (known.label > 0.5).nonzero()[:, 0], (known.label <= 0.5).nonzero()[:, 0]
     count = min(len(yes), len(no))

@@ -24,7 +24,7 @@ from torch import Tensor
 from drafttrain.core.config import Config, Seed
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import in_precision
-from drafttrain.core.types import Batch
+from drafttrain.core.types import TrainingBatch
 from drafttrain.data.shards import write_whole
 from drafttrain.drafters.base import Drafter
 from drafttrain.target.adapter import Target
@@ -38,7 +38,7 @@ Right = Callable[[int, list[int]], bool]
 
 PART = 16
 """Questions that are labelled together: what a stopped labelling loses at most."""
-PART_NAMES = ("last", "good", "random", "question", "counts")
+PART_NAMES = ("last_hidden_state", "good", "random", "question", "counts")
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FOLDS = 4
 
@@ -79,7 +79,7 @@ class Mismatch:
 
 
 @dataclass
-class Examples:
+class JudgeExamples:
     """What a judge learns from."""
 
     last: Tensor  # [M, D] fp32: the target's state at the drafted token
@@ -87,16 +87,16 @@ class Examples:
     question: Tensor  # [M] int64
     random: Tensor  # [M] bool: a random token, not the drafter's
 
-    def at(self, chosen: Tensor) -> Examples:
+    def at(self, chosen: Tensor) -> JudgeExamples:
         """Some of them; chosen: [M] bool."""
-        return Examples(self.last[chosen], self.good[chosen], self.question[chosen], self.random[chosen])
+        return JudgeExamples(self.last[chosen], self.good[chosen], self.question[chosen], self.random[chosen])
 
 
 @dataclass
 class Labelled:
     """Examples and where they come from."""
 
-    examples: Examples
+    examples: JudgeExamples
     asked: int  # questions
     solved: int  # of them answered rightly by the target
     found: int  # places where the drafter differs, unsolved questions included
@@ -129,9 +129,9 @@ def mismatches(target: Target, drafter: Drafter, answered: Sequence[Answered]) -
     for number, one in enumerate(answered):
         tokens = torch.tensor([one.prompt + one.answer], device=target.device)
         order = torch.arange(tokens.shape[1], device=target.device)[None]
-        batch = Batch(tokens, order >= len(one.prompt), torch.zeros_like(order), order)
+        batch = TrainingBatch(tokens, order >= len(one.prompt), torch.zeros_like(order), order)
         batch.features = target.encode(tokens, order, batch.document, drafter.needs | drafter.teacher_needs)
-        guesses = drafter.walk(batch, target.head, 1)[0, :, 0].tolist()  # guess t is for token t + 2
+        guesses = drafter.teacher_forced_drafts(batch, target.head, 1)[0, :, 0].tolist()  # guess t is for token t + 2
         for at in range(1, len(one.answer)):
             drafted = guesses[len(one.prompt) + at - 2]
             if drafted != one.answer[at]:
@@ -141,7 +141,7 @@ def mismatches(target: Target, drafter: Drafter, answered: Sequence[Answered]) -
 
 def label(
     target: Target, answered: Sequence[Answered], found: Sequence[Mismatch], right: Right, max_new_tokens: int, batch: int = 16
-) -> Examples:
+) -> JudgeExamples:
     """Good is what leaves the answer right; of questions that the target itself gets wrong nothing is learnt.
 
     max_new_tokens: what a whole answer may take. The states come from the passes that write the continuations. Raises `UserError` where no
@@ -152,14 +152,14 @@ def label(
     if not kept:
         raise UserError(_nothing(len(solved), len(answered), len(found)))
     jobs = [Job(index, _until(answered, one), max(1, max_new_tokens - one.at - 1)) for index, one in enumerate(kept)]
-    done = {one.id: one for one in _run(target, jobs, batch, ("last",))}
-    last = torch.stack([done[index].features["last"][done[index].prompt_len - 1] for index in range(len(kept))]).float()
+    done = {one.id: one for one in _run(target, jobs, batch, ("last_hidden_state",))}
+    last = torch.stack([done[index].features["last_hidden_state"][done[index].prompt_len - 1] for index in range(len(kept))]).float()
     good = [right(one.question, _answer(target, answered, one, done[index], max_new_tokens)) for index, one in enumerate(kept)]
     drafted = torch.zeros(len(kept), dtype=torch.bool)
-    return Examples(last.cpu(), torch.tensor(good), torch.tensor([one.question for one in kept]), drafted)
+    return JudgeExamples(last.cpu(), torch.tensor(good), torch.tensor([one.question for one in kept]), drafted)
 
 
-def spoil(target: Target, answered: Sequence[Answered], found: Sequence[Mismatch], batch: int = 16) -> Examples:
+def spoil(target: Target, answered: Sequence[Answered], found: Sequence[Mismatch], batch: int = 16) -> JudgeExamples:
     """As many random tokens as mismatches, each at a random place of the same answer, all called bad; the same ones every time."""
     dice = [torch.Generator().manual_seed(sum(one.prompt) + len(one.answer)) for one in answered]
     swapped = []
@@ -170,10 +170,10 @@ def spoil(target: Target, answered: Sequence[Answered], found: Sequence[Mismatch
         )
         swapped.append(Mismatch(one.question, at, token))
     jobs = [Job(index, _until(answered, one), 1) for index, one in enumerate(swapped)]
-    done = {one.id: one for one in _run(target, jobs, batch, ("last",))}
-    last = torch.stack([done[index].features["last"][done[index].prompt_len - 1] for index in range(len(swapped))]).float()
+    done = {one.id: one for one in _run(target, jobs, batch, ("last_hidden_state",))}
+    last = torch.stack([done[index].features["last_hidden_state"][done[index].prompt_len - 1] for index in range(len(swapped))]).float()
     bad = torch.zeros(len(swapped), dtype=torch.bool)
-    return Examples(last.cpu(), bad, torch.tensor([one.question for one in swapped]), ~bad)
+    return JudgeExamples(last.cpu(), bad, torch.tensor([one.question for one in swapped]), ~bad)
 
 
 def _nothing(solved: int, asked: int, found: int) -> str:
@@ -209,7 +209,7 @@ def labelled(
     solved, found = counts.view(-1, 2).sum(0).tolist()
     if not len(good):
         raise UserError(_nothing(solved, len(prompts), found))
-    return Labelled(Examples(last, good, question, random), len(prompts), solved, found)
+    return Labelled(JudgeExamples(last, good, question, random), len(prompts), solved, found)
 
 
 def _part(
@@ -225,11 +225,11 @@ def _part(
     solved = {number for number, one in enumerate(answered) if ours(number, one.answer)}
     kept = [one for one in found if one.question in solved]
     nothing = torch.zeros(0, dtype=torch.long)
-    both = [Examples(torch.zeros(0, target.shape.hidden_size), nothing.bool(), nothing, nothing.bool())]
+    both = [JudgeExamples(torch.zeros(0, target.shape.hidden_size), nothing.bool(), nothing, nothing.bool())]
     if kept:
         both = [label(target, answered, found, ours, max_new_tokens, batch), spoil(target, answered, kept, batch)]
     last, good, random, question = (torch.cat([vars(made)[name] for made in both]) for name in PART_NAMES[:-1])
-    return {"last": last, "good": good, "random": random, "question": question + first, "counts": torch.tensor([len(solved), len(found)])}
+    return {"last_hidden_state": last, "good": good, "random": random, "question": question + first, "counts": torch.tensor([len(solved), len(found)])}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -255,7 +255,7 @@ def _answer(target: Target, answered: Sequence[Answered], one: Mismatch, done: F
     return done.tokens[start : start + max_new_tokens]
 
 
-def fit(examples: Examples, fingerprint: str, config: JudgeTrainConfig) -> JudgeResult:
+def fit(examples: JudgeExamples, fingerprint: str, config: JudgeTrainConfig) -> JudgeResult:
     """Trains a head. fingerprint: of the target whose states these are.
 
     Raises `UserError` where all examples to train on are good, or all bad.
@@ -276,7 +276,7 @@ def fit(examples: Examples, fingerprint: str, config: JudgeTrainConfig) -> Judge
     return JudgeResult(head, penalty, len(known.good), len(drafted), _auc(scores[~unseen.random], drafted), let_through)
 
 
-def _best_penalty(known: Examples, config: JudgeTrainConfig) -> float:
+def _best_penalty(known: JudgeExamples, config: JudgeTrainConfig) -> float:
     """By the AUC of the drafter's mismatches, each scored by a head that saw none of its question; of equals the largest."""
     questions = known.question.unique()
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(config.seed))
@@ -290,7 +290,7 @@ def _best_penalty(known: Examples, config: JudgeTrainConfig) -> float:
     return max(PENALTIES, key=lambda penalty: (reached[penalty], penalty))
 
 
-def _descended(known: Examples, fingerprint: str, penalty: float, config: JudgeTrainConfig) -> JudgeHead:
+def _descended(known: JudgeExamples, fingerprint: str, penalty: float, config: JudgeTrainConfig) -> JudgeHead:
     """A head trained on all of them."""
     head = JudgeHead(known.last.shape[1], fingerprint)
     mean, spread = known.last.mean(0), known.last.std(0).clamp_min(1e-6)

@@ -34,8 +34,8 @@ from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.types import Batch
-from drafttrain.data.collate import Packed
+from drafttrain.core.types import TrainingBatch
+from drafttrain.data.collate import PackedRows
 from drafttrain.data.shards import write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters.base import Drafter, Loss
@@ -162,12 +162,12 @@ class Learner(nn.Module):
         self.drafter = drafter
 
     def forward(
-        self, batch: Batch, head: TargetHead, walk: int = 0, sampling: Sampling | None = None
+        self, batch: TrainingBatch, head: TargetHead, teacher_forced_drafts: int = 0, sampling: Sampling | None = None
     ) -> Loss | Tensor | tuple[Tensor, Tensor]:
-        """The loss; or with `walk` the greedy guesses of that many steps, with `sampling` too how likely their draws stand (`stands`)."""
+        """The loss; or with `teacher_forced_drafts` the greedy guesses of that many steps, with `sampling` too how likely their draws stand (`stands`)."""
         if sampling is not None:
-            return stands(self.drafter, batch, head, sampling, walk)
-        return self.drafter.walk(batch, head, walk) if walk else self.drafter.loss(batch, head)
+            return stands(self.drafter, batch, head, sampling, teacher_forced_drafts)
+        return self.drafter.teacher_forced_drafts(batch, head, teacher_forced_drafts) if teacher_forced_drafts else self.drafter.loss(batch, head)
 
 
 def train(
@@ -179,7 +179,7 @@ def train(
     head: the frozen target's. target: computes the features that the store lacks. Raises `UserError` for data that cannot be learnt from,
     `Stopped` after SIGINT or SIGTERM.
     """
-    return Run(drafter, store, config, head, output, target, accelerator or new_accelerator(config, output)).run()
+    return TrainingRun(drafter, store, config, head, output, target, accelerator or new_accelerator(config, output)).run()
 
 
 def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
@@ -217,7 +217,7 @@ def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     return accelerator
 
 
-class Run:
+class TrainingRun:
     """One training run's moving parts."""
 
     def __init__(
@@ -226,7 +226,7 @@ class Run:
     ) -> None:
         self.store, self.config, self.output, self.target, self.accelerator = store, config, output, target, accelerator
         self.judged_at = Sampling(config.eval_temperature)
-        self.wanted = tuple(sorted(drafter.needs | drafter.teacher_needs | (frozenset() if self.judged_at.greedy else {"last"})))
+        self.wanted = tuple(sorted(drafter.needs | drafter.teacher_needs | (frozenset() if self.judged_at.greedy else {"last_hidden_state"})))
         self.stored = tuple(name for name in self.wanted if name in store.feature_names)
         if set(self.stored) != set(self.wanted) and target is None:
             store.require(self.wanted)
@@ -284,7 +284,7 @@ class Run:
             if stopping and not last:
                 raise Stopped(stopping)
 
-    def _step(self, batches: list[Batch]) -> dict[str, float]:
+    def _step(self, batches: list[TrainingBatch]) -> dict[str, float]:
         """One optimizer step; returns what to log."""
         accelerator, config, done = self.accelerator, self.config, self._done()
         for group in self.optimizer.param_groups:
@@ -343,7 +343,7 @@ class Run:
         known = {f"held_out_alpha_{depth}": value for depth, value in enumerate(found.alpha) if value is not None}
         return {"tau": found.tau} | known
 
-    def _replayed(self, batches: Iterator[Batch]) -> Statistics | Expected:
+    def _replayed(self, batches: Iterator[TrainingBatch]) -> Statistics | Expected:
         """What decoding at `eval_temperature` would count."""
         if self.judged_at.greedy:
             return replay(lambda batch, steps: self.learner(batch, self.head, steps), batches, self.config.eval_length)
@@ -363,13 +363,13 @@ class Run:
     def _split(self, part: Literal["train", "held_out"]) -> list[int]:
         return self.store.split(part, self.config.held_out, self.config.seed)
 
-    def _packed(self, indices: list[int], rank: int, world: int) -> Packed:
+    def _packed(self, indices: list[int], rank: int, world: int) -> PackedRows:
         if not indices:
             raise UserError(f"store '{self.store.folder}': no conversation is left to train on; it holds {len(self.store)} in all")
         config = self.config
-        return Packed(self.store, indices, config.batch_rows, config.row_length, self.stored, config.seed, rank, world)
+        return PackedRows(self.store, indices, config.batch_rows, config.row_length, self.stored, config.seed, rank, world)
 
-    def _held_out_batches(self) -> list[Batch]:
+    def _held_out_batches(self) -> list[TrainingBatch]:
         """The same on every rank, so that sharded drafters evaluate together."""
         chosen, tokens = [], 0
         for index in self._judged(self._split("held_out")):
@@ -380,7 +380,7 @@ class Run:
         return list(self._packed(chosen, 0, 1).batches(0)) if chosen else []
 
     def _judged(self, held: list[int]) -> list[int]:
-        """Those whose answers were drawn as `eval_temperature` says, and alike; sets their law."""
+        """Those whose answers were drawn as `eval_temperature` says, and alike; sets their distribution."""
         temperature = self.config.eval_temperature
         drawn = {index: self.store[index].meta for index in held}
         alike = [index for index in held if drawn[index].get("temperature") == temperature]
@@ -396,14 +396,14 @@ class Run:
         self.judged_at = Sampling(temperature, 0, top_p)
         return [index for index in alike if drawn[index].get("top_p", 1.0) == top_p]
 
-    def _micro_batches(self, skip: int) -> Iterator[Batch]:
+    def _micro_batches(self, skip: int) -> Iterator[TrainingBatch]:
         """This rank's batches from number `skip` on, epoch after epoch."""
         epoch, first = divmod(skip, len(self.data))
         while True:
             yield from self._ready(self.data.batches(epoch, first))
             epoch, first = epoch + 1, 0
 
-    def _ready(self, batches: Any) -> Iterator[Batch]:
+    def _ready(self, batches: Any) -> Iterator[TrainingBatch]:
         """Batches on the device, with the features that were not stored."""
         missing = set(self.wanted) - set(self.stored)
         for loaded in batches:

@@ -8,16 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Shape
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Layout, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.target.adapter import Target
 
-ANY = frozenset((draws, shape) for draws in ("point", "iid", "without_replacement") for shape in ("chain", "tree"))
+ANY = frozenset((draws, shape) for draws in ("deterministic", "iid", "without_replacement") for shape in ("chain", "tree"))
 """`Rule.accepts` of a rule that takes every tree."""
 
 
@@ -33,7 +33,7 @@ class Rule(ABC):
     Config: ClassVar[type[RuleConfig]]
     lossless: ClassVar[bool] = True
     accepts: ClassVar[frozenset[tuple[str, str]]]
-    """Pairs of (draws, topology) for which the rule keeps the target's law; of a lossy rule: that it can read."""
+    """Pairs of (draws, topology) for which the rule keeps the target's distribution; of a lossy rule: that it can read."""
     temperatures: ClassVar[str] = "any"
     """`zero` where the rule decodes greedily only."""
     def __init__(self, config: RuleConfig) -> None:
@@ -45,12 +45,12 @@ class Rule(ABC):
         return frozenset()
 
     @property
-    def reads_laws(self) -> bool:
-        """Whether it reads the drafter's laws of `point` trees too; the plan then has them recorded."""
+    def needs_draft_probs(self) -> bool:
+        """Whether it reads the drafter's distributions of `deterministic` trees too; the plan then has them recorded."""
         return False
 
     @property
-    def leaves_open(self) -> bool:
+    def leaves_next_open(self) -> bool:
         """Whether its verdicts leave `next` open and name candidates instead, under which the drafter goes on in the next round."""
         return False
 
@@ -66,11 +66,11 @@ class Rule(ABC):
         return tree.layout()
 
     @abstractmethod
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         """The nodes that stand, batch-first, without waiting for the host."""
 
     def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
-        """A `UserError` where this rule would not keep the target's law on such trees."""
+        """A `UserError` where this rule would not keep the target's distribution on such trees."""
         name = self.config.name
         if self.temperatures == "zero" and not sampling.greedy:
             raise UserError(f"rule '{name}' decodes greedily, but temperature is {sampling.temperature}; use 'rejection' or 'recursive'")
@@ -86,6 +86,6 @@ class Rule(ABC):
         drawn = sorted(draws for draws, form in self.accepts if form == topology)
         if not drawn:
             return "a chain (runtime.shape) without a lookup beside it (runtime.hybrid)"
-        if "point" in drawn:
-            return "set runtime.treat_as to 'point', which is exact for every tree"
+        if "deterministic" in drawn:
+            return "set runtime.treat_as to 'deterministic', which is exact for every tree"
         return f"set runtime.draws to '{drawn[0]}' (fixed shapes, no lookup beside them), with runtime.treat_as left out"

@@ -1,14 +1,14 @@
 """Confidence-modulated acceptance (Sen et al., 2025, arXiv:2508.15371), the relaxed mode: the drafter's certainty sets how
 much probability a drafted token needs. LOSSY. (The exact mode is a policy, `confidence` in `runtime/policy.py`: only the length follows.)
 
-p the target's law, q the drafter's, V vocabulary. The paper's exact formulas could not be had; these are ours for what it describes:
+p the target's distribution, q the drafter's, V vocabulary. The paper's exact formulas could not be had; these are ours for what it describes:
 
     c   = w (1 - H(q) / log V) + (1 - w) (q_1 - q_2)        confidence, 0 to 1: entropy, and margin of the two likeliest tokens
     tau = clip(tau_base + gamma (1 - c), 0, 1)              a token x stands where p(x) / max p >= tau
 
 Of all paths whose tokens stand the longest is kept, of equals the likeliest. The token after it is drawn from p (the argmax at temperature
-0). p is the law after the sampling options; at temperature 0, where that is one-hot, the softmax of the target's logits. q is the
-softmax of the drafter's logits where tokens were chosen (`point`), and where they were drawn the law that drew them.
+0). p is the distribution after the sampling options; at temperature 0, where that is one-hot, the softmax of the target's logits. q is the
+softmax of the drafter's logits where tokens were chosen (`deterministic`), and where they were drawn the distribution that drew them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, special
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.rng import Rng
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import ANY, Rule, RuleConfig
-from drafttrain.verify.lossy import after, chosen, drafter_laws, longest, lossless_rule, plain_law
+from drafttrain.verify.lossy import after, chosen, drafter_probs, longest, lossless_rule, plain_probs
 
 
 class ConfidenceConfig(RuleConfig):
@@ -40,7 +40,7 @@ class ConfidenceConfig(RuleConfig):
 
 
 class Confidence(Rule):
-    """Any tree whose drafter gives laws."""
+    """Any tree whose drafter gives distributions."""
 
     Config = ConfidenceConfig
     config: ConfidenceConfig
@@ -48,24 +48,24 @@ class Confidence(Rule):
     accepts = ANY
 
     @property
-    def reads_laws(self) -> bool:
+    def needs_draft_probs(self) -> bool:
         return self.config.tau_base < 1
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         config = self.config
-        if not self.reads_laws or tree.max_depth == 0:  # off, or nothing was drafted
-            return lossless_rule("auto", tree, scored)(tree, scored, chance)
-        p = plain_law(tree, scored)  # [B, N, V]
+        if not self.needs_draft_probs or tree.max_depth == 0:  # off, or nothing was drafted
+            return lossless_rule("auto", tree, scored)(tree, scored, rng)
+        p = plain_probs(tree, scored)  # [B, N, V]
         likely = chosen(tree, p)  # [B, N]
         share = likely / p.amax(-1).gather(1, tree.parents)
-        q, drawn_from = drafter_laws(tree, config.name)
+        q, drawn_from = drafter_probs(tree, config.name)
         certain = confidence(q, config.entropy_weight).gather(1, drawn_from)  # [B, R] -> [B, N]
         tau = (config.tau_base + config.gamma * (1 - certain)).clamp(0, 1)
-        return after(tree, scored, longest(tree, share >= tau, likely), chance)
+        return after(tree, scored, longest(tree, share >= tau, likely), rng)
 
 
 def confidence(q: Tensor, entropy_weight: float) -> Tensor:
-    """[..., V] laws -> [...] in [0, 1]: certain is 1. Weighted mean of 1 - H(q) / log V and of the margin between the two likeliest."""
+    """[..., V] distributions -> [...] in [0, 1]: certain is 1. Weighted mean of 1 - H(q) / log V and of the margin between the two likeliest."""
     entropy = special.entr(q).sum(-1) / math.log(q.shape[-1])
     best = q.topk(2, -1).values
     return entropy_weight * (1 - entropy) + (1 - entropy_weight) * (best[..., 0] - best[..., 1])

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.rng import Rng
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import ANY, Rule, RuleConfig
@@ -19,13 +19,13 @@ class GreedyConfig(RuleConfig):
 
 
 class Greedy(Rule):
-    """Any tree, however drawn: only the argmax can stand, and equal siblings ("twins") are all descended into."""
+    """Any tree, however drawn: only the argmax can stand, and equal siblings ("duplicates") are all descended into."""
 
     Config = GreedyConfig
     accepts = ANY
     temperatures = "zero"
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         N = tree.tokens.shape[1]
         top = scored.top[:, :N]  # [B, N]
         right = tree.live & (tree.tokens == top.gather(1, tree.parents))

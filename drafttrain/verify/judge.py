@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
@@ -64,7 +64,7 @@ class Judge(Rule):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"last"}) if self.on else frozenset()
+        return frozenset({"last_hidden_state"}) if self.on else frozenset()
 
     def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
         super().check(topology, draws, sampling)
@@ -77,13 +77,13 @@ class Judge(Rule):
             assert self.config.head is not None
             self.head = JudgeHead.load(Path(self.config.head), target.fingerprint).to(target.device)
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         inner = lossless_rule(self.config.inner, tree, scored)
         if not self.on:
-            return inner(tree, scored, chance)
+            return inner(tree, scored, rng)
         assert self.head is not None, "a judge judges after `prepare`"
-        certainty = self.head(scored.features["last"][:, : tree.tokens.shape[1]]).sigmoid()  # [B, N]
-        return pushed(inner, tree, scored, chance, certainty > self.config.threshold, certainty)
+        certainty = self.head(scored.features["last_hidden_state"][:, : tree.tokens.shape[1]]).sigmoid()  # [B, N]
+        return pushed(inner, tree, scored, rng, certainty > self.config.threshold, certainty)
 
 
 class JudgeHead(nn.Module):

@@ -1,7 +1,7 @@
 """The longest branch below the target's own candidates (Lu et al., 2024, arXiv:2409.10644: target-initialised multi-candidates). LOSSY.
-(The paper's candidates as prefetched drafts, which keep the law, are in `runtime/prefetch.py`.)
+(The paper's candidates as prefetched drafts, which keep the distribution, are in `runtime/prefetch.py`.)
 
-p the target's law at a node. The token after a round is left open: the rule names w candidates for it, the w likeliest tokens of p where
+p the target's distribution at a node. The token after a round is left open: the rule names w candidates for it, the w likeliest tokens of p where
 the path ends at temperature 0, else w drawn from what is left of p there without replacement. The next tree's first level is these
 candidates, each with what the drafter drafts below it; that level stands whatever it says. Below it a node stands where the target's own
 token after its parent, the argmax or one drawn from p, is the node's. Of all branches that stand the longest is kept; of equally long
@@ -20,11 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.rng import Rng
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import ANY, Rule, RuleConfig
-from drafttrain.verify.lossy import chosen, longest, lossless_rule, plain_law
+from drafttrain.verify.lossy import chosen, longest, lossless_rule, plain_probs
 
 
 class LongestConfig(RuleConfig):
@@ -37,7 +37,7 @@ class LongestConfig(RuleConfig):
 
 
 class Longest(Rule):
-    """Reads no drafter's law: any tree; what the target named was chosen, so that open rounds are of `point` draws."""
+    """Reads no drafter's distribution: any tree; what the target named was chosen, so that open rounds are of `deterministic` draws."""
 
     Config = LongestConfig
     config: LongestConfig
@@ -45,33 +45,33 @@ class Longest(Rule):
     accepts = ANY
 
     @property
-    def leaves_open(self) -> bool:
+    def leaves_next_open(self) -> bool:
         return self.config.width > 1
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
-        if not self.leaves_open:
-            return lossless_rule("auto", tree, scored)(tree, scored, chance)
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
+        if not self.leaves_next_open:
+            return lossless_rule("auto", tree, scored)(tree, scored, rng)
         N = tree.tokens.shape[1]
-        own = scored.top[:, :N] if scored.sampling.greedy else chance.draw(scored.p[:, :N], 1, replace=True)[..., 0]  # [B, N]
-        good, likely = tree.tokens == own.gather(1, tree.parents), chosen(tree, plain_law(tree, scored))
-        if tree.named:
+        own = scored.top[:, :N] if scored.sampling.greedy else rng.draw(scored.target_probs[:, :N], 1, replace=True)[..., 0]  # [B, N]
+        good, likely = tree.tokens == own.gather(1, tree.parents), chosen(tree, plain_probs(tree, scored))
+        if tree.from_target:
             first = (tree.parents == 0) & tree.live  # [B, N] the candidates, and the root, which comes first
             rank = first.cumsum(1) - 2
             good = torch.where(first, rank < self.config.width, good)
             likely = torch.where(first & (rank == 0), 1.0, likely)
         node = longest(tree, good, likely)
-        return Verdict(*tree.path_to(node), next=None, candidates=self._candidates(tree, scored, node, chance))
+        return Verdict(*tree.path_to(node), next=None, target_candidates=self._target_candidates(tree, scored, node, rng))
 
-    def _candidates(self, tree: Tree, scored: Scored, node: Tensor, chance: Chance) -> Tensor:
+    def _target_candidates(self, tree: Tree, scored: Scored, node: Tensor, rng: Rng) -> Tensor:
         """[B] where the path ends -> [B, w] the target's tokens for the place after it."""
         row = torch.arange(len(node), device=node.device)
         width = min(self.config.width, scored.logits.shape[-1])
         if scored.sampling.greedy:
             return scored.logits[row, node].topk(width, -1).indices
-        law = scored.law(node[:, None])[:, 0]  # [B, V]
+        probs = scored.probs_at(node[:, None])[:, 0]  # [B, V]
         children = tree.children[row, node]  # [B, C] none of which is what the target drew here
         fallen = tree.tokens.gather(1, children.clamp_min(0))
-        law = law.scatter_reduce(1, fallen, (children < 0).to(law.dtype), "prod")
-        drawn = chance.draw(law[:, None], width, replace=False)[:, 0]
-        real = torch.arange(width, device=node.device) < (law > 0).sum(-1, keepdim=True)
-        return torch.where(real, drawn, drawn[:, :1])  # a law of fewer tokens than candidates
+        probs = probs.scatter_reduce(1, fallen, (children < 0).to(probs.dtype), "prod")
+        drawn = rng.draw(probs[:, None], width, replace=False)[:, 0]
+        real = torch.arange(width, device=node.device) < (probs > 0).sum(-1, keepdim=True)
+        return torch.where(real, drawn, drawn[:, :1])  # a distribution of fewer tokens than candidates

@@ -1,6 +1,6 @@
 """What the lossy rules share: the lossless rule they fall back to, the longest path that stands, and a push past a rejection.
 
-B rows, N nodes, C children at most, V vocabulary; p the target's law.
+B rows, N nodes, C children at most, V vocabulary; p the target's distribution.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Chance, draw_one
 from drafttrain.core.errors import UserError
+from drafttrain.core.rng import Rng, draw_one
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
@@ -43,23 +43,23 @@ def check_inner(name: Inner, topology: Topology, draws: Draws, sampling: Samplin
         INNER[name].check(topology, draws, sampling)
 
 
-def plain_law(tree: Tree, scored: Scored, raw: bool = False) -> Tensor:
-    """[B, N, V] the target's law at the tree's nodes; at temperature 0, where it is one-hot, and if `raw`, the softmax of its logits."""
+def plain_probs(tree: Tree, scored: Scored, raw: bool = False) -> Tensor:
+    """[B, N, V] the target's distribution at the tree's nodes; at temperature 0, where it is one-hot, and if `raw`, the softmax of its logits."""
     N = tree.tokens.shape[1]
-    return scored.logits[:, :N].float().softmax(-1) if raw or scored.sampling.greedy else scored.p[:, :N]
+    return scored.logits[:, :N].float().softmax(-1) if raw or scored.sampling.greedy else scored.target_probs[:, :N]
 
 
-def drafter_laws(tree: Tree, rule: str) -> tuple[Tensor, Tensor]:
-    """[B, R, V] the drafter's laws and [B, N] which of them each node came from, or a `UserError` where the drafter has none."""
-    if tree.law_rows is None or tree.law_of is None:
-        raise UserError(f"rule '{rule}' reads the drafter's laws, but this drafter gives none; choose another rule or drafter")
-    return tree.law_rows, tree.law_of
+def drafter_probs(tree: Tree, rule: str) -> tuple[Tensor, Tensor]:
+    """[B, R, V] the drafter's distributions and [B, N] which of them each node came from, or a `UserError` where the drafter has none."""
+    if tree.draft_probs is None or tree.probs_row is None:
+        raise UserError(f"rule '{rule}' reads the drafter's distributions, but this drafter gives none; choose another rule or drafter")
+    return tree.draft_probs, tree.probs_row
 
 
-def chosen(tree: Tree, law: Tensor) -> Tensor:
-    """[B, N, V] a law at each node -> [B, N] what it gives to a node's token, read at the node's parent; the root's is 1."""
-    row = torch.arange(len(law), device=law.device)[:, None]
-    out = law[row, tree.parents, tree.tokens]
+def chosen(tree: Tree, probs: Tensor) -> Tensor:
+    """[B, N, V] a distribution at each node -> [B, N] what it gives to a node's token, read at the node's parent; the root's is 1."""
+    row = torch.arange(len(probs), device=probs.device)[:, None]
+    out = probs[row, tree.parents, tree.tokens]
     out[:, 0] = 1.0
     return out
 
@@ -76,22 +76,22 @@ def longest(tree: Tree, good: Tensor, likely: Tensor) -> Tensor:
     return torch.where(depth == depth.amax(1, keepdim=True), path, float("-inf")).argmax(1)
 
 
-def after(tree: Tree, scored: Scored, node: Tensor, chance: Chance) -> Verdict:
+def after(tree: Tree, scored: Scored, node: Tensor, rng: Rng) -> Verdict:
     """The path to `node` ([B]) stands, and the token after it is the target's own: drawn from p there, the argmax at temperature 0."""
     path, length = tree.path_to(node)
     if scored.sampling.greedy:
         return Verdict(path, length, scored.top.gather(1, node[:, None])[:, 0])
     row = torch.arange(len(node), device=node.device)
-    return Verdict(path, length, draw_one(chance, scored.p[row, node]))
+    return Verdict(path, length, draw_one(rng, scored.target_probs[row, node]))
 
 
-def pushed(inner: Rule, tree: Tree, scored: Scored, chance: Chance, good: Tensor, score: Tensor) -> Verdict:
+def pushed(inner: Rule, tree: Tree, scored: Scored, rng: Rng, good: Tensor, score: Tensor) -> Verdict:
     """`inner`'s verdict, carried on: where it stops, a `good` child ([B, N] bool) of the last node stands too, and `inner` goes on there.
 
     score: [B, N]; of several good children the one that scores highest stands. What loosens (more nodes are good) makes no path shorter.
     """
     row = torch.arange(len(tree.tokens), device=tree.tokens.device)
-    verdict = inner(tree, scored, chance)
+    verdict = inner(tree, scored, rng)
     last = verdict.path.gather(1, (verdict.length - 1).clamp_min(0)[:, None])[:, 0]
     node = torch.where(verdict.length > 0, last, 0)
     assert verdict.next is not None, f"rule '{inner.config.name}' leaves the next token open; it cannot be an inner rule"
@@ -106,13 +106,13 @@ def pushed(inner: Rule, tree: Tree, scored: Scored, chance: Chance, good: Tensor
         step = torch.where(step >= 0, step, push)
         going = going & (step >= 0)
         node = torch.where(going, step, node)
-        step, following = _at_one_node(inner, tree, scored, chance, node)
+        step, following = _at_one_node(inner, tree, scored, rng, node)
         next_token = torch.where(going, following, next_token)
     path, length = tree.path_to(node)
     return Verdict(path, length, next_token)
 
 
-def _at_one_node(inner: Rule, tree: Tree, scored: Scored, chance: Chance, node: Tensor) -> tuple[Tensor, Tensor]:
+def _at_one_node(inner: Rule, tree: Tree, scored: Scored, rng: Rng, node: Tensor) -> tuple[Tensor, Tensor]:
     """What `inner` decides at `node` ([B]), seeing its children and no deeper: [B] the child that stands or -1, [B] the token if none."""
     row = torch.arange(len(node), device=node.device)
     children = tree.children[row, node]  # [B, C]
@@ -120,9 +120,9 @@ def _at_one_node(inner: Rule, tree: Tree, scored: Scored, chance: Chance, node: 
     live = torch.cat([torch.ones_like(node[:, None], dtype=torch.bool), children >= 0], 1)
     star = Tree(
         tree.tokens.gather(1, nodes), torch.zeros_like(nodes), live, tree.draws, max_depth=1, max_children=tree.max_children,
-        law_rows=tree.law_rows, law_of=None if tree.law_of is None else tree.law_of.gather(1, nodes),
+        draft_probs=tree.draft_probs, probs_row=None if tree.probs_row is None else tree.probs_row.gather(1, nodes),
     )
-    verdict = inner(star, scored.at(nodes), chance)
+    verdict = inner(star, scored.at(nodes), rng)
     assert verdict.next is not None
     taken = nodes.gather(1, verdict.path[:, :1])[:, 0]
     return torch.where(verdict.length > 0, taken, -1), verdict.next

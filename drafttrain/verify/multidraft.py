@@ -1,15 +1,15 @@
 """Multi-draft speculative sampling by canonical decomposition (Khisti et al., 2024, arXiv:2410.18234), for siblings drawn iid.
 
-Of K drafts choose one, Y, by any rule whose marginal law pI is known exactly; then verify Y against pI as a single draft: it stands with
+Of K drafts choose one, Y, by any rule whose marginal distribution pI is known exactly; then verify Y against pI as a single draft: it stands with
 probability min(1, p(Y) / pI(Y)), else the next token comes from max(p - pI, 0). Lossless whatever chooses; the choice decides how often a
 draft stands, at most with P* = 1 + min over S of [p(S) - q(S)^K].
 
     priority    the draft of the highest priority: p / q, which a draft may give up by lot for one drawn anew (see `Priority`); all but P*
-    tournament  the winner of the drafts so far, whose law is known, against the next draft, pair by pair
+    tournament  the winner of the drafts so far, whose distribution is known, against the next draft, pair by pair
     truncated   the same, but pairs of the `top` likeliest tokens are decided by a linear program (on the host)
     optimal     a linear program over all sets of drafts (on the host, small vocabularies): reaches P*
 
-p the target's law, q the drafts'. B rows, C children at most, K of them real, V vocabulary.
+p the target's distribution, q the drafts'. B rows, C children at most, K of them real, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from drafttrain.core.chance import Chance, draw_one
 from drafttrain.core.errors import UserError
+from drafttrain.core.rng import Rng, draw_one
 from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
@@ -47,50 +47,50 @@ class MultidraftConfig(RuleConfig):
 
 
 class Multidraft(Rule):
-    """Exact for independent drafts: chooses one of the siblings by a rule whose law is known, and verifies that one."""
+    """Exact for independent drafts: chooses one of the siblings by a rule whose distribution is known, and verifies that one."""
 
     Config = MultidraftConfig
     config: MultidraftConfig
     accepts = frozenset({("iid", "chain"), ("iid", "tree")})
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         scheme = SCHEMES[self.config.scheme](self.config, tree.max_children)
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)
         node = torch.zeros_like(row)  # [B] the deepest node that stands
         going = torch.ones_like(row, dtype=torch.bool)
         fell = torch.zeros_like(going)
-        p = scored.law(node[:, None])[:, 0]  # [B, V]
+        p = scored.probs_at(node[:, None])[:, 0]  # [B, V]
         chosen_by = torch.zeros_like(p, dtype=torch.float64)  # [B, V] pI of the draft that fell, if one did
         for _ in range(tree.max_depth):
             children = tree.children[row, node]  # [B, C]
             safe, real = children.clamp_min(0), (children[:, 0] >= 0) & going  # [B, C], [B]
             # where none is, the first is as good as any
             there = torch.cat([torch.ones_like(real)[:, None], (children[:, 1:] >= 0) & going[:, None]], 1)
-            q, tokens = tree.law(safe[:, 0]), tree.tokens.gather(1, safe)  # [B, V], [B, C]
-            place, law = scheme.choose(p, q, tokens, there, chance)
+            q, tokens = tree.draft_probs_at(safe[:, 0]), tree.tokens.gather(1, safe)  # [B, V], [B, C]
+            place, probs = scheme.choose(p, q, tokens, there, rng)
             token = tokens.gather(1, place[:, None])
-            ratio = p.gather(1, token).double() / law.gather(1, token).clamp_min(1e-300)
-            stands = real & chance.bernoulli(torch.where(real, ratio[:, 0].clamp_max(1.0), 0.0))
+            ratio = p.gather(1, token).double() / probs.gather(1, token).clamp_min(1e-300)
+            stands = real & rng.bernoulli(torch.where(real, ratio[:, 0].clamp_max(1.0), 0.0))
             falls = real & ~stands
-            chosen_by = torch.where(falls[:, None], law, chosen_by)
+            chosen_by = torch.where(falls[:, None], probs, chosen_by)
             fell, node, going = fell | falls, torch.where(stands, safe.gather(1, place[:, None])[:, 0], node), stands
-            p = scored.law(node[:, None])[:, 0]
+            p = scored.probs_at(node[:, None])[:, 0]
         residual = normalise((p - chosen_by.to(p.dtype)).clamp_min(0))
         path, length = tree.path_to(node)
-        law = torch.where(fell[:, None], residual, p)
-        return Verdict(path, length, draw_one(chance, law))
+        probs = torch.where(fell[:, None], residual, p)
+        return Verdict(path, length, draw_one(rng, probs))
 
 
 class Scheme(Protocol):
-    """Which of K drafts is verified, and the law of that choice. most: the drafts that there can be."""
+    """Which of K drafts is verified, and the distribution of that choice. most: the drafts that there can be."""
 
     def __init__(self, config: MultidraftConfig, most: int) -> None: ...
 
-    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
+    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         """p, q [B, V]; the drafts' tokens [B, C], those that are `there` first, one at least -> [B] the chosen one's place, [B, V] pI."""
         ...
 
-    def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
+    def probs(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
         """[B, V] p and q, [B] how many drafts -> [B, V] pI, fp64."""
         ...
 
@@ -108,12 +108,12 @@ class Priority:
     def __init__(self, config: MultidraftConfig, most: int) -> None:
         self.most = most
 
-    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
+    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         ranks = Ranks.of(p, q, there.sum(1), self.most)
         wins = highest(ranks, ranks.of_token.gather(1, tokens), there)
-        return draw_one(chance, wins), ranks.chosen()
+        return draw_one(rng, wins), ranks.chosen()
 
-    def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
+    def probs(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
         return Ranks.of(p, q, K, self.most).chosen()
 
 
@@ -233,28 +233,28 @@ class Tournament:
     def __init__(self, config: MultidraftConfig, most: int) -> None:
         self.top, self.most = config.top, most
 
-    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
-        place, winner, law = torch.zeros_like(tokens[:, 0]), tokens[:, 0], q.double()
+    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        place, winner, probs = torch.zeros_like(tokens[:, 0]), tokens[:, 0], q.double()
         for draft in range(1, tokens.shape[1]):
             here, other = there[:, draft], tokens[:, draft]
-            first, joint = self.pair(p.double(), law, q.double(), winner, other)
-            loses = here & ~chance.bernoulli(torch.where(here & (winner != other), first, 1.0))
+            first, joint = self.pair(p.double(), probs, q.double(), winner, other)
+            loses = here & ~rng.bernoulli(torch.where(here & (winner != other), first, 1.0))
             place, winner = torch.where(loses, draft, place), torch.where(loses, other, winner)
-            law = torch.where(here[:, None], joint, law)
-        return place, law
+            probs = torch.where(here[:, None], joint, probs)
+        return place, probs
 
-    def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
-        law = q.double()
+    def probs(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
+        probs = q.double()
         for draft in range(1, self.most):
-            _, joint = self.pair(p.double(), law, q.double(), torch.zeros_like(K), torch.zeros_like(K))
-            law = torch.where((draft < K)[:, None], joint, law)
-        return law
+            _, joint = self.pair(p.double(), probs, q.double(), torch.zeros_like(K), torch.zeros_like(K))
+            probs = torch.where((draft < K)[:, None], joint, probs)
+        return probs
 
     def pair(self, p: Tensor, one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Laws [B, V] of two independent drafts, and what they drew [B] -> [B] probability that the first wins, [B, V] the winner's law."""
+        """Distributions [B, V] of two independent drafts, and what they drew [B] -> [B] probability that the first wins, [B, V] the winner's distribution."""
         order = best_first(p, one, two)
         rank = turns(order)
-        tails = [law.gather(1, order).flip(1).cumsum(1).flip(1) for law in (one, two)]
+        tails = [probs.gather(1, order).flip(1).cumsum(1).flip(1) for probs in (one, two)]
         below = [torch.cat([tail[:, 1:], torch.zeros_like(tail[:, :1])], 1) for tail in tails]
         joint = torch.zeros_like(p).scatter(1, order, tails[0] * tails[1] - below[0] * below[1])
         wins = rank.gather(1, first[:, None]) <= rank.gather(1, second[:, None])
@@ -291,7 +291,7 @@ class Truncated(Tournament):
 def _decide_pairs(
     p: list[float], joint: list[float], one: list[float], two: list[float], rank: list[int]
 ) -> tuple[np.ndarray, dict[tuple[int, int], float]]:
-    """For some tokens: how their probabilities in the winner's law change, and with which probability i wins against j.
+    """For some tokens: how their probabilities in the winner's distribution change, and with which probability i wins against j.
 
     Maximises sum min(p, joint + change) over the tokens.
     """
@@ -314,20 +314,20 @@ class Optimal:
 
     def __init__(self, config: MultidraftConfig, most: int) -> None: ...
 
-    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
-        choice, laws = torch.zeros(*tokens.shape, dtype=torch.float64), []
+    def choose(self, p: Tensor, q: Tensor, tokens: Tensor, there: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        choice, distributions = torch.zeros(*tokens.shape, dtype=torch.float64), []
         for row, K in enumerate(there.sum(1).tolist()):
-            law, chosen = best_choice(p[row].tolist(), q[row].tolist(), K)
+            probs, chosen = best_choice(p[row].tolist(), q[row].tolist(), K)
             drawn = tokens[row, :K].tolist()
             for token in set(drawn):
                 choice[row, drawn.index(token)] = chosen[frozenset(drawn)][token]
-            laws.append(law)
-        place = draw_one(chance, choice.to(p.device))
-        return place, torch.tensor(np.array(laws), device=p.device)
+            distributions.append(probs)
+        place = draw_one(rng, choice.to(p.device))
+        return place, torch.tensor(np.array(distributions), device=p.device)
 
-    def law(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
-        laws = [best_choice(p[row].tolist(), q[row].tolist(), drafts)[0] for row, drafts in enumerate(K.tolist())]
-        return torch.tensor(np.array(laws), device=p.device)
+    def probs(self, p: Tensor, q: Tensor, K: Tensor) -> Tensor:
+        distributions = [best_choice(p[row].tolist(), q[row].tolist(), drafts)[0] for row, drafts in enumerate(K.tolist())]
+        return torch.tensor(np.array(distributions), device=p.device)
 
 
 def best_choice(p: list[float], q: list[float], K: int) -> tuple[np.ndarray, dict[frozenset[int], dict[int, float]]]:
@@ -380,7 +380,7 @@ SCHEMES: dict[str, type[Scheme]] = {"priority": Priority, "tournament": Tourname
 
 
 def limit(p: Tensor, q: Tensor, K: int) -> Tensor:
-    """P*, the probability that one of K iid drafts stands, at best: [..., V] laws -> [...], fp64.
+    """P*, the probability that one of K iid drafts stands, at best: [..., V] distributions -> [...], fp64.
 
     1 + min over S of [p(S) - q(S)^K]; the best S holds the tokens of the lowest p / q.
     """
@@ -390,6 +390,6 @@ def limit(p: Tensor, q: Tensor, K: int) -> Tensor:
 
 
 def acceptance(p: Tensor, q: Tensor, K: int, config: MultidraftConfig) -> Tensor:
-    """The probability that one of K iid drafts stands: [B, V] laws -> [B], fp64."""
-    law = SCHEMES[config.scheme](config, K).law(p, q, torch.full(p.shape[:1], K, device=p.device))
-    return torch.minimum(p.double(), law).sum(-1)
+    """The probability that one of K iid drafts stands: [B, V] distributions -> [B], fp64."""
+    probs = SCHEMES[config.scheme](config, K).probs(p, q, torch.full(p.shape[:1], K, device=p.device))
+    return torch.minimum(p.double(), probs).sum(-1)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from drafttrain.core.chance import Chance, draw_one
+from drafttrain.core.rng import Rng, draw_one
 from drafttrain.core.sampling import one_hot
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
@@ -30,51 +30,51 @@ class RecursiveConfig(RuleConfig):
 
 
 class Recursive(Rule):
-    """Exact for any tree: tries siblings one after the other, each against what the ones before it left of the target's law."""
+    """Exact for any tree: tries siblings one after the other, each against what the ones before it left of the target's distribution."""
 
     Config = RecursiveConfig
     config: RecursiveConfig
     accepts = ANY
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
-        return matched(tree, scored, chance) if self.config.naive else tried(tree, scored, chance)
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
+        return matched(tree, scored, rng) if self.config.naive else tried(tree, scored, rng)
 
 
-def tried(tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+def tried(tree: Tree, scored: Scored, rng: Rng) -> Verdict:
     """Level by level. How likely each child is to be the first to stand follows from the falls before it: one draw tells which it is."""
     row = torch.arange(len(tree.tokens), device=tree.tokens.device)
     node = torch.zeros_like(row)  # [B] the deepest node that stands
-    law = scored.law(node[:, None])[:, 0]  # [B, V] of the next token, should the walk end here
+    probs = scored.probs_at(node[:, None])[:, 0]  # [B, V] of the next token, should the walk end here
     going = torch.ones_like(row, dtype=torch.bool)  # [B] a child stood at every level so far
     for _ in range(tree.max_depth):
         children = tree.children[row, node]  # [B, C]
         there, child = (children >= 0) & going[:, None], children.clamp_min(0)
-        Q = None if tree.draws == "point" else tree.law(child[:, 0])[:, None]  # [B, 1, V]
-        left = Residual(law[:, None], Q, tree.draws, tree.tokens.gather(1, child)[:, None])
-        ways, fallen = [], torch.ones_like(law[:, 0], dtype=torch.float64)  # [B] probability that all before fell
+        Q = None if tree.draws == "deterministic" else tree.draft_probs_at(child[:, 0])[:, None]  # [B, 1, V]
+        left = Residual(probs[:, None], Q, tree.draws, tree.tokens.gather(1, child)[:, None])
+        ways, fallen = [], torch.ones_like(probs[:, 0], dtype=torch.float64)  # [B] probability that all before fell
         for real in there.split(1, 1):  # [B, 1]
             ratio, _ = left.fall(real)
             stands = torch.where(real, ratio, 0.0).clamp_max(1.0)[:, 0]
             ways.append(fallen * stands)
             fallen = fallen * (1 - stands)
-        way = draw_one(chance, torch.stack([*ways, fallen], 1))  # [B] which child; C: none
+        way = draw_one(rng, torch.stack([*ways, fallen], 1))  # [B] which child; C: none
         moved = way < children.shape[1]
         node = torch.where(moved, torch.cat([child, node[:, None]], 1).gather(1, way[:, None])[:, 0], node)
-        law = torch.where(moved[:, None], scored.law(node[:, None])[:, 0], torch.where(going[:, None], left.law()[:, 0], law))
+        probs = torch.where(moved[:, None], scored.probs_at(node[:, None])[:, 0], torch.where(going[:, None], left.probs()[:, 0], probs))
         going = moved
     path, length = tree.path_to(node)
-    return Verdict(path, length, draw_one(chance, law))
+    return Verdict(path, length, draw_one(rng, probs))
 
 
-def matched(tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+def matched(tree: Tree, scored: Scored, rng: Rng) -> Verdict:
     """The walk of the naive variant."""
     row = torch.arange(len(tree.tokens), device=tree.tokens.device)
     node = next_token = torch.zeros_like(row)
     going = torch.ones_like(row, dtype=torch.bool)
     for _ in range(tree.max_depth + 1):
         done = one_hot(next_token, scored.logits.shape[-1])  # [B, V] no choice left
-        law = torch.where(going[:, None], scored.law(node[:, None])[:, 0], done)
-        next_token = draw_one(chance, law)
+        probs = torch.where(going[:, None], scored.probs_at(node[:, None])[:, 0], done)
+        next_token = draw_one(rng, probs)
         children = tree.children[row, node]  # [B, C]
         same = (children >= 0) & (tree.tokens.gather(1, children.clamp_min(0)) == next_token[:, None]) & going[:, None]
         going = same.any(1)

@@ -1,13 +1,13 @@
 """Reflective verification (Think Before You Accept: Wang et al., 2025, arXiv:2505.18629): the frozen target reads the draft, a prompt to
-reflect, and a copy of the draft in the same forward, and what it says at the copy is mixed into the law that verifies. LOSSY.
+reflect, and a copy of the draft in the same forward, and what it says at the copy is mixed into the distribution that verifies. LOSSY.
 
     committed text | root, draft | R | root, draft again            one forward; only accepted nodes of the first draft are ever kept
     l = (1 - alpha) l_first + alpha l_copy                          logits of a node: at the node, and at its copy
 
 R the L tokens of the reflection prompt; the root's copy before the draft's is the paper's position prefix (s) of one token. In a tree R
 sees every live node, and so does the copy, whose nodes see R and the copies above them. Nodes of the first draft see nothing of what
-follows, so l_first is what it would be alone. The inner lossless rule decides, with softmax(l) as p. The law depends on the draft: there
-is no fixed law to be lossless against, and copying itself raises acceptance. B rows, N nodes, M = N + L + N.
+follows, so l_first is what it would be alone. The inner lossless rule decides, with softmax(l) as p. The distribution depends on the draft: there
+is no fixed distribution to be lossless against, and copying itself raises acceptance. B rows, N nodes, M = N + L + N.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Shape
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Layout, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
@@ -38,7 +38,7 @@ class ReflectiveConfig(RuleConfig):
     prompt: str | tuple[int, ...] = "[BACK]"
     """What stands between the draft and its copy: a text, or token ids."""
     inner: Inner = "auto"
-    """The lossless rule that decides with the mixed law."""
+    """The lossless rule that decides with the mixed distribution."""
 
     @field_validator("prompt")
     @classmethod
@@ -86,14 +86,14 @@ class Reflective(Rule):
         mask[:, N + L :, N + L :] = tree.ancestors
         return Layout(torch.cat([tree.tokens, self.reflection.expand(B, L), tree.tokens], 1), depth, mask)
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         inner = lossless_rule(self.config.inner, tree, scored)
         if self.config.alpha == 0:
-            return inner(tree, scored, chance)
+            return inner(tree, scored, rng)
         N = tree.tokens.shape[1]
         logits = mixed(scored.logits[:, :N], scored.logits[:, -N:], self.config.alpha)
         features = {name: value[:, :N] for name, value in scored.features.items()}
-        return inner(tree, Scored(logits, scored.sampling, features), chance)
+        return inner(tree, Scored(logits, scored.sampling, features), rng)
 
 
 def mixed(first: Tensor, copy: Tensor, alpha: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Chance, draw_one
+from drafttrain.core.rng import Rng, draw_one
 from drafttrain.core.sampling import normalise, one_hot
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
@@ -26,23 +26,23 @@ class Rejection(Rule):
     """Chains, however drawn: with one child a node, all draws are alike but for q, which is one-hot where the token was chosen."""
 
     Config = RejectionConfig
-    accepts = frozenset((draws, "chain") for draws in ("point", "iid", "without_replacement"))
+    accepts = frozenset((draws, "chain") for draws in ("deterministic", "iid", "without_replacement"))
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         B, N = tree.tokens.shape
         row = torch.arange(B, device=tree.tokens.device)
-        p = scored.law(slice(0, N))  # [B, K + 1, V], p[:, k] judges token k + 1
+        p = scored.probs_at(slice(0, N))  # [B, K + 1, V], p[:, k] judges token k + 1
         drafted = tree.tokens[:, 1:]  # [B, K]
         ratio = p[row[:, None], torch.arange(N - 1, device=p.device), drafted] / self._drawn(tree).clamp_min(1e-38)  # [B, K]
-        kept = chance.bernoulli(ratio.clamp_max(1.0)) & tree.live[:, 1:]
+        kept = rng.bernoulli(ratio.clamp_max(1.0)) & tree.live[:, 1:]
         length = kept.long().cumprod(1).sum(1)  # [B] tokens before the first rejection
-        law = p[row, length]  # [B, V]
+        probs = p[row, length]  # [B, V]
         if N > 1:
             first = (length + 1).clamp_max(N - 1)  # [B] the token that was not kept, where there was one
             fell = (length < N - 1) & tree.live[row, first]
-            law = torch.where(fell[:, None], normalise((law - self._law(tree, first, p.shape[-1])).clamp_min(0)), law)
+            probs = torch.where(fell[:, None], normalise((probs - self._probs(tree, first, p.shape[-1])).clamp_min(0)), probs)
         path = torch.arange(1, N, device=p.device).expand(B, -1)
-        next_token = draw_one(chance, law)
+        next_token = draw_one(rng, probs)
         if N == 1:  # plain decoding
             path = torch.zeros(B, 1, dtype=torch.long, device=p.device)
         return Verdict(path, length, next_token)
@@ -50,15 +50,15 @@ class Rejection(Rule):
     @staticmethod
     def _drawn(tree: Tree) -> Tensor:
         """[B, K] how likely each token was where it was drawn."""
-        if tree.draws == "point":  # q = 1: chosen with certainty
+        if tree.draws == "deterministic":  # q = 1: chosen with certainty
             return torch.ones_like(tree.tokens[:, 1:], dtype=torch.float32)
-        assert tree.law_rows is not None and tree.law_of is not None, f"a {tree.draws} tree recorded no laws"
+        assert tree.draft_probs is not None and tree.probs_row is not None, f"a {tree.draws} tree recorded no distributions"
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)[:, None]
-        return tree.law_rows[row, tree.law_of[:, 1:], tree.tokens[:, 1:]]
+        return tree.draft_probs[row, tree.probs_row[:, 1:], tree.tokens[:, 1:]]
 
     @staticmethod
-    def _law(tree: Tree, node: Tensor, vocab: int) -> Tensor:
+    def _probs(tree: Tree, node: Tensor, vocab: int) -> Tensor:
         """[B, V] what the token at `node` [B] was drawn from."""
-        if tree.draws == "point":
+        if tree.draws == "deterministic":
             return one_hot(tree.tokens.gather(1, node[:, None])[:, 0], vocab)
-        return tree.law(node)
+        return tree.draft_probs_at(node)

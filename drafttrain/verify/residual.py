@@ -1,12 +1,12 @@
-"""What is left of the target's law at a node while drafts fall there, one after the other; for the rules that try drafts one by one.
+"""What is left of the target's distribution at a node while drafts fall there, one after the other; for the rules that try drafts one by one.
 
-P the target's law, Q the law its drafts came from, both as they were. With what is left normalised, a draft that falls takes Q away and
+P the target's distribution, Q the distribution its drafts came from, both as they were. With what is left normalised, a draft that falls takes Q away and
 whatever goes below zero:
 
     left <- max(w left - Q, 0) / S,  S its sum,  w <= 1 a weight that some rules put on the node.
 
 Since max(max(P - s Q, 0) - t Q, 0) = max(P - (s + t) Q, 0), all that any number of falls did is one number: left = max(P - c Q, 0) / total.
-Without replacement a token that fell leaves Q, and keeps what it then had of P; chosen with certainty (`point`), it took all it had. So
+Without replacement a token that fell leaves Q, and keeps what it then had of P; chosen with certainty (`deterministic`), it took all it had. So
 nothing of a vocabulary's size is kept, and a fall costs one pass over it. B rows, W nodes side by side, V vocabulary, F falls; scalars
 in fp64.
 """
@@ -48,8 +48,8 @@ class Residual:
         n, k = fell.shape[1], self.count
         before, rest, p, kept = self.total[:, :n], self.rest[:, :n], self.p[:, :n], self.kept[:, :n]
         if self.Q is None or self.q is None:
-            twins = self.tokens[:, :n, :k] == self.tokens[:, :n, k, None]
-            share = torch.where((twins & (kept[..., :k] == 0)).any(-1), 0.0, p[..., k])  # an elder twin took it
+            duplicates = self.tokens[:, :n, :k] == self.tokens[:, :n, k, None]
+            share = torch.where((duplicates & (kept[..., :k] == 0)).any(-1), 0.0, p[..., k])  # an elder twin took it
             ratio, after = share / before.clamp_min(1e-300), (before - share).clamp_min(0)
             kept[..., k] = torch.where(fell, 0.0, float("inf"))
         else:
@@ -68,7 +68,7 @@ class Residual:
         self.count += 1
         return ratio, weight * after / before.clamp_min(1e-300)
 
-    def law(self) -> Tensor:
+    def probs(self) -> Tensor:
         """[B, W, V] what is left, normalised."""
         kept = self.kept.to(self.P.dtype)
         if self.Q is None:
@@ -82,7 +82,7 @@ class Residual:
 
 
 def what_is_left(P: Tensor, Q: Tensor, c: Tensor, fallen: tuple[Tensor, Tensor] | None, out: Tensor | None = None) -> Tensor:
-    """[B, W, V] not normalised, of laws [B, W, V] and c [B, W].
+    """[B, W, V] not normalised, of distributions [B, W, V] and c [B, W].
 
     fallen: tokens that left Q and what each kept, [B, W, F] both, 0 where none fell; None where drafts are put back.
     """
@@ -91,7 +91,7 @@ def what_is_left(P: Tensor, Q: Tensor, c: Tensor, fallen: tuple[Tensor, Tensor] 
 
 
 def _sums(Q: Tensor, tokens: Tensor) -> Tensor:
-    """[B, W, V] -> [B, W] fp64, block by block: those of `tokens` in fp64, since of a law that is all but certain little is left once
+    """[B, W, V] -> [B, W] fp64, block by block: those of `tokens` in fp64, since of a distribution that is all but certain little is left once
     its token falls; the others in fp32, off by rounding of what they hold themselves."""
     blocks = Q.unflatten(-1, (-1, gcd(Q.shape[-1], BLOCK)))
     own = tokens // blocks.shape[-1]  # [B, W, F]

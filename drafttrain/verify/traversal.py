@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Chance, draw_one
+from drafttrain.core.rng import Rng, draw_one
 from drafttrain.core.sampling import normalise
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
@@ -40,13 +40,13 @@ class Traversal(Rule):
     Config = TraversalConfig
     accepts = ANY
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
-        if tree.draws == "point":
-            return matched(tree, scored, chance)
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
+        if tree.draws == "deterministic":
+            return matched(tree, scored, rng)
         swept = sweep(tree, scored)
-        node = draw_one(chance, standing(tree, swept.a))
+        node = draw_one(rng, standing(tree, swept.a))
         path, length = tree.path_to(node)
-        return Verdict(path, length, draw_one(chance, left_at(tree, scored, swept, node)))
+        return Verdict(path, length, draw_one(rng, left_at(tree, scored, swept, node)))
 
 
 @dataclass
@@ -60,12 +60,12 @@ class Swept:
 
 def sweep(tree: Tree, scored: Scored) -> Swept:
     """All nodes' chances, parents before children."""
-    assert tree.law_rows is not None, f"a {tree.draws} tree recorded no laws"
+    assert tree.draft_probs is not None, f"a {tree.draws} tree recorded no distributions"
     a = torch.zeros(tree.tokens.shape, dtype=torch.float64, device=tree.tokens.device)
     a[:, 0] = 1.0
     c, kept = torch.zeros_like(a), torch.zeros_like(a, dtype=torch.float32)
-    for family in tree.families:
-        left = Residual(scored.law(family.parents), tree.law_rows[:, family.laws], tree.draws, tree.tokens[:, family.table])
+    for family in tree.sibling_groups:
+        left = Residual(scored.probs_at(family.parents), tree.draft_probs[:, family.probs_rows], tree.draws, tree.tokens[:, family.table])
         weight = a[:, family.parents]  # [B, W]
         for child in family.children:  # of the first n parents
             live = tree.live[:, child]  # [B, n]
@@ -81,12 +81,12 @@ def sweep(tree: Tree, scored: Scored) -> Swept:
 
 
 def left_at(tree: Tree, scored: Scored, swept: Swept, node: Tensor) -> Tensor:
-    """[B, V]: the law of the token after `node` [B], all of whose children failed."""
+    """[B, V]: the distribution of the token after `node` [B], all of whose children failed."""
     row = torch.arange(len(node), device=node.device)
     children = tree.children[row, node]  # [B, C]
     real, child = children >= 0, children.clamp_min(0)
     fallen = tree.tokens.gather(1, child)[:, None], torch.where(real, swept.kept.gather(1, child), 0.0)[:, None]
-    P, Q, c = scored.law(node[:, None]), tree.law(child[:, 0])[:, None], swept.c[row, node][:, None]
+    P, Q, c = scored.probs_at(node[:, None]), tree.draft_probs_at(child[:, 0])[:, None], swept.c[row, node][:, None]
     return normalise(what_is_left(P, Q, c, None if tree.draws == "iid" else fallen))[:, 0]
 
 

@@ -1,10 +1,10 @@
 """Typical acceptance (Medusa: Cai et al., 2024, arXiv:2401.10774, section 2.3.1): a drafted token stands where the target finds it typical.
 
-p the target's law after the node's parent, H its entropy in nats. Token x stands where p(x) > min(epsilon, delta * exp(-H)): where the
+p the target's distribution after the node's parent, H its entropy in nats. Token x stands where p(x) > min(epsilon, delta * exp(-H)): where the
 target is undecided less probability will do. Of all paths whose tokens stand the longest is kept, of equals the likeliest. LOSSY.
 
 The paper accepts the first token of a round unchecked, so that a round always gains one. Here that is the root: it is the `next` of the
-round before, drawn from p at the last node that stood (the argmax at temperature 0), not from a residual. At temperature 0 the law is
+round before, drawn from p at the last node that stood (the argmax at temperature 0), not from a residual. At temperature 0 the distribution is
 one-hot and the rule decodes greedily.
 """
 
@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from drafttrain.core.chance import Chance
+from drafttrain.core.rng import Rng
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import ANY, Rule, RuleConfig
@@ -30,25 +30,25 @@ class TypicalConfig(RuleConfig):
     epsilon: float | None = Field(default=0.09, ge=0, lt=1)
     """A token of more probability than this always stands. None turns the rule off: the lossless rule decides."""
     delta: float = Field(default=0.3, ge=0, lt=1)
-    """Times exp(-entropy): the share of a uniform law's probability that is enough where the target is undecided."""
+    """Times exp(-entropy): the share of a uniform distribution's probability that is enough where the target is undecided."""
 
 
 class Typical(Rule):
-    """Reads no drafter's law: any tree, however drawn."""
+    """Reads no drafter's distribution: any tree, however drawn."""
 
     Config = TypicalConfig
     config: TypicalConfig
     lossless = False
     accepts = ANY
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         epsilon, delta = self.config.epsilon, self.config.delta
         if epsilon is None:
-            return lossless_rule("auto", tree, scored)(tree, scored, chance)
-        p = scored.p[:, : tree.tokens.shape[1]]  # [B, N, V]
+            return lossless_rule("auto", tree, scored)(tree, scored, rng)
+        p = scored.target_probs[:, : tree.tokens.shape[1]]  # [B, N, V]
         likely = chosen(tree, p)  # [B, N]
         bar = threshold(p, epsilon, delta).gather(1, tree.parents)
-        return after(tree, scored, longest(tree, likely > bar, likely), chance)
+        return after(tree, scored, longest(tree, likely > bar, likely), rng)
 
 
 def threshold(p: Tensor, epsilon: float, delta: float) -> Tensor:

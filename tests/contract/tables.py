@@ -1,4 +1,4 @@
-"""A target and a drafter that are tables of laws, behind the interfaces of the real ones: every branch of the real round can be walked."""
+"""A target and a drafter that are tables of distributions, behind the interfaces of the real ones: every branch of the real round can be walked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.target.adapter import Prefill, Target
 
 
-def law(seed: int, context: Sequence[int], vocab: int) -> np.ndarray:
-    """A fixed random law for this context: [V]."""
+def probs(seed: int, context: Sequence[int], vocab: int) -> np.ndarray:
+    """A fixed random distribution for this context: [V]."""
     return np.random.default_rng([seed, *(token + 1 for token in context)]).dirichlet(np.full(vocab, 0.7))
 
 
@@ -33,7 +33,7 @@ class TableCache:
         for row, text in enumerate(self.texts):
             text.extend(self.fed[row, nodes[row, : kept[row]]].tolist())
 
-    def settle(self, lengths: list[int]) -> None:
+    def set_lengths(self, lengths: list[int]) -> None:
         assert lengths == [len(text) for text in self.texts]
 
     def select(self, rows: Tensor) -> TableCache:
@@ -49,7 +49,7 @@ class TableTarget:
         self.vocab, self.vocab_size, self.seed = vocab, vocab, seed
 
     def p(self, context: Sequence[int]) -> np.ndarray:
-        return law(self.seed, context, self.vocab)
+        return probs(self.seed, context, self.vocab)
 
     def new_cache(self, batch: int, capacity: int) -> TableCache:
         return TableCache([[] for _ in range(batch)])
@@ -98,7 +98,7 @@ class TableDrafter:
     def begin(self, prompts: Tensor, lengths: Tensor, features: Any, head: Any, capacity: int) -> TableState:
         return TableState([prompt[:length] for prompt, length in zip(prompts.tolist(), lengths.tolist(), strict=True)])
 
-    def propose(self, state: TableState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
+    def propose(self, state: TableState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Any) -> Tree:
         paths = [[[*text, root]] for text, root in zip(state.texts, roots.tolist(), strict=True)]
 
         def step(frontier: Frontier) -> Tensor:
@@ -106,10 +106,10 @@ class TableDrafter:
             if frontier.level:
                 grown = zip(paths, frontier.parent.tolist(), frontier.tokens.tolist(), strict=True)
                 paths = [[[*row[above], token] for above, token in zip(parents, tokens, strict=True)] for row, parents, tokens in grown]
-            laws = [[law(self.seed, path, self.vocab) for path in row] for row in paths]
-            return torch.tensor(np.array(laws)).log().float()
+            distributions = [[probs(self.seed, path, self.vocab) for path in row] for row in paths]
+            return torch.tensor(np.array(distributions)).log().float()
 
-        return grow(step, roots, plan, sampling, chance).tree
+        return grow(step, roots, plan, sampling, rng).tree
 
     def observe(self, state: TableState, committed: Committed) -> None:
         for row, count in enumerate(committed.count.tolist()):

@@ -1,6 +1,6 @@
 """Every lossless sampling rule on 100,000 seeded rows, with temperature, top-k and top-p on: chi-square of the two tokens that come out.
 
-Enumeration walks `Scripted` branches; this goes through `Seeded`, as decoding does. Laws that hold fewer tokens than siblings are among the
+Enumeration walks `ScriptedRng` branches; this goes through `SeededRng`, as decoding does. Distributions that hold fewer tokens than siblings are among the
 cases: nothing is left to draw there.
 """
 
@@ -16,14 +16,14 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Chain, Plan, Shape, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Scored, Verdict
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.runtime import generate
-from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.generate import DecodingLoop, Request
 from drafttrain.runtime.policy import Fixed
 from drafttrain.target.adapter import Prefill
 from drafttrain.verify import RULES
@@ -35,7 +35,7 @@ WIDE = Sampling(0.8, 20, 0.9)
 CASES = [
     (name, draws, shape)
     for name, (rule, _) in VARIANTS.items()
-    for draws in ("point", "iid", "without_replacement")
+    for draws in ("deterministic", "iid", "without_replacement")
     for shape in (Chain(length=2), Static(children=(3, 2)))
     if RULES[rule].temperatures != "zero" and (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts
     and name not in ("multidraft truncated", "multidraft optimal")  # a program a row on the host
@@ -58,17 +58,17 @@ def p_value(
     """Of the pair of tokens after token 0. p, q: [V, V] logits. Rows that stop after one token draw the second from the target."""
     vocab, counts = len(p), np.zeros(len(p) ** 2)
     for part in range(ROWS // PART):
-        chance = Seeded(part, torch.arange(PART))
-        tree = grow(lambda frontier: following(q, frontier), torch.zeros(PART).long(), Plan(shape, draws), sampling, chance).tree
+        rng = SeededRng(part, torch.arange(PART))
+        tree = grow(lambda frontier: following(q, frontier), torch.zeros(PART).long(), Plan(shape, draws), sampling, rng).tree
         tree = tree if change is None else change(tree)
-        verdict = made(rule)(tree, Scored(p[tree.tokens], sampling), chance)
+        verdict = made(rule)(tree, Scored(p[tree.tokens], sampling), rng)
         drafted = torch.cat([tree.tokens.gather(1, verdict.path), torch.zeros(PART, 1).long()], 1)
         tokens = drafted.scatter(1, verdict.length[:, None], verdict.next[:, None])  # type: ignore[index]
-        later = chance.draw(sampling.law(p[tokens[:, 0]])[:, None], 1, replace=True)[:, 0, 0]
+        later = rng.draw(sampling.probs(p[tokens[:, 0]])[:, None], 1, replace=True)[:, 0, 0]
         second = torch.where(verdict.length > 0, tokens[:, 1], later)
         counts += np.bincount((tokens[:, 0] * vocab + second).numpy(), minlength=vocab**2)
-    laws = sampling.law(p).double()
-    expected = ROWS * (laws[0][:, None] * laws).flatten().numpy()
+    distributions = sampling.probs(p).double()
+    expected = ROWS * (distributions[0][:, None] * distributions).flatten().numpy()
     assert counts[expected == 0].sum() == 0  # outside of top-k and top-p
     often = expected >= 5  # the rest counts as one cell
     seen, due = (np.append(part[often], part[~often].sum()) for part in (counts, expected))
@@ -81,12 +81,12 @@ def following(q: Tensor, frontier: Frontier) -> Tensor:
 
 
 @pytest.mark.parametrize(("rule", "draws", "shape"), CASES, ids=lambda part: getattr(part, "shape", part))
-def test_the_law_comes_out_at_a_vocabulary_of_50(rule: str, draws: str, shape: Shape) -> None:
+def test_the_distribution_comes_out_at_a_vocabulary_of_50(rule: str, draws: str, shape: Shape) -> None:
     assert p_value(rule, draws, shape, WIDE, *alike()) > LEAST_P
 
 
 @pytest.mark.parametrize("rule", ["recursive", "recursive naive", "traversal"])
-def test_the_law_comes_out_where_the_drafter_has_fewer_tokens_than_siblings(rule: str) -> None:
+def test_the_distribution_comes_out_where_the_drafter_has_fewer_tokens_than_siblings(rule: str) -> None:
     q = torch.full((5, 5), -9.0)
     q[:, 4], q[:, 1] = 1.0, 0.5  # two tokens, the last id among them, for three siblings
     shape = Static(children=(3, 2))
@@ -107,12 +107,12 @@ class Stateless:
     def select(self, rows: Tensor) -> Stateless:
         return self
 
-    def settle(self, lengths: list[int]) -> None:
+    def set_lengths(self, lengths: list[int]) -> None:
         pass
 
 
 class Markov(Stateless):
-    """A target whose law hangs on the last token alone, and its own cache: thousands of rows at once."""
+    """A target whose distribution hangs on the last token alone, and its own cache: thousands of rows at once."""
 
     device, dtype, eos_ids, head, forwards = torch.device("cpu"), torch.float32, (), None, 0
 
@@ -144,27 +144,27 @@ class MarkovDrafter(Stateless):
     def begin(self, *given: Any) -> MarkovDrafter:
         return self
 
-    def propose(self, state: Any, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
-        return grow(lambda frontier: following(self.logits, frontier), roots, plan, sampling, chance).tree
+    def propose(self, state: Any, roots: Tensor, plan: Plan, sampling: Sampling, rng: Any) -> Tree:
+        return grow(lambda frontier: following(self.logits, frontier), roots, plan, sampling, rng).tree
 
     def observe(self, state: Any, committed: Committed) -> None:
         pass
 
 
-class Reusing(Seeded):
+class Reusing(SeededRng):
     """Judges a round with the numbers that drafted it."""
 
-    def turn(self, number: int) -> None:
-        super().turn(number - 1 + number % 2)
+    def substream(self, number: int) -> None:
+        super().substream(number - 1 + number % 2)
 
 
-@pytest.mark.parametrize(("kind", "exact"), [(Seeded, True), (Reusing, False)], ids=["as decoding does", "numbers used twice"])
-def test_the_law_comes_out_of_whole_rounds_and_not_where_drafting_and_judging_share_their_numbers(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Seeded], exact: bool
+@pytest.mark.parametrize(("kind", "exact"), [(SeededRng, True), (Reusing, False)], ids=["as decoding does", "numbers used twice"])
+def test_the_distribution_comes_out_of_whole_rounds_and_not_where_drafting_and_judging_share_their_numbers(
+    monkeypatch: pytest.MonkeyPatch, kind: type[SeededRng], exact: bool
 ) -> None:
-    monkeypatch.setattr(generate, "Seeded", kind)
+    monkeypatch.setattr(generate, "SeededRng", kind)
     p, q = tables(3, 1), tables(3, 1) + tables(3, 2)
-    batch = Batch(Markov(p), MarkovDrafter(q), made("rejection"), Fixed(Plan(Chain(length=1), "iid")), Sampling(1.0), seed=0)  # type: ignore[arg-type]
+    batch = DecodingLoop(Markov(p), MarkovDrafter(q), made("rejection"), Fixed(Plan(Chain(length=1), "iid")), Sampling(1.0), seed=0)  # type: ignore[arg-type]
     batch.start([Request([1, 1], row, 4) for row in range(ROWS)])
     batch.step()
     seen = np.bincount([written[1] for written in batch.written], minlength=3)

@@ -42,12 +42,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.demo]
 PROMPTS, NEW_TOKENS, MARGIN = 20, 128, 1e-4
 SHAPES = [Chain(length=4), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "eagle3": {"draft_vocab_size": 4096, "unroll": 2}, "medusa": {"heads": 4, "draft_vocab_size": 4096}, "small_lm": {"layers": 2},
+    "eagle3": {"draft_vocab_size": 4096, "ttt_steps": 2}, "medusa": {"heads": 4, "draft_vocab_size": 4096}, "small_lm": {"layers": 2},
     "ngram": {},
 }  # fmt: skip
 DATA = DataConfig(
     sources=(SelfPrompts(count=160, max_tokens=48),), temperatures=(0.0,), max_new_tokens=64, conversations=96, batch_size=48,
-    capture=("aux", "last"),
+    capture=("aux_hidden_states", "last_hidden_state"),
 )  # fmt: skip
 TRAIN = TrainConfig(steps=40, batch_rows=2, row_length=512, held_out=0.2, eval_every=20, eval_length=4)
 
@@ -104,13 +104,13 @@ class Oracle(Drafter):
     def loss(self, batch: Any, head: Any) -> Any:
         raise AssertionError("it knows everything")
 
-    def walk(self, batch: Any, head: Any, length: int) -> Tensor:
+    def teacher_forced_drafts(self, batch: Any, head: Any, length: int) -> Tensor:
         raise AssertionError("not needed here")
 
     def begin(self, prompts: Tensor, lengths: Tensor, features: Any, head: Any, capacity: int) -> OracleState:
         return OracleState(lengths.tolist())
 
-    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, chance: Any) -> Tree:
+    def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Any) -> Tree:
         assert isinstance(state, OracleState)
 
         def step(frontier: Frontier) -> Tensor:
@@ -121,7 +121,7 @@ class Oracle(Drafter):
                     logits[row, :, text[place]] = 9.0
             return logits
 
-        return grow(step, roots, plan, sampling, chance).tree
+        return grow(step, roots, plan, sampling, rng).tree
 
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, OracleState)
@@ -179,10 +179,10 @@ def test_a_short_training_raises_held_out_acceptance_and_replay_counts_what_is_s
     store: Store, trained: Callable[[str], Drafter], family: str
 ) -> None:
     held = store.split("held_out", TRAIN.held_out, TRAIN.seed)
-    rows = list(batches(store, held, TRAIN.batch_rows, TRAIN.row_length, ("aux", "last")))
+    rows = list(batches(store, held, TRAIN.batch_rows, TRAIN.row_length, ("aux_hidden_states", "last_hidden_state")))
     before, drafter = fresh(family), trained(family)
     before.start_from(demo().head, store.answer_counts(demo().vocab_size))
-    at_first, after = (replay(lambda batch, K, one=one: one.walk(batch, demo().head, K), rows, 4) for one in (before, drafter))
+    at_first, after = (replay(lambda batch, K, one=one: one.teacher_forced_drafts(batch, demo().head, K), rows, 4) for one in (before, drafter))
     assert after.tau > at_first.tau
 
     few = [store[index] for index in held[:8]]
@@ -192,7 +192,7 @@ def test_a_short_training_raises_held_out_acceptance_and_replay_counts_what_is_s
     for prompt, one in zip(asked, served, strict=True):
         total = total + one.statistics
         batch = packed(demo(), [prompt + one.tokens], [len(prompt)])
-        found = found + replay(lambda rows, K: drafter.walk(rows, demo().head, K), [batch], 4)
+        found = found + replay(lambda rows, K: drafter.teacher_forced_drafts(rows, demo().head, K), [batch], 4)
     assert (found.rounds, found.tokens) == (total.rounds, total.tokens)
     assert (found.attempts, found.accepts) == (total.attempts, total.accepts)
     print(f"{family}: held-out tau {at_first.tau:.3f} before, {after.tau:.3f} after; {total.tau:.3f} served on {len(few)} of them")

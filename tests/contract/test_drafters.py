@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed
@@ -27,7 +27,7 @@ from tests.tiny import VOCAB, greedy_text, packed, tiny_target
 FAMILIES = sorted(DRAFTERS)
 SHAPES = [Chain(length=3), Static(children=(2, 2, 1)), Dynamic(depth=3, beam=3, top_k=3, nodes=9)]
 PROMPTS = [[5, 9, 11, 30, 5, 9, 11, 30, 5, 9], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
-HYBRIDS = {"alone": None, "hybrid": HybridConfig(head_cost=0.1)}
+HYBRIDS = {"alone": None, "hybrid": HybridConfig(draft_cost=0.1)}
 
 
 @lru_cache
@@ -125,7 +125,7 @@ def test_replay_counts_what_greedy_decoding_of_chains_counts(family: str, length
     served = [one.statistics for one in speculative.generate(PROMPTS, max_new_tokens=24)]
     texts = [prompt + own for prompt, own in zip(PROMPTS, own_texts(), strict=True)]
     batch = packed(target(), texts, [len(prompt) for prompt in PROMPTS])
-    found = replay(lambda rows, K: trained(family).walk(rows, target().head, K), [batch], length)
+    found = replay(lambda rows, K: trained(family).teacher_forced_drafts(rows, target().head, K), [batch], length)
     total = served[0] + served[1] + served[2]
     assert (found.rounds, found.tokens) == (total.rounds, total.tokens)
     if family in TRAINABLE:  # a lookup that found nothing was no attempt; a replayed one was
@@ -163,7 +163,7 @@ def committed(text: list[int], start: int, stop: int) -> Committed:
 def proposed(drafter: Drafter, state: DrafterState, shape: Any) -> Tree:
     rows = torch.arange(state_rows(state))
     with torch.inference_mode():
-        return drafter.propose(state, torch.full_like(rows, 7), Plan(shape), Sampling(), Seeded(0, rows))
+        return drafter.propose(state, torch.full_like(rows, 7), Plan(shape), Sampling(), SeededRng(0, rows))
 
 
 def state_rows(state: DrafterState) -> int:
@@ -178,4 +178,4 @@ def state_rows(state: DrafterState) -> int:
 
 def _features(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     position = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return target().encode(tokens, position, torch.zeros_like(tokens), {"aux", "last"})
+    return target().encode(tokens, position, torch.zeros_like(tokens), {"aux_hidden_states", "last_hidden_state"})

@@ -65,28 +65,28 @@ def refused(runtime: RuntimeConfig, temperature: float, family: str) -> str:
 def test_a_rule_that_cannot_work_is_refused_before_decoding_and_any_other_decodes(name: str, family: str) -> None:
     config = rule_config(name)
     decoded = 0
-    for shape, beside, temperature, around in product(SHAPES, (None, HybridConfig(head_cost=0.0)), (0.0, 1.0), AROUND):
+    for shape, beside, temperature, around in product(SHAPES, (None, HybridConfig(draft_cost=0.0)), (0.0, 1.0), AROUND):
         runtime = RuntimeConfig(shape=shape, rule=config, hybrid=beside, **around)
-        lawless = build(config).reads_laws and (beside is not None or family == "ngram")
+        lawless = build(config).needs_draft_probs and (beside is not None or family == "ngram")
         refusal = refused(runtime, temperature, family)
-        assert ("reads the drafter's laws" in refusal) == lawless
+        assert ("reads the drafter's distributions" in refusal) == lawless
         if refusal:
             continue
         answers = SpeculativeDecoder(target(), drafter(family), runtime).generate(PROMPTS, 14, temperature=temperature, seed=1)
         assert [len(one.tokens) for one in answers] == [14, 14]
         decoded += 1
-    needs_trained = build(config).reads_laws or build(config).leaves_open or name == "multidraft"  # a lookup's draws are not iid
+    needs_trained = build(config).needs_draft_probs or build(config).leaves_next_open or name == "multidraft"  # a lookup's draws are not iid
     assert decoded > 0 or (needs_trained and family == "ngram")
 
 
 @pytest.mark.parametrize("config", [ConfidenceConfig(tau_base=1.0), DivergenceConfig(bound=0.0)])
-def test_a_rule_that_is_off_reads_no_laws(config: RuleConfig) -> None:
+def test_a_rule_that_is_off_reads_no_distributions(config: RuleConfig) -> None:
     rule, plan = RuntimeConfig(rule=config, hybrid=HybridConfig()).fitted(Sampling())
-    assert not rule.reads_laws and not plan.laws
+    assert not rule.needs_draft_probs and not plan.record_probs
 
 
 @pytest.mark.parametrize("name", ["confidence", "divergence"])
-def test_a_recipe_whose_contender_has_no_laws_for_its_rule_is_refused_when_it_is_read(name: str) -> None:
+def test_a_recipe_whose_contender_has_no_distributions_for_its_rule_is_refused_when_it_is_read(name: str) -> None:
     def read(contender: dict[str, Any], **runtime: Any) -> None:
         given = {"label": "x", **contender}
         check_recipe({"drafter": {"name": "eagle3"}, "train": {"steps": 1}, "runtime": runtime, "evaluation": {"contenders": [given]}}, "r")
@@ -97,5 +97,5 @@ def test_a_recipe_whose_contender_has_no_laws_for_its_rule_is_refused_when_it_is
         ({"runtime": {"rule": name, "hybrid": {}}}, {}),
         ({}, {"rule": name, "hybrid": {}}),
     ):
-        with pytest.raises(UserError, match=f"rule '{name}' reads the drafter's laws"):
+        with pytest.raises(UserError, match=f"rule '{name}' reads the drafter's distributions"):
             read(contender, **runtime)

@@ -82,7 +82,7 @@ def test_a_norm_keeps_nothing_of_its_own_and_a_gate_two_of_its_four(monkeypatch:
 
 
 def test_eagle3_keeps_a_third_less_for_its_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter = tiny_drafter("eagle3", target(), unroll=7).train()
+    drafter = tiny_drafter("eagle3", target(), ttt_steps=7).train()
     batch = packed(target(), [prompt + own for prompt, own in zip(PROMPTS, own_texts(), strict=True)], [4, 1, 3])
 
     def work() -> Any:

@@ -1,4 +1,4 @@
-"""Distances between laws, and their sum in chunks beside the plain one."""
+"""Distances between distributions, and their sum in chunks beside the plain one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
 from drafttrain.core.losses import (
     LossMix,
-    Readout,
+    OutputLayer,
     distill,
     distill_plain,
     forward_kl,
@@ -56,7 +56,7 @@ def capped(logits: Tensor) -> Tensor:
     return 2 * torch.tanh(logits / 2)
 
 
-def laws() -> tuple[Tensor, Tensor]:
+def distributions() -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     return torch.randn(5, 9).softmax(-1), torch.randn(5, 9).log_softmax(-1)
 
@@ -67,19 +67,19 @@ def given(
     """Arguments of `distill` that ask for every gradient."""
     torch.manual_seed(1)
     width = VOCAB if vocab is None else len(vocab)
-    readouts = [
-        Readout(torch.randn(width, SIZE).requires_grad_(), torch.randn(width).requires_grad_() if biased else None, finish)
+    output_layers = [
+        OutputLayer(torch.randn(width, SIZE).requires_grad_(), torch.randn(width).requires_grad_() if biased else None, finish)
         for _ in range(layers)
     ]
     return {
-        "hidden": [torch.randn(ROWS, SIZE).requires_grad_() for _ in range(STEPS)], "readouts": readouts,
+        "hidden": [torch.randn(ROWS, SIZE).requires_grad_() for _ in range(STEPS)], "readouts": output_layers,
         "weight": torch.rand(STEPS, ROWS) * (torch.rand(STEPS, ROWS) > 0.2), "teacher": torch.randn(ROWS, SIZE), "head": Head(),
         "labels": torch.randint(0, VOCAB, (ROWS,)), "vocab": vocab,
     }  # fmt: skip
 
 
 def gradients(loss: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
-    layers = [tensor for readout in arguments["readouts"] for tensor in readout[:2] if tensor is not None]
+    layers = [tensor for output_layer in arguments["readouts"] for tensor in output_layer[:2] if tensor is not None]
     return list(torch.autograd.grad(loss, [*arguments["hidden"], *layers]))
 
 
@@ -100,7 +100,7 @@ def test_chunked_value_hits_and_gradients_equal_the_plain_ones(
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)  # sums in another order
 
 
-def test_the_target_gives_each_label_its_law_once_for_all_steps() -> None:
+def test_the_target_gives_each_label_its_distribution_once_for_all_steps() -> None:
     arguments = given(None)
     distill(**arguments, mix=LossMix(), chunk=8)
     assert arguments["head"].asked == ROWS
@@ -108,10 +108,10 @@ def test_the_target_gives_each_label_its_law_once_for_all_steps() -> None:
 
 def test_frozen_output_matrices_get_no_gradient() -> None:
     arguments = given(None)
-    (readout,) = arguments["readouts"]
-    arguments["readouts"] = [Readout(readout.weight.detach())]
+    (output_layer,) = arguments["readouts"]
+    arguments["readouts"] = [OutputLayer(output_layer.weight.detach())]
     distill(**arguments, mix=LossMix(), chunk=8)[0].backward()
-    assert readout.weight.grad is None
+    assert output_layer.weight.grad is None
     assert all(hidden.grad.abs().sum() > 0 for hidden in arguments["hidden"])
 
 
@@ -158,59 +158,59 @@ def test_no_labels_give_no_loss_and_no_gradient() -> None:
 
 
 def test_forward_kl_equals_the_library() -> None:
-    p, log_q = laws()
+    p, log_q = distributions()
     torch.testing.assert_close(forward_kl(p, log_q), F.kl_div(log_q, p, reduction="none").sum(-1))
     torch.testing.assert_close(soft_cross_entropy(p, log_q), F.cross_entropy(log_q, p, reduction="none"))
 
 
 def test_reverse_kl_is_the_forward_one_with_roles_exchanged_and_finite_on_zeros() -> None:
-    p, log_q = laws()
+    p, log_q = distributions()
     torch.testing.assert_close(reverse_kl(p, log_q), F.kl_div(p.log(), log_q.exp(), reduction="none").sum(-1))
     assert reverse_kl(F.one_hot(torch.arange(5), 9).float(), log_q).isfinite().all()
 
 
 def test_total_variation_is_half_the_distance_and_one_minus_acceptance() -> None:
-    p, log_q = laws()
+    p, log_q = distributions()
     torch.testing.assert_close(tv(p, log_q), (p - log_q.exp()).abs().sum(-1) / 2)
 
 
-def test_every_distance_is_zero_between_equal_laws() -> None:
-    p, _ = laws()
+def test_every_distance_is_zero_between_equal_distributions() -> None:
+    p, _ = distributions()
     for distance in (forward_kl, reverse_kl, tv):
         torch.testing.assert_close(distance(p, p.log()), torch.zeros(5))
 
 
 def test_label_cross_entropy_skips_labels_outside_the_draft_vocabulary() -> None:
-    _, log_q = laws()
+    _, log_q = distributions()
     vocab = torch.tensor([1, 2, 5, 7, 10, 11, 12, 20, 30])
     labels = torch.tensor([5, 6, 30, 31, 0])
     found = label_cross_entropy(*draft_index(labels, vocab), log_q)
     assert found.tolist() == [-float(log_q[0, 2]), 0, -float(log_q[2, 8]), 0, 0]
 
 
-def test_a_reduced_vocabulary_learns_the_target_law_renormalised_over_it() -> None:
+def test_a_reduced_vocabulary_learns_the_target_distribution_renormalised_over_it() -> None:
     arguments = given(SUBSET)
     head, teacher = arguments["head"], arguments["teacher"]
-    arguments |= {"hidden": [teacher] * STEPS, "readouts": [Readout(head.weight[SUBSET])]}  # q = p, cut and renormalised
+    arguments |= {"hidden": [teacher] * STEPS, "readouts": [OutputLayer(head.weight[SUBSET])]}  # q = p, cut and renormalised
     assert distill(**arguments, mix=LossMix(), chunk=8)[0].abs() < 1e-4
     assert distill(**arguments, mix=LossMix(forward_kl=0, tv=1), chunk=8)[0].abs() < 1e-4
 
 
 def test_hits_count_likeliest_tokens_that_are_the_label_and_never_labels_outside_the_vocabulary() -> None:
     arguments = given(SUBSET)
-    readouts, weight = [Readout(torch.eye(len(SUBSET)))], torch.ones(1, len(SUBSET))
+    output_layers, weight = [OutputLayer(torch.eye(len(SUBSET)))], torch.ones(1, len(SUBSET))
     teacher = torch.randn(len(SUBSET), SIZE)
-    arguments |= {"hidden": [torch.eye(len(SUBSET))], "readouts": readouts, "weight": weight, "teacher": teacher}
+    arguments |= {"hidden": [torch.eye(len(SUBSET))], "readouts": output_layers, "weight": weight, "teacher": teacher}
     for labels, expected in ((SUBSET, 10), (torch.arange(10), 1), (torch.tensor([0, 3, 4, 9, 1, 2, 5, 6, 7, 8]), 4)):
         assert distill(**{**arguments, "labels": labels}, mix=LossMix(), chunk=3)[1] == expected
 
 
 def test_guesses_are_the_likeliest_target_tokens_whatever_the_chunk() -> None:
     torch.manual_seed(2)
-    hidden, readout = torch.randn(2, 5, SIZE), Readout(torch.randn(len(SUBSET), SIZE), torch.randn(len(SUBSET)), capped)
-    expected = SUBSET[(F.linear(hidden, *readout[:2])).argmax(-1)]
+    hidden, output_layer = torch.randn(2, 5, SIZE), OutputLayer(torch.randn(len(SUBSET), SIZE), torch.randn(len(SUBSET)), capped)
+    expected = SUBSET[(F.linear(hidden, *output_layer[:2])).argmax(-1)]
     for chunk in (1, 3, 64):
-        assert readout.guesses(hidden, SUBSET, chunk).equal(expected)
+        assert output_layer.guesses(hidden, SUBSET, chunk).equal(expected)
 
 
 def test_a_mix_without_weights_and_a_misspelt_weight_are_refused_by_name() -> None:

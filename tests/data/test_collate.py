@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from drafttrain.core.errors import UserError
-from drafttrain.core.types import Batch
-from drafttrain.data.collate import Packed, batches, collate, pack
+from drafttrain.core.types import TrainingBatch
+from drafttrain.data.collate import PackedRows, batches, collate, pack
 from drafttrain.data.origin import Origin
 from drafttrain.data.store import Conversation, Store, StoreWriter
 from drafttrain.target.adapter import Target
@@ -19,10 +19,10 @@ from tests.data.stores import make_store
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, target: Target) -> Store:
-    return make_store(tmp_path_factory.mktemp("collate") / "s", target, count=40, features=("last", "aux"))
+    return make_store(tmp_path_factory.mktemp("collate") / "s", target, count=40, features=("last_hidden_state", "aux_hidden_states"))
 
 
-def documents(batch: Batch) -> list[dict[str, torch.Tensor]]:
+def documents(batch: TrainingBatch) -> list[dict[str, torch.Tensor]]:
     """Each document of a batch on its own."""
     out = []
     for row in range(len(batch.tokens)):
@@ -43,7 +43,7 @@ def test_pack_takes_each_conversation_once_and_fits_the_row() -> None:
 
 
 def test_every_conversation_comes_back_whole_with_positions_from_zero(store: Store) -> None:
-    packed = Packed(store, range(40), 2, 32, ("last", "aux"))
+    packed = PackedRows(store, range(40), 2, 32, ("last_hidden_state", "aux_hidden_states"))
     seen = [document for batch in packed.batches(0) for document in documents(batch)]
     by_tokens = {tuple(document["tokens"].tolist()): document for document in seen}
     assert len(seen) == len(by_tokens) == 40
@@ -51,19 +51,19 @@ def test_every_conversation_comes_back_whole_with_positions_from_zero(store: Sto
         got = by_tokens[tuple(store[i].tokens.tolist())]
         assert np.array_equal(got["mask"].numpy(), store[i].mask)
         assert got["position"].tolist() == list(range(len(store[i].tokens)))
-        for name, value in store.features(i, ("last", "aux")).items():
+        for name, value in store.features(i, ("last_hidden_state", "aux_hidden_states")).items():
             assert torch.equal(got[name], value)
 
 
 def test_padding_belongs_to_no_document_and_is_no_answer(store: Store) -> None:
-    for batch in Packed(store, range(40), 3, 32).batches(0):
+    for batch in PackedRows(store, range(40), 3, 32).batches(0):
         padding = batch.document < 0
         assert not batch.mask[padding].any()
         assert not batch.tokens[padding].any()
 
 
 def test_no_label_lies_in_another_document(store: Store) -> None:
-    for batch in Packed(store, range(40), 2, 64).batches(0):
+    for batch in PackedRows(store, range(40), 2, 64).batches(0):
         for offset in (1, 2, 5):
             _, labels = batch.ahead(offset)
             row, place = labels.nonzero(as_tuple=True)
@@ -72,7 +72,7 @@ def test_no_label_lies_in_another_document(store: Store) -> None:
 
 
 def test_labels_and_what_stands_before_them_are_those_that_lie_ahead(store: Store) -> None:
-    for batch in Packed(store, range(40), 2, 64).batches(0):
+    for batch in PackedRows(store, range(40), 2, 64).batches(0):
         labels = batch.labels()
         here = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
         for offset in (0, 1, 2, 5):
@@ -97,19 +97,19 @@ def test_a_long_conversation_is_cut_not_split(tmp_path: Path, target: Target) ->
     writer = StoreWriter(tmp_path / "s", Origin.of_target(target))
     writer.append(Conversation.answered(range(6, 46), 3, {}, 0))
     writer.append(Conversation.answered([6, 7, 8, 9], 1, {}, 1))
-    packed = Packed(writer.finish(), [0, 1], 4, 16)
+    packed = PackedRows(writer.finish(), [0, 1], 4, 16)
     seen = [document["tokens"].tolist() for batch in packed.batches(0) for document in documents(batch)]
     assert sorted(seen) == [[6, 7, 8, 9], list(range(6, 22))]
 
 
-def same(one: Batch, other: Batch) -> bool:
+def same(one: TrainingBatch, other: TrainingBatch) -> bool:
     names = ("tokens", "mask", "document", "position")
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def test_order_depends_on_seed_and_epoch_alone(store: Store) -> None:
-    def epoch(number: int, seed: int = 3) -> list[Batch]:
-        return list(batches(store, range(40), 2, 32, ("last",), seed, number))
+    def epoch(number: int, seed: int = 3) -> list[TrainingBatch]:
+        return list(batches(store, range(40), 2, 32, ("last_hidden_state",), seed, number))
 
     assert all(same(a, b) for a, b in zip(epoch(1), epoch(1), strict=True))
     assert not all(same(a, b) for a, b in zip(epoch(1), epoch(2), strict=True))
@@ -118,7 +118,7 @@ def test_order_depends_on_seed_and_epoch_alone(store: Store) -> None:
 
 
 def test_skipping_gives_the_same_rest(store: Store) -> None:
-    packed = Packed(store, range(40), 2, 32)
+    packed = PackedRows(store, range(40), 2, 32)
     whole, rest = list(packed.batches(5)), list(packed.batches(5, skip=3))
     assert len(whole) == len(packed)
     assert all(same(a, b) for a, b in zip(whole[3:], rest, strict=True))
@@ -126,8 +126,8 @@ def test_skipping_gives_the_same_rest(store: Store) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_have_equally_many_batches_and_share_the_single_process_order(store: Store, world: int) -> None:
-    alone = list(Packed(store, range(40), 2, 32).batches(1))
-    ranks = [list(Packed(store, range(40), 2, 32, rank=rank, world=world).batches(1)) for rank in range(world)]
+    alone = list(PackedRows(store, range(40), 2, 32).batches(1))
+    ranks = [list(PackedRows(store, range(40), 2, 32, rank=rank, world=world).batches(1)) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1
     merged = [batch for step in zip(*ranks, strict=True) for batch in step]
     assert all(same(a, b) for a, b in zip(alone, merged, strict=False))
@@ -140,7 +140,7 @@ def test_conversations_without_labels_are_left_out_and_counted(tmp_path: Path, t
     writer.append(Conversation.answered([6, 7, 8, 9], 4, {}, 0))  # no answer
     writer.append(Conversation.answered([6, 7, 8, 9], 3, {}, 1))  # one token, which the prefill gives
     writer.append(Conversation.answered([6, 7, 8, 9], 2, {}, 2))
-    packed = Packed(writer.finish(), [0, 1, 2], 1, 16)
+    packed = PackedRows(writer.finish(), [0, 1, 2], 1, 16)
     assert (packed.rows, packed.dropped) == ([[2]], 2)
 
 
@@ -148,9 +148,9 @@ def test_masks_without_any_label_are_an_error(tmp_path: Path, target: Target) ->
     writer = StoreWriter(tmp_path / "s", Origin.of_target(target))
     writer.append(Conversation.answered([6, 7, 8, 9], 4, {}, 0))
     with pytest.raises(UserError, match="none of 1 conversations has an answer token to learn"):
-        Packed(writer.finish(), [0], 1, 16)
+        PackedRows(writer.finish(), [0], 1, 16)
 
 
 def test_an_uncaptured_feature_is_an_error_before_any_batch(tmp_path: Path, target: Target) -> None:
     with pytest.raises(UserError, match="no feature last"):
-        Packed(make_store(tmp_path / "s", target), range(24), 1, 16, ("last",))
+        PackedRows(make_store(tmp_path / "s", target), range(24), 1, 16, ("last_hidden_state",))

@@ -198,8 +198,8 @@ def test_every_domain_has_openings_and_they_take_turns() -> None:
 def test_an_unknown_domain_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'maths' has no opening .*did you mean 'math'\?"):
         openings(SelfPrompts(domains=("maths",)))
-    own = jsonl(tmp_path, {"domain": "law", "opening": "w1"})
-    assert openings(SelfPrompts(domains=("law",), openings=own, count=2)) == [("law", "w1")] * 2
+    own = jsonl(tmp_path, {"domain": "distribution", "opening": "w1"})
+    assert openings(SelfPrompts(domains=("distribution",), openings=own, count=2)) == [("distribution", "w1")] * 2
 
 
 def test_turn_jobs_begin_with_the_bare_prefix_and_the_opening(tmp_path: Path, target: Target) -> None:

@@ -140,11 +140,11 @@ def test_text_does_not_depend_on_the_batch_size(tmp_path: Path, target: Target) 
 
 
 def test_features_of_the_writing_pass_equal_a_captured_pass(tmp_path: Path, target: Target) -> None:
-    written = regenerate(target, config(tmp_path, capture=("last", "aux")), tmp_path / "a")
-    captured = capture(target, regenerate(target, config(tmp_path), tmp_path / "b"), tmp_path / "c", ("last", "aux"), 2, 48)
+    written = regenerate(target, config(tmp_path, capture=("last_hidden_state", "aux_hidden_states")), tmp_path / "a")
+    captured = capture(target, regenerate(target, config(tmp_path), tmp_path / "b"), tmp_path / "c", ("last_hidden_state", "aux_hidden_states"), 2, 48)
     assert content(written) == content(captured)
     for i in range(len(written)):
-        for name, value in captured.features(i, ("last", "aux")).items():
+        for name, value in captured.features(i, ("last_hidden_state", "aux_hidden_states")).items():
             ours = written.features(i, (name,))[name]
             torch.testing.assert_close(ours[:-1], value[:-1], atol=2e-5, rtol=1e-4)  # fp32, sums in another order
             assert not ours[-1].any()
@@ -220,7 +220,7 @@ regenerate(target, config(Path(sys.argv[1]), capture=("last",)), Path(sys.argv[1
 
 
 def test_killed_at_any_moment_and_resumed_gives_the_uninterrupted_store(tmp_path: Path, target: Target) -> None:
-    whole = regenerate(target, config(tmp_path, capture=("last",)), tmp_path / "whole")
+    whole = regenerate(target, config(tmp_path, capture=("last_hidden_state",)), tmp_path / "whole")
     index = tmp_path / "s" / "index.json"
     root = str(Path(__file__).parents[2])
     for shards in (1, 3, 6):
@@ -233,16 +233,16 @@ def test_killed_at_any_moment_and_resumed_gives_the_uninterrupted_store(tmp_path
         assert process.poll() is None, "the run ended before it was killed"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    resumed = regenerate(target, config(tmp_path, capture=("last",)), tmp_path / "s")
+    resumed = regenerate(target, config(tmp_path, capture=("last_hidden_state",)), tmp_path / "s")
     assert content(resumed) == content(whole)
     for i in range(len(whole)):
         # fp32: a resumed answer was computed in another batch
-        torch.testing.assert_close(resumed.features(i, ("last",))["last"], whole.features(i, ("last",))["last"], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(resumed.features(i, ("last_hidden_state",))["last_hidden_state"], whole.features(i, ("last_hidden_state",))["last_hidden_state"], atol=2e-5, rtol=1e-4)
 
 
 def test_capture_goes_on_where_it_stopped(tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     source = regenerate(target, config(tmp_path), tmp_path / "a")
-    whole = capture(target, source, tmp_path / "whole", ("last",), 1, 64)
+    whole = capture(target, source, tmp_path / "whole", ("last_hidden_state",), 1, 64)
     plain, calls = target.encode, []
 
     def dying(*args: object) -> object:
@@ -253,17 +253,17 @@ def test_capture_goes_on_where_it_stopped(tmp_path: Path, target: Target, monkey
 
     monkeypatch.setattr(target, "encode", dying)
     with pytest.raises(KeyboardInterrupt):
-        capture(target, source, tmp_path / "s", ("last",), 1, 64)
+        capture(target, source, tmp_path / "s", ("last_hidden_state",), 1, 64)
     assert 0 < len(Store.open(tmp_path / "s")) < len(whole)
-    again = capture(target, source, tmp_path / "s", ("last",), 1, 64)
+    again = capture(target, source, tmp_path / "s", ("last_hidden_state",), 1, 64)
     assert content(again) == content(whole)
-    assert all(torch.equal(again.features(i, ("last",))["last"], whole.features(i, ("last",))["last"]) for i in range(len(whole)))
+    assert all(torch.equal(again.features(i, ("last_hidden_state",))["last_hidden_state"], whole.features(i, ("last_hidden_state",))["last_hidden_state"]) for i in range(len(whole)))
 
 
 def test_capture_refuses_another_targets_conversations(tmp_path: Path, target: Target) -> None:
     source = regenerate(target, config(tmp_path), tmp_path / "a")
     with pytest.raises(UserError, match="its target is tiny"):
-        capture(make_target(fingerprint="other"), source, tmp_path / "b", ("last",))
+        capture(make_target(fingerprint="other"), source, tmp_path / "b", ("last_hidden_state",))
 
 
 def test_an_existing_store_is_used_as_it_is(tmp_path: Path, target: Target) -> None:

@@ -20,7 +20,7 @@ from tests.data.stores import V, conversation, make_store, make_target, numbered
 
 
 def test_conversations_and_features_come_back_in_the_order_of_their_ids(tmp_path: Path, target: Target) -> None:
-    store = make_store(tmp_path / "s", target, features=("last", "aux"))
+    store = make_store(tmp_path / "s", target, features=("last_hidden_state", "aux_hidden_states"))
     again = Store.open(tmp_path / "s")
     generator = np.random.default_rng(1)
     assert len(again) == len(store) == 24
@@ -31,26 +31,26 @@ def test_conversations_and_features_come_back_in_the_order_of_their_ids(tmp_path
         assert np.array_equal(got.mask, wanted.mask)
         assert (got.prompt_hash, got.meta) == (wanted.prompt_hash, wanted.meta)
         assert again.lengths[id] == len(wanted.tokens)
-        for name, value in numbered(wanted, {"last": 32, "aux": 96}).items():
+        for name, value in numbered(wanted, {"last_hidden_state": 32, "aux_hidden_states": 96}).items():
             assert torch.equal(again.features(id, [name])[name], value)
 
 
 def test_index_names_origin_features_and_counts(tmp_path: Path, target: Target) -> None:
-    store = make_store(tmp_path / "s", target, features=("last",))
+    store = make_store(tmp_path / "s", target, features=("last_hidden_state",))
     assert store.index.origin.target == "tiny"
     assert store.index.origin.aux_layers == target.aux_layers
-    assert store.index.features == {"last": 32}
+    assert store.index.features == {"last_hidden_state": 32}
     assert store.index.complete
     assert sum(shard.tokens for shard in store.index.shards) == store.tokens == store.lengths.sum()
 
 
 def test_bytes_on_disk_are_as_computed(tmp_path: Path, target: Target) -> None:
-    store = make_store(tmp_path / "s", target, count=200, features=("last", "aux"), per_shard=200)
+    store = make_store(tmp_path / "s", target, count=200, features=("last_hidden_state", "aux_hidden_states"), per_shard=200)
     data = sum(shard.bytes for shard in store.index.shards)
-    wanted = bytes_per_token(("last", "aux"), 32, 3, "float32") * store.tokens
+    wanted = bytes_per_token(("last_hidden_state", "aux_hidden_states"), 32, 3, "float32") * store.tokens
     notes = 200 * 200  # ids, offsets, prompt hashes and meta: at most so much a conversation
     assert wanted <= data <= wanted + notes
-    assert bytes_per_token(("aux", "last"), 576, 3, "bfloat16") == 5 + 4 * 576 * 2
+    assert bytes_per_token(("aux_hidden_states", "last_hidden_state"), 576, 3, "bfloat16") == 5 + 4 * 576 * 2
 
 
 def test_split_by_prompt_is_stable_and_puts_equal_prompts_on_one_side(tmp_path: Path, target: Target) -> None:
@@ -108,7 +108,7 @@ def test_a_folder_without_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_target_tokenizer_layers_or_dtype_is_refused(tmp_path: Path, target: Target) -> None:
-    store = make_store(tmp_path / "s", target, features=("aux",))
+    store = make_store(tmp_path / "s", target, features=("aux_hidden_states",))
     origin = Origin.of_target(target)
     store.check_target(origin)
     changes = [{"target": "b"}, {"tokenizer": "b"}, {"template": "b"}, {"aux_layers": (1, 1, 2)}, {"dtype": "bfloat16"}]
@@ -125,7 +125,7 @@ def test_a_store_of_texts_alone_fits_any_precision(tmp_path: Path, target: Targe
 
 
 def test_a_head_that_does_not_give_the_targets_logits_is_refused(tmp_path: Path, target: Target) -> None:
-    store = make_store(tmp_path / "s", target, features=("last",))
+    store = make_store(tmp_path / "s", target, features=("last_hidden_state",))
     store.check_head(target.head)
     with pytest.raises(UserError, match="other logits than the target"):
         store.check_head(make_target(seed=1).head)
@@ -133,17 +133,17 @@ def test_a_head_that_does_not_give_the_targets_logits_is_refused(tmp_path: Path,
 
 def test_a_head_behind_unnormed_states_is_refused(tmp_path: Path, target: Target) -> None:
     probe = take_probe(target)
-    probe["last"] = probe["last"] * 1.3
-    writer = StoreWriter(tmp_path / "s", Origin.of_target(target), {"last": 32}, probe=probe)
+    probe["last_hidden_state"] = probe["last_hidden_state"] * 1.3
+    writer = StoreWriter(tmp_path / "s", Origin.of_target(target), {"last_hidden_state": 32}, probe=probe)
     with pytest.raises(UserError, match="other logits than the target"):
         writer.finish().check_head(target.head)
 
 
 def test_a_missing_feature_is_named(tmp_path: Path, target: Target) -> None:
-    store = make_store(tmp_path / "s", target, features=("last",))
-    store.require(("last",))
+    store = make_store(tmp_path / "s", target, features=("last_hidden_state",))
+    store.require(("last_hidden_state",))
     with pytest.raises(UserError, match=r"no feature aux \(it holds last\)"):
-        store.require(("last", "aux"))
+        store.require(("last_hidden_state", "aux_hidden_states"))
 
 
 def test_writing_goes_on_behind_what_is_safe(tmp_path: Path, target: Target) -> None:
@@ -165,13 +165,13 @@ def test_writing_goes_on_behind_what_is_safe(tmp_path: Path, target: Target) -> 
 
 def test_another_stage_feature_set_or_target_does_not_go_on(tmp_path: Path, target: Target) -> None:
     origin = Origin.of_target(target)
-    StoreWriter(tmp_path / "s", origin, {"last": 32}, "a").finish()
+    StoreWriter(tmp_path / "s", origin, {"last_hidden_state": 32}, "a").finish()
     with pytest.raises(UserError, match=r"begun with other options.*choose another output folder"):
-        StoreWriter(tmp_path / "s", origin, {"last": 32}, "b")
+        StoreWriter(tmp_path / "s", origin, {"last_hidden_state": 32}, "b")
     with pytest.raises(UserError, match="begun with other options"):
         StoreWriter(tmp_path / "s", origin, {}, "a")
     with pytest.raises(UserError, match="its target is"):
-        StoreWriter(tmp_path / "s", origin.model_copy(update={"target": "b"}), {"last": 32}, "a")
+        StoreWriter(tmp_path / "s", origin.model_copy(update={"target": "b"}), {"last_hidden_state": 32}, "a")
 
 
 def test_a_shard_without_an_index_entry_does_not_count(
@@ -247,8 +247,8 @@ def test_origin_needs_no_loaded_target(tmp_path: Path) -> None:
 
 def test_feature_widths_are_those_the_target_gives(target: Target) -> None:
     tokens = torch.tensor([[7, 8, 9]])
-    got = target.encode(tokens, torch.arange(3)[None], torch.zeros_like(tokens), ("last", "aux"))
-    widths = feature_widths(("last", "aux"), 32, len(target.aux_layers))
+    got = target.encode(tokens, torch.arange(3)[None], torch.zeros_like(tokens), ("last_hidden_state", "aux_hidden_states"))
+    widths = feature_widths(("last_hidden_state", "aux_hidden_states"), 32, len(target.aux_layers))
     assert {name: value.shape[-1] for name, value in got.items()} == widths
 
 

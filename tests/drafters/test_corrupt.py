@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Plan
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
@@ -25,7 +25,7 @@ def tokens(probability: float, rows: int = 200) -> tuple[torch.Tensor, torch.Ten
     out = []
     for drafter in (DRAFTER, Corrupt(probability, DRAFTER)):
         state = drafter.begin(prompt, length, read.features, TARGET.head, 32)
-        out.append(drafter.propose(state, prompt[:, -1], Plan(Chain(length=4), "point"), Sampling(), Seeded(0, torch.arange(rows))).tokens)
+        out.append(drafter.propose(state, prompt[:, -1], Plan(Chain(length=4), "deterministic"), Sampling(), SeededRng(0, torch.arange(rows))).tokens)
     return out[0], out[1]
 
 
@@ -48,7 +48,7 @@ def test_a_lossless_rule_writes_the_targets_own_text_from_spoilt_drafts_and_acce
     assert taus[0] > taus[1] > taus[2] >= 1.0
 
 
-def test_spoilt_tokens_came_from_no_law_and_are_not_taken_for_drawn_ones() -> None:
+def test_spoilt_tokens_came_from_no_distribution_and_are_not_taken_for_drawn_ones() -> None:
     decoder = SpeculativeDecoder(TARGET, DRAFTER, RuntimeConfig(shape=Chain(length=2), draws="iid", corrupt=0.5))
-    with pytest.raises(UserError, match="point draws only"):
+    with pytest.raises(UserError, match="deterministic draws only"):
         decoder.generate(PROMPTS, 4, temperature=1.0)

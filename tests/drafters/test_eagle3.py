@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.types import Batch, Committed
+from drafttrain.core.types import Committed, TrainingBatch
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.target.adapter import Target
@@ -26,19 +26,19 @@ def drafted_chain(target: Target, drafter: Eagle3, text: list[int], length: int)
     """The chain that decoding would draft with `text[-1]` as its root."""
     prompt = torch.tensor([text[:-1]])
     position = torch.arange(len(text) - 1)[None]
-    features = target.encode(prompt, position, torch.zeros_like(prompt), {"aux"})
+    features = target.encode(prompt, position, torch.zeros_like(prompt), {"aux_hidden_states"})
     state = drafter.begin(prompt, torch.tensor([len(text) - 1]), features, target.head, capacity=64)
-    tree = drafter.propose(state, torch.tensor([text[-1]]), Plan(Chain(length=length)), GREEDY, Seeded(0, torch.tensor([0])))
+    tree = drafter.propose(state, torch.tensor([text[-1]]), Plan(Chain(length=length)), GREEDY, SeededRng(0, torch.tensor([0])))
     return tree.tokens[0, 1:].tolist()
 
 
 @torch.no_grad()
 def test_unrolled_step_k_equals_the_kth_drafted_token_at_every_start() -> None:
     target = tiny_target(1)
-    drafter = tiny_eagle3(target, 1, draft_vocab_size=40, unroll=3)
+    drafter = tiny_eagle3(target, 1, draft_vocab_size=40, ttt_steps=3)
     assert isinstance(drafter, Eagle3)
     documents = [torch.randint(0, VOCAB, (12,)).tolist(), torch.randint(0, VOCAB, (9,)).tolist()]
-    guesses = drafter.walk(packed(target, documents, [0, 0]), target.head, 3)[0]
+    guesses = drafter.teacher_forced_drafts(packed(target, documents, [0, 0]), target.head, 3)[0]
     checked = 0
     for document, start in ((documents[0], 0), (documents[1], 12)):
         for at in range(len(document) - 1):
@@ -56,15 +56,15 @@ def test_observing_true_features_equals_beginning_with_them() -> None:
     target, text = tiny_target(2), torch.randint(0, VOCAB, (1, 14))
     drafter = tiny_eagle3(target, 2)
     position = torch.arange(14)[None]
-    aux = target.encode(text, position, torch.zeros_like(text), {"aux"})["aux"]
-    chance, plan, roots = Seeded(0, torch.tensor([0])), Plan(Chain(length=4)), torch.tensor([7])
-    whole = drafter.begin(text, torch.tensor([14]), {"aux": aux}, target.head, 64)
-    expected = drafter.propose(whole, roots, plan, GREEDY, chance).tokens
-    state = drafter.begin(text[:, :6], torch.tensor([6]), {"aux": aux[:, :6]}, target.head, 64)
-    drafter.propose(state, text[:, 6], plan, GREEDY, chance)  # its drafted states must leave no trace
-    drafter.observe(state, Committed(text[:, 6:9], torch.tensor([3]), {"aux": aux[:, 6:9]}))
-    drafter.observe(state, Committed(text[:, 9:14], torch.tensor([5]), {"aux": aux[:, 9:14]}))  # proposed nothing in between
-    assert drafter.propose(state, roots, plan, GREEDY, chance).tokens.equal(expected)
+    aux = target.encode(text, position, torch.zeros_like(text), {"aux_hidden_states"})["aux_hidden_states"]
+    rng, plan, roots = SeededRng(0, torch.tensor([0])), Plan(Chain(length=4)), torch.tensor([7])
+    whole = drafter.begin(text, torch.tensor([14]), {"aux_hidden_states": aux}, target.head, 64)
+    expected = drafter.propose(whole, roots, plan, GREEDY, rng).tokens
+    state = drafter.begin(text[:, :6], torch.tensor([6]), {"aux_hidden_states": aux[:, :6]}, target.head, 64)
+    drafter.propose(state, text[:, 6], plan, GREEDY, rng)  # its drafted states must leave no trace
+    drafter.observe(state, Committed(text[:, 6:9], torch.tensor([3]), {"aux_hidden_states": aux[:, 6:9]}))
+    drafter.observe(state, Committed(text[:, 9:14], torch.tensor([5]), {"aux_hidden_states": aux[:, 9:14]}))  # proposed nothing in between
+    assert drafter.propose(state, roots, plan, GREEDY, rng).tokens.equal(expected)
 
 
 @torch.no_grad()
@@ -72,12 +72,12 @@ def test_growing_with_one_child_equals_the_chain_for_every_shape() -> None:
     target = tiny_target(3)
     drafter = tiny_eagle3(target, 3)
     prompt = torch.randint(0, VOCAB, (2, 8))
-    aux = target.encode(prompt, torch.arange(8).expand(2, -1), torch.zeros_like(prompt), {"aux"})
+    aux = target.encode(prompt, torch.arange(8).expand(2, -1), torch.zeros_like(prompt), {"aux_hidden_states"})
     shapes = [Chain(length=4), Static(children=(1, 1, 1, 1)), Dynamic(depth=4, beam=1, top_k=1, nodes=4)]
     trees = []
     for shape in shapes:
-        state = drafter.begin(prompt, torch.tensor([8, 5]), {"aux": aux["aux"]}, target.head, 64)
-        trees.append(drafter.propose(state, torch.tensor([1, 2]), Plan(shape), GREEDY, Seeded(0, torch.arange(2))).tokens)
+        state = drafter.begin(prompt, torch.tensor([8, 5]), {"aux_hidden_states": aux["aux_hidden_states"]}, target.head, 64)
+        trees.append(drafter.propose(state, torch.tensor([1, 2]), Plan(shape), GREEDY, SeededRng(0, torch.arange(2))).tokens)
     assert trees[0].equal(trees[1])
     assert trees[0].equal(trees[2])
 
@@ -89,10 +89,10 @@ def test_dynamic_tree_expands_each_path_as_a_chain_of_its_own() -> None:
     assert isinstance(drafter, Eagle3)
     text = torch.randint(0, VOCAB, (9,)).tolist()
     prompt = torch.tensor([text[:-1]])
-    aux = target.encode(prompt, torch.arange(8)[None], torch.zeros_like(prompt), {"aux"})
+    aux = target.encode(prompt, torch.arange(8)[None], torch.zeros_like(prompt), {"aux_hidden_states"})
     state = drafter.begin(prompt, torch.tensor([8]), aux, target.head, 64)
     shape = Dynamic(depth=3, beam=3, top_k=3, nodes=14)
-    tree = drafter.propose(state, torch.tensor(text[-1:]), Plan(shape), GREEDY, Seeded(0, torch.tensor([0])))
+    tree = drafter.propose(state, torch.tensor(text[-1:]), Plan(shape), GREEDY, SeededRng(0, torch.tensor([0])))
     for node in range(1, tree.tokens.shape[1]):
         first = tree.children[0, node, 0]
         if first >= 0:  # a node's first child is the likeliest continuation of its path, fed as draft states
@@ -105,8 +105,8 @@ def forced_draft(target: Target, drafter: Eagle3, text: list[int], drafted: list
     """The likeliest token after `drafted`, reached step by step through a chain that is forced to those tokens."""
     tokens = torch.tensor([text + drafted])
     batch = packed(target, [tokens[0].tolist()], [0])
-    batch.features["aux"][:, len(text) - 1 :] = 0  # the target has not seen the drafted tokens
-    hidden = list(drafter.unrolled(batch, target.head, len(drafted) + 1))[-1]
+    batch.features["aux_hidden_states"][:, len(text) - 1 :] = 0  # the target has not seen the drafted tokens
+    hidden = list(drafter.teacher_forced_states(batch, target.head, len(drafted) + 1))[-1]
     return int(drafter._guess(hidden)[0, len(text) - 2])
 
 
@@ -114,7 +114,7 @@ def test_labels_run_from_the_second_answer_token_to_the_end_of_each_document() -
     tokens = torch.arange(10)[None]
     document = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, -1]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 1, 1, 0]]).bool()
-    batch = Batch(tokens, mask, document, torch.zeros_like(tokens))
+    batch = TrainingBatch(tokens, mask, document, torch.zeros_like(tokens))
     labels, supervised = batch.ahead(2)
     assert labels[supervised].tolist() == [3, 4, 5, 8]  # token 2 and 7 come from the prefill
     assert batch.ahead(4)[0][batch.ahead(4)[1]].tolist() == [4, 5]
@@ -122,7 +122,7 @@ def test_labels_run_from_the_second_answer_token_to_the_end_of_each_document() -
 
 def test_a_few_steps_of_training_lower_the_loss_and_leave_the_target_alone() -> None:
     target = tiny_target(5)
-    drafter = tiny_eagle3(target, 5, unroll=3)
+    drafter = tiny_eagle3(target, 5, ttt_steps=3)
     text = torch.randint(0, VOCAB, (40,)).tolist()
     batch = packed(target, [text], [4])
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
@@ -138,7 +138,7 @@ def test_a_few_steps_of_training_lower_the_loss_and_leave_the_target_alone() -> 
 
 
 def test_unrolling_grows_with_training_progress() -> None:
-    drafter = Eagle3(Eagle3Config(unroll=5, unroll_ramp=(0.2, 0.6)), tiny_target().shape)
+    drafter = Eagle3(Eagle3Config(ttt_steps=5, ttt_ramp=(0.2, 0.6)), tiny_target().shape)
     assert [drafter._steps_at(progress) for progress in (0.0, 0.2, 0.4, 0.6, 1.0)] == [1, 1, 3, 5, 5]
 
 
@@ -147,7 +147,7 @@ def test_recomputing_activations_changes_no_gradient() -> None:
     batch = packed(target, [torch.randint(0, VOCAB, (20,)).tolist()], [3])
     grads = []
     for recompute in (False, True):
-        drafter = tiny_eagle3(target, 6, unroll=3, recompute=recompute)
+        drafter = tiny_eagle3(target, 6, ttt_steps=3, recompute=recompute)
         drafter.loss(batch, target.head).sum.backward()
         grads.append([p.grad for p in drafter.parameters()])
     for one, other in zip(*grads, strict=True):
@@ -179,7 +179,7 @@ def test_decoding_in_bf16_turns_by_the_frequencies_of_training() -> None:
 @pytest.mark.parametrize(("options", "said"), [
     ({"num_attention_heads": 3}, "num_attention_heads 3, num_key_value_heads 2"), ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
     ({"num_attention_heads": 0}, "num_attention_heads"), ({"intermediate_size": -4}, "intermediate_size"),
-    ({"unroll_ramp": [0.5, 1.5]}, "unroll_ramp"), ({"unroll_ramp": [0.6, 0.3]}, "ends before it begins"),
+    ({"ttt_ramp": [0.5, 1.5]}, "ttt_ramp"), ({"ttt_ramp": [0.6, 0.3]}, "ends before it begins"),
 ])  # fmt: skip
 def test_sizes_that_no_drafter_can_have_are_refused_in_one_line(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.grow import Frontier, Growth, grow
 
@@ -25,9 +25,9 @@ PAIRS: dict[str, tuple[Any, dict[int, Any]]] = {
 CASES = [
     (name, draws, levels)
     for name, (shape, parts) in PAIRS.items()
-    for draws in ("point", "iid", "without_replacement")
+    for draws in ("deterministic", "iid", "without_replacement")
     for levels in parts
-    if shape.shape != "dynamic" or draws == "point"
+    if shape.shape != "dynamic" or draws == "deterministic"
 ]
 TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(0)) * 2
 
@@ -41,7 +41,7 @@ def grown(shape: Any, draws: Any, calls: list[int], enough: Any = None) -> Growt
         return TABLE[frontier.tokens] + frontier.level
 
     plan = Plan(shape, draws, enough=enough, keep_states=True)
-    return grow(step, torch.tensor([1, 5, 7]), plan, Sampling(0.9), Seeded(3, torch.arange(B)), states=states)
+    return grow(step, torch.tensor([1, 5, 7]), plan, Sampling(0.9), SeededRng(3, torch.arange(B)), states=states)
 
 
 def always_at(level: int) -> Any:
@@ -55,7 +55,7 @@ def test_a_tree_that_every_row_ends_is_the_tree_of_the_shallower_shape(name: str
     ended, whole = grown(shape, draws, calls, always_at(levels)), grown(parts[levels], draws, fewer)
     assert calls == fewer == list(range(levels))  # the levels below are not even fed
     assert ended.tree.max_depth == levels
-    for field in ("tokens", "parents", "live", "law_of", "law_rows", "law_states"):
+    for field in ("tokens", "parents", "live", "probs_row", "draft_probs", "draft_states"):
         ours, theirs = vars(ended.tree)[field], vars(whole.tree)[field]
         assert (ours is None and theirs is None) or torch.equal(ours, theirs), field
     assert torch.equal(ended.fed, whole.fed)
@@ -63,12 +63,12 @@ def test_a_tree_that_every_row_ends_is_the_tree_of_the_shallower_shape(name: str
 
 
 def test_siblings_beyond_the_draft_vocabulary_are_dead() -> None:
-    tree = grown(Static(children=(V + 2, 1)), "point", []).tree
+    tree = grown(Static(children=(V + 2, 1)), "deterministic", []).tree
     assert tree.tokens[:, 1 : V + 1].sort().values.tolist() == [list(range(V))] * B
     assert tree.live[:, 1 : V + 1].all() and not tree.live[:, V + 1 : V + 3].any()
 
 
-@pytest.mark.parametrize("draws", ["point", "iid", "without_replacement"])
+@pytest.mark.parametrize("draws", ["deterministic", "iid", "without_replacement"])
 def test_the_mask_of_a_tree_that_ended_is_a_corner_of_the_whole_shapes_mask(draws: str) -> None:
     shape = Static(children=(3, 2, 2))
     corner = grown(shape, draws, [], always_at(2)).tree.layout()
@@ -87,7 +87,7 @@ def test_slices_of_a_fixed_shapes_mask_are_the_masks_built_level_by_level(name: 
         fed.append(frontier)
         return TABLE[frontier.tokens]
 
-    tree = grow(step, torch.tensor([1, 5, 7]), Plan(PAIRS[name][0]), Sampling(), Seeded(3, torch.arange(B))).tree
+    tree = grow(step, torch.tensor([1, 5, 7]), Plan(PAIRS[name][0]), Sampling(), SeededRng(3, torch.arange(B))).tree
     assert torch.equal(tree.ancestors, replace(tree, skeleton=None).ancestors)
     built = Frontier.of(tree.tokens[:, 0])
     for sliced in fed:
@@ -99,14 +99,14 @@ def test_slices_of_a_fixed_shapes_mask_are_the_masks_built_level_by_level(name: 
 def test_tokens_that_the_target_named_are_the_first_level_whatever_a_policy_thinks_of_it() -> None:
     first = torch.tensor([[9, 3], [0, 1], [2, 2]])
     shape, calls = Static(children=(3, 2)), list[int]()
-    plan = Plan(shape, first=first, stop=lambda level, logits: torch.ones(B, dtype=torch.bool) if level == 0 else torch.zeros(B).bool())
+    plan = Plan(shape, target_candidates=first, stop=lambda level, logits: torch.ones(B, dtype=torch.bool) if level == 0 else torch.zeros(B).bool())
 
     def step(frontier: Frontier) -> Tensor:
         calls.append(frontier.level)
         return TABLE[frontier.tokens]
 
-    tree = grow(step, torch.tensor([1, 5, 7]), plan, Sampling(), Seeded(3, torch.arange(B))).tree
-    assert tree.named and calls == [0, 1]
+    tree = grow(step, torch.tensor([1, 5, 7]), plan, Sampling(), SeededRng(3, torch.arange(B))).tree
+    assert tree.from_target and calls == [0, 1]
     assert torch.equal(tree.tokens[:, 1:3], first)
     assert tree.live[:, 1:4].tolist() == [[True, True, False]] * B  # the shape has room for three
     assert torch.equal(tree.tokens[:, 4:6], TABLE[first[:, 0]].topk(2).indices)
@@ -115,18 +115,18 @@ def test_tokens_that_the_target_named_are_the_first_level_whatever_a_policy_thin
 @pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(2, 2, 1)), Dynamic(depth=3, beam=2, top_k=2, nodes=20)])
 def test_rows_end_one_by_one_and_the_others_go_on(shape: Any) -> None:
     stops = torch.tensor([1, 3, 2])  # levels each row draws
-    tree = grown(shape, "point", [], lambda here, logits, states: here + 1 >= stops).tree
+    tree = grown(shape, "deterministic", [], lambda here, logits, states: here + 1 >= stops).tree
     for row, levels in enumerate(stops.tolist()):
         alive = tree.live[row].clone()
         alive[0] = False
         assert int(tree.depth[row][alive].max()) == levels
-    alone = grown(shape, "point", []).tree
+    alone = grown(shape, "deterministic", []).tree
     assert torch.equal(tree.tokens[1][tree.live[1]], alone.tokens[1][alone.live[1]])
 
 
 @pytest.mark.parametrize("shape", [Chain(length=3), Dynamic(depth=3, beam=2, top_k=2, nodes=20)])
 def test_a_row_that_ended_stays_ended_whatever_is_said_of_later_levels(shape: Any) -> None:
-    tree = grown(shape, "point", [], lambda here, logits, states: torch.tensor([here == 0, False, False])).tree
+    tree = grown(shape, "deterministic", [], lambda here, logits, states: torch.tensor([here == 0, False, False])).tree
     deepest = [int(tree.depth[row][tree.live[row]].max()) for row in range(B)]
     assert deepest == [1, 3, 3]
 

@@ -27,16 +27,16 @@ def hybrid(target: Target, **options: float) -> Hybrid:
     return Hybrid(HybridConfig(**options), tiny_drafter("eagle3", target))  # type: ignore[arg-type]
 
 
-def chain(tokens: list[int], reach: list[float], origin: int) -> Nodes:
-    return Nodes(tokens, list(range(len(tokens))), reach, [origin] * len(tokens))
+def chain(tokens: list[int], path_prob: list[float], proposer: int) -> Nodes:
+    return Nodes(tokens, list(range(len(tokens))), path_prob, [proposer] * len(tokens))
 
 
 def test_a_shared_prefix_stands_once_and_keeps_the_first_origin_and_the_better_chance() -> None:
     both = merged(chain([4, 5, 6], [0.9, 0.5, 0.2], TRAINED), chain([4, 5, 7], [0.7, 0.6, 0.5], FREE))
     assert both.tokens == [4, 5, 6, 7]
     assert both.parents == [0, 1, 2, 2]
-    assert both.origin == [TRAINED, TRAINED, TRAINED, FREE]
-    assert both.reach == [0.9, 0.6, 0.2, 0.5]
+    assert both.proposer == [TRAINED, TRAINED, TRAINED, FREE]
+    assert both.path_prob == [0.9, 0.6, 0.2, 0.5]
 
 
 def test_nodes_stay_while_their_chance_is_worth_their_cost_and_never_without_their_parent() -> None:
@@ -47,7 +47,7 @@ def test_nodes_stay_while_their_chance_is_worth_their_cost_and_never_without_the
 
 
 def test_the_trained_drafter_is_run_where_nothing_is_found_and_not_where_the_lookup_is_sure() -> None:
-    drafter = hybrid(tiny_target(), head_cost=0.4, node_cost=0.01)
+    drafter = hybrid(tiny_target(), draft_cost=0.4, node_cost=0.01)
     sure, nothing = chain([1] * 8, [0.95**k for k in range(1, 9)], FREE), chain([], [], FREE)
     assert drafter.wants_head(nothing, gain=1.0, budget=8)
     assert not drafter.wants_head(sure, gain=1.0, budget=8)
@@ -55,16 +55,16 @@ def test_the_trained_drafter_is_run_where_nothing_is_found_and_not_where_the_loo
 
 
 def test_the_trained_drafter_adds_less_where_the_lookup_is_half_sure_of_the_first_token() -> None:
-    drafter = hybrid(tiny_target(), head_cost=0.4, node_cost=0.0)
+    drafter = hybrid(tiny_target(), draft_cost=0.4, node_cost=0.0)
     assert drafter.wants_head(chain([1], [0.1], FREE), gain=0.6, budget=8)
     assert not drafter.wants_head(chain([1], [0.5], FREE), gain=0.6, budget=8)
 
 
 def test_chances_are_believed_as_far_as_they_came_true_and_never_above_their_parents() -> None:
     said = Nodes([1, 2, 3], [0, 1, 0], [0.8, 0.4, 0.1], [TRAINED] * 3)
-    assert believed(said, 1.0).reach == pytest.approx(said.reach)
-    assert believed(said, 0.5).reach == pytest.approx([0.4, 0.1, 0.05])
-    assert believed(said, 1.6).reach == pytest.approx([1.0, 0.8, 0.16])
+    assert believed(said, 1.0).path_prob == pytest.approx(said.path_prob)
+    assert believed(said, 0.5).path_prob == pytest.approx([0.4, 0.1, 0.05])
+    assert believed(said, 1.6).path_prob == pytest.approx([1.0, 0.8, 0.16])
 
 
 def test_what_came_true_is_counted_where_it_could_and_the_lookups_tokens_are_not_the_drafters() -> None:
@@ -99,18 +99,18 @@ def test_an_overconfident_drafter_is_believed_less_and_one_that_is_right_is_not(
     target = tiny_target()
     wrong = tiny_drafter("eagle3", target)
     torch.nn.init.normal_(wrong.lm_head.weight, std=3.0)  # sure of anything
-    dear = HybridConfig(head_cost=0.0, node_cost=0.0)
+    dear = HybridConfig(draft_cost=0.0, node_cost=0.0)
     assert watched(Hybrid(dear, wrong), 40).worth[0].trust < 0.5
     assert watched(Hybrid(dear, trained_drafter("eagle3", target, [PROMPT])), 24).worth[0].trust > 0.9
 
 
 def test_what_a_drafter_is_thought_to_add_comes_back_while_it_is_not_run() -> None:
     target = tiny_target()
-    drafter = hybrid(target, head_cost=1e6, head_gain=2.0)  # never worth its price
+    drafter = hybrid(target, draft_cost=1e6, draft_gain=2.0)  # never worth its price
     state = watched(drafter, 3)
     state.worth[0] = Worth(0.5, 3.0, 1.0)
     nothing = torch.zeros(1, 1, dtype=torch.long)
-    features = {"aux": torch.zeros(1, 1, 3 * 32)}
+    features = {"aux_hidden_states": torch.zeros(1, 1, 3 * 32)}
     drafter.observe(state, Committed(nothing, torch.ones(1, dtype=torch.long), features))
     assert state.worth[0] == Worth(pytest.approx(0.5 + 0.03 * 1.5), 3.0, 1.0)  # type: ignore[arg-type]
 
@@ -119,7 +119,7 @@ def test_a_drafter_that_is_never_right_is_soon_left_alone() -> None:
     target = tiny_target()
     drafter = tiny_drafter("eagle3", target)
     torch.nn.init.normal_(drafter.lm_head.weight, std=1.0)
-    decoder = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=SHAPE, hybrid=HybridConfig(head_cost=0.5)))
+    decoder = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=SHAPE, hybrid=HybridConfig(draft_cost=0.5)))
     (out,) = decoder.generate([PROMPT], max_new_tokens=60)
     alone = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=SHAPE)).generate([PROMPT], max_new_tokens=60)[0]
     assert out.statistics.drafter_calls < alone.statistics.drafter_calls / 2
@@ -133,14 +133,14 @@ def test_what_the_lookup_finds_stands_beside_what_the_trained_drafter_finds(shap
     if shape.shape == "static":  # a trained one finds all that the lookup does
         drafter = tiny_drafter("eagle3", target)
     trees: list[Tree] = []
-    runtime = RuntimeConfig(shape=shape, hybrid=HybridConfig(head_cost=0.01, node_cost=0.0))
+    runtime = RuntimeConfig(shape=shape, hybrid=HybridConfig(draft_cost=0.01, node_cost=0.0))
     SpeculativeDecoder(target, drafter, runtime).generate([prompt], 24, on_round=lambda tree, *rest: trees.append(tree))
-    origins = [set(tree.origin[tree.live].tolist()) for tree in trees if tree.origin is not None]
-    assert any({TRAINED, FREE} <= origin for origin in origins)
+    proposers = [set(tree.proposer[tree.live].tolist()) for tree in trees if tree.proposer is not None]
+    assert any({TRAINED, FREE} <= proposer for proposer in proposers)
     assert all(int(tree.live.sum()) - 1 <= shape.nodes for tree in trees)
 
 
-@pytest.mark.parametrize("given", [{"head_cost": "auto", "node_cost": "auto"}, {"head_cost": 0.25, "node_cost": "auto"}], ids=str)
+@pytest.mark.parametrize("given", [{"draft_cost": "auto", "node_cost": "auto"}, {"draft_cost": 0.25, "node_cost": "auto"}], ids=str)
 def test_prices_that_are_asked_for_are_measured_before_the_first_round(given: dict[str, Any]) -> None:
     target = tiny_target()
     trained = trained_drafter("eagle3", target, [PROMPT])
@@ -148,15 +148,15 @@ def test_prices_that_are_asked_for_are_measured_before_the_first_round(given: di
     decoder = SpeculativeDecoder(target, trained, RuntimeConfig(shape=SHAPE, hybrid=HybridConfig(**given)))
     drafter = decoder.drafter
     assert isinstance(drafter, Hybrid)
-    assert drafter.head_cost == given["head_cost"] if given["head_cost"] != "auto" else 0.01 < drafter.head_cost < 100
+    assert drafter.draft_cost == given["draft_cost"] if given["draft_cost"] != "auto" else 0.01 < drafter.draft_cost < 100
     assert drafter.node_cost != HybridConfig().node_cost and 0 <= drafter.node_cost < 1
-    assert decoder.prices == {name: getattr(drafter, name) for name, price in given.items() if price == "auto"}
+    assert decoder.hybrid_costs == {name: getattr(drafter, name) for name, price in given.items() if price == "auto"}
     assert (target.forwards, trained.calls) == (0, 0)  # what was measured with counts nowhere
     assert decoder.generate([PROMPT], 24)[0].tokens == SpeculativeDecoder(target).generate([PROMPT], 24)[0].tokens
 
 
-def test_any_draws_but_point_are_refused_beside_a_lookup() -> None:
-    with pytest.raises(Exception, match="point draws only"):
+def test_any_draws_but_deterministic_are_refused_beside_a_lookup() -> None:
+    with pytest.raises(Exception, match="deterministic draws only"):
         RuntimeConfig(shape=Chain(), draws="iid", hybrid=HybridConfig()).fitted(Sampling(1.0))
 
 
@@ -167,5 +167,5 @@ def test_a_chain_beside_a_lookup_is_verified_as_the_tree_it_may_become() -> None
     beside = HybridConfig()
     rule, _ = RuntimeConfig(shape=Chain(length=3), hybrid=beside).fitted(Sampling(0.8))
     assert rule.config.name == "recursive"
-    with pytest.raises(UserError, match="rule 'rejection' is not exact for point draws in a tree"):
+    with pytest.raises(UserError, match="rule 'rejection' is not exact for deterministic draws in a tree"):
         RuntimeConfig(shape=Chain(length=3), hybrid=beside, rule="rejection").fitted(Sampling(0.8))

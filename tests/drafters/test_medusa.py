@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Batch, Committed
+from drafttrain.core.types import Committed, TrainingBatch
 from drafttrain.drafters.medusa import Medusa, MedusaConfig, MedusaState
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
@@ -51,20 +51,20 @@ def begun(target: Target, drafter: Medusa, rows: Sequence[list[int]]) -> MedusaS
 def proposed(drafter: Medusa, state: MedusaState, shape: Shape, *roots: int) -> Tree:
     """One tree a row, below these roots; by default 0, 1, ..."""
     rows = torch.arange(len(state.last))
-    return drafter.propose(state, torch.tensor(roots) if roots else rows, Plan(shape), Sampling(), Seeded(0, rows))
+    return drafter.propose(state, torch.tensor(roots) if roots else rows, Plan(shape), Sampling(), SeededRng(0, rows))
 
 
 # -- training -------------------------------------------------------------------------------------------------------------------------
 
 
-def fresh_loss(target: Target, batch: Batch, heads: int, decay: float) -> Tensor:
+def fresh_loss(target: Target, batch: TrainingBatch, heads: int, decay: float) -> Tensor:
     """Sum of losses where every head at p says what the target's own head says there."""
-    law = target.head.logits(batch.features["last"]).log_softmax(-1)[0]
+    probs = target.head.logits(batch.features["last"]).log_softmax(-1)[0]
     total, weights = torch.zeros(()), [decay**head for head in range(heads)]
     for head, weight in enumerate(weights):
         for p in batch.ahead(head + 2)[1][0].nonzero()[:, 0].tolist():
-            teacher = law[p + 1 + head]
-            total += weight / sum(weights) * (teacher.exp() * (teacher - law[p])).sum()
+            teacher = probs[p + 1 + head]
+            total += weight / sum(weights) * (teacher.exp() * (teacher - probs[p])).sum()
     return total
 
 
@@ -116,7 +116,7 @@ def test_heads_learn_random_tokens_from_states_that_foretell_them_only_at_the_ri
     output = torch.cat([torch.eye(vocab), torch.zeros(vocab, heads * vocab)], 1)
     target = tiny_target(vocab_size=vocab, hidden_size=vocab * (heads + 1))
     head = TargetHead(output, output, None, None, target.config)
-    batch = Batch(tokens[:, :T], torch.ones(1, T).bool(), torch.zeros(1, T).long(), torch.arange(T)[None], {"last": last})
+    batch = TrainingBatch(tokens[:, :T], torch.ones(1, T).bool(), torch.zeros(1, T).long(), torch.arange(T)[None], {"last": last})
     drafter = Medusa(MedusaConfig(heads=heads), target.shape)
     loss = taught(drafter, batch, head, 150, torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0))
     assert loss.sum / loss.count < 0.05  # log(8) = 2.08 where the offset is wrong: the tokens are random
@@ -128,19 +128,19 @@ def test_only_heads_that_read_the_root_draft_what_follows_from_a_token_that_nobo
     vocab, T = 8, 96
     torch.manual_seed(0)
     drawn = torch.randint(0, vocab, (T,))
-    tokens = torch.stack([drawn, (3 * drawn + 1) % vocab], 1).flatten()  # a token from a flat law, and one that follows from it
+    tokens = torch.stack([drawn, (3 * drawn + 1) % vocab], 1).flatten()  # a token from a flat distribution, and one that follows from it
     follows = torch.arange(2 * T - 2) % 2 == 0
-    last = 6 * F.one_hot(tokens[1:-1], vocab).float() * follows[:, None]  # the target's law of the next token
+    last = 6 * F.one_hot(tokens[1:-1], vocab).float() * follows[:, None]  # the target's distribution of the next token
     target = tiny_target(vocab_size=vocab, hidden_size=vocab)
     head = TargetHead(torch.eye(vocab), torch.eye(vocab), None, None, target.config)
     answer, document, position = torch.ones(1, 2 * T - 2).bool(), torch.zeros(1, 2 * T - 2).long(), torch.arange(2 * T - 2)[None]
-    batch = Batch(tokens[None, :-2], answer, document, position, {"last": last[None]})
+    batch = TrainingBatch(tokens[None, :-2], answer, document, position, {"last": last[None]})
     found = {}
     for root in (False, True):
         drafter = Medusa(MedusaConfig(heads=1, root=root), target.shape)
         loss = taught(drafter, batch, head, 200, torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0))
         found[root] = float(loss.sum.detach() / loss.count)
-    assert found[False] > 0.8 and found[True] < 0.1, found  # half of the labels follow: KL 1.9 for who says a flat law there
+    assert found[False] > 0.8 and found[True] < 0.1, found  # half of the labels follow: KL 1.9 for who says a flat distribution there
 
 
 def test_labels_are_answer_tokens_after_the_first_and_head_i_stands_2_plus_i_before_them() -> None:
@@ -185,7 +185,7 @@ def test_training_walks_guess_what_decoding_drafts_at_every_token(options: dict[
     drafter = medusa(target, **options)
     documents = texts(10, 7)
     row = [token for document in documents for token in document]
-    guesses = drafter.walk(packed(target, documents, [0, 0]), target.head, 5)[0]
+    guesses = drafter.teacher_forced_drafts(packed(target, documents, [0, 0]), target.head, 5)[0]
     for start, document in ((0, documents[0]), (10, documents[1])):
         for at in range(len(document)):
             root = row[min(start + at + 1, len(row) - 1)]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
 from drafttrain.core.nodes import from_nodes, to_nodes
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.drafters.ngram import Ngram, NgramConfig, Text, expected
@@ -30,7 +30,7 @@ def tree(rows: list[list[int]], root: int, shape: Shape, sampling: Sampling | No
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     state = drafter.begin(padded, lengths, {}, target.head, 64)
     roots = torch.full((len(rows),), root)
-    return drafter.propose(state, roots, Plan(shape), sampling or Sampling(), Seeded(0, torch.arange(len(rows))))
+    return drafter.propose(state, roots, Plan(shape), sampling or Sampling(), SeededRng(0, torch.arange(len(rows))))
 
 
 def test_the_longest_match_wins_and_of_those_the_newest() -> None:
@@ -59,7 +59,7 @@ def test_matches_shorter_than_asked_are_not_drafted() -> None:
 def test_branches_begin_differently_and_share_a_prefix_in_no_node_twice() -> None:
     grown = tree([[3, 40, 41, 3, 50, 51, 3, 40, 42]], 3, Dynamic(depth=2, beam=2, top_k=2, nodes=6), branches=3)
     assert sorted(grown.tokens[0, grown.parents[0] == 0].tolist()) == [3, 40, 50]  # the root, and one node for each beginning
-    assert grown.draws == "point"
+    assert grown.draws == "deterministic"
 
 
 def test_a_row_without_a_match_drafts_nothing_and_the_tree_is_as_wide_as_the_widest_row() -> None:
@@ -79,20 +79,20 @@ def test_nodes_handed_over_on_the_host_are_those_of_the_tree(sampling: Sampling)
     def given() -> tuple[Any, ...]:
         tokens, lengths = torch.tensor([[*row, *[0] * (6 - len(row))] for row in rows]), torch.tensor([len(row) for row in rows])
         state = drafter.begin(tokens, lengths, {}, None, 64)  # type: ignore[arg-type]
-        return state, torch.tensor([6, 2]), Plan(shape), sampling, Seeded(0, torch.arange(2))
+        return state, torch.tensor([6, 2]), Plan(shape), sampling, SeededRng(0, torch.arange(2))
 
     found, tree = drafter.nodes(*given()), drafter.propose(*given())
     for here, there in zip(found, to_nodes(tree), strict=True):
-        assert here.tokens and (here.tokens, here.parents, here.origin) == (there.tokens, there.parents, there.origin)
-        assert here.reach == pytest.approx(there.reach)  # a tensor's are fp32
+        assert here.tokens and (here.tokens, here.parents, here.proposer) == (there.tokens, there.parents, there.proposer)
+        assert here.path_prob == pytest.approx(there.path_prob)  # a tensor's are fp32
     again = from_nodes(tree.tokens[:, 0], found, (tree.tokens.shape[1] - 1, 2))
-    assert all(torch.equal(vars(again)[name], vars(tree)[name]) for name in ("tokens", "parents", "live", "origin"))
+    assert all(torch.equal(vars(again)[name], vars(tree)[name]) for name in ("tokens", "parents", "live", "proposer"))
 
 
 def test_reliability_is_learnt_from_what_became_of_the_guess() -> None:
     row = text(1, 2, 3, 1, 2)
     (branch,) = row.branches(3, 1, 1, 3)  # guesses 1 2 3 after a match of 3
-    assert branch.reach[0] == pytest.approx(expected(3))
+    assert branch.path_prob[0] == pytest.approx(expected(3))
     row.extend([3, 1, 9])  # the root, one right guess, one wrong
     row.branches(4, 1, 1, 3)
     assert row.reliability.of(3) > expected(3)  # lengths 2 and 3 are judged together
@@ -113,7 +113,7 @@ def test_training_and_other_draws_are_refused() -> None:
     drafter = Ngram(NgramConfig(), tiny_target().shape)
     with pytest.raises(UserError, match="'ngram' has no weights"):
         drafter.loss(None, None)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"runtime.draws 'iid': this drafter makes point draws only"):
+    with pytest.raises(UserError, match=r"runtime.draws 'iid': this drafter makes deterministic draws only"):
         RuntimeConfig(shape=Chain(), draws="iid").fitted(Sampling(1.0), Ngram)
     with pytest.raises(UserError, match=r"shortest 4 is above drafter.longest 3"):
         Ngram(NgramConfig(shortest=4), tiny_target().shape)

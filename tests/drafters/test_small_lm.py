@@ -23,10 +23,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import in_precision
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed
@@ -84,7 +84,7 @@ def begun(target: Target, drafter: SmallLM, rows: Sequence[list[int]]) -> SmallL
 
 
 def proposed(drafter: Drafter, state: SmallLMState, roots: list[int], shape: Shape) -> Tree:
-    return drafter.propose(state, torch.tensor(roots), Plan(shape), Sampling(), Seeded(0, torch.arange(len(roots))))
+    return drafter.propose(state, torch.tensor(roots), Plan(shape), Sampling(), SeededRng(0, torch.arange(len(roots))))
 
 
 def texts(*lengths: int, seed: int = 3) -> list[list[int]]:
@@ -111,11 +111,11 @@ def test_a_drafter_of_all_the_target_layers_has_no_loss_and_guesses_the_target_n
     loss = drafter.loss(batch, target.head)
     assert loss.count == (12 - 4) + (9 - 3)  # the first token of an answer is never drafted
     assert abs(loss.sum / loss.count) < 1e-5  # KL(p || q) = 0 needs the same rows, positions, masks, scales, caps and biases
-    likeliest = target.head.logits(batch.features["last"]).argmax(-1)[0]
-    walk = drafter.walk(batch, target.head, 3)[0]
+    likeliest = target.head.logits(batch.features["last_hidden_state"]).argmax(-1)[0]
+    teacher_forced_drafts = drafter.teacher_forced_drafts(batch, target.head, 3)[0]
     for at in range(20 - 3):
-        assert walk[at].tolist() == likeliest[at + 1 : at + 4].tolist()
-    assert walk[19].tolist() == [int(likeliest[20]), -1, -1]  # the row ends: nothing is guessed there
+        assert teacher_forced_drafts[at].tolist() == likeliest[at + 1 : at + 4].tolist()
+    assert teacher_forced_drafts[19].tolist() == [int(likeliest[20]), -1, -1]  # the row ends: nothing is guessed there
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_training_walks_guess_what_decoding_drafts_while_it_is_right(name: str, 
     (first, *_), K = texts(4), 4
     document = first + _own_text(target, drafter, first, 10)  # every guess is right from the prompt's end on
     other = texts(6, seed=4)[0]
-    guesses = drafter.walk(packed(target, [other, document], [0, 0]), target.head, K)[0, len(other) :]
+    guesses = drafter.teacher_forced_drafts(packed(target, [other, document], [0, 0]), target.head, K)[0, len(other) :]
     for at in range(len(document) - 1):
         drafted = proposed(drafter, begun(target, drafter, [document[: at + 1]]), [document[at + 1]], Chain(length=K)).tokens[0, 1:]
         for step in range(K):
@@ -144,16 +144,16 @@ def _own_text(target: Target, drafter: SmallLM, prompt: list[int], new_tokens: i
 
 
 @torch.no_grad()
-def test_in_bf16_a_drafter_of_all_the_target_layers_has_its_law_at_long_positions_too() -> None:
+def test_in_bf16_a_drafter_of_all_the_target_layers_has_its_distribution_at_long_positions_too() -> None:
     target = Target(in_precision(tiny_llama(max_position_embeddings=2048), torch.device("cpu"), torch.bfloat16))
     drafter = SmallLM(SmallLMConfig(layers=3), target.shape)
     drafter.start_from(target.head, torch.ones(VOCAB))
     SpeculativeDecoder(target, drafter)  # brings it to the target's precision
     text = torch.randint(VOCAB, (2048,), generator=torch.Generator().manual_seed(0)).tolist()
     batch = packed(target, [text], [0])
-    states = next(iter(drafter.unrolled(batch, target.head, 1))).roll(1, 1)
+    states = next(iter(drafter.teacher_forced_states(batch, target.head, 1))).roll(1, 1)
     assert states.dtype == torch.bfloat16
-    torch.testing.assert_close(states, batch.features["last"])  # the same sums: nothing is rounded otherwise
+    torch.testing.assert_close(states, batch.features["last_hidden_state"])  # the same sums: nothing is rounded otherwise
 
 
 def test_the_label_at_each_token_is_the_next_one() -> None:
@@ -248,7 +248,7 @@ def test_after_any_acceptances_the_cache_equals_recomputation_from_scratch(name:
         if number == 9:
             observe(drafter, state, Committed(torch.arange(8).view(4, 2), torch.tensor([2, 1, 0, 2])), rows)
         if number % 3 == 0:  # in between the host has learnt nothing yet
-            state.settle([len(row) for row in rows])
+            state.set_lengths([len(row) for row in rows])
         roots = torch.randint(0, VOCAB, (4,), generator=generator).tolist()
         assert_as_if_read_afresh(target, drafter, state, rows)
     assert max(len(row) for row in rows) > 64

@@ -82,12 +82,12 @@ def test_rows_say_what_auto_prices_were_measured_to_be_but_are_asked_for_as_auto
         runtime = RuntimeConfig(shape=Chain(length=3), hybrid=HybridConfig(node_cost=node_cost))
         return Contender(label, SpeculativeDecoder(target(), contender().decoder.drafter, runtime))
 
-    priced = [beside_a_lookup("measured", "auto"), beside_a_lookup("fixed", 0.02)]
-    rows = evaluate(target(), priced, SUITE, CONFIG, tmp_path / "results.jsonl")
-    measured, fixed = (pick(rows, one.label).measured for one in priced)
-    assert measured.prices == {"node_cost": priced[0].decoder.drafter.node_cost}
+    with_costs = [beside_a_lookup("measured", "auto"), beside_a_lookup("fixed", 0.02)]
+    rows = evaluate(target(), with_costs, SUITE, CONFIG, tmp_path / "results.jsonl")
+    measured, fixed = (pick(rows, one.label).measured for one in with_costs)
+    assert measured.hybrid_costs == {"node_cost": with_costs[0].decoder.drafter.node_cost}
     assert measured.options == {"hybrid": {"node_cost": "auto"}}
-    assert fixed.prices is None
+    assert fixed.hybrid_costs is None
 
 
 def test_a_row_pools_what_the_decoder_itself_counts(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_row_pools_what_the_decoder_itself_counts(tmp_path: Path) -> None:
     assert row.measured.tokens == sum(one.tokens for one in statistics) == 2 * 19
     assert row.measured.nodes_per_round == 3.0
     assert (row.measured.draft_length, row.measured.slots) == (3, 3)
-    assert (row.measured.rule, row.measured.draws, row.measured.policy) == ("greedy", "point", "fixed")
+    assert (row.measured.rule, row.measured.draws, row.measured.policy) == ("greedy", "deterministic", "fixed")
     assert [sum(counts) for counts in zip(*row.measured.positions, strict=True)] == [row.measured.rounds, row.measured.tokens]
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from drafttrain.evaluation.check import Check, choice_letter, contains, final_answer, last_number, normalise, program, right
+from drafttrain.evaluation.check import AnswerCheck, choice_letter, contains, final_answer, last_number, normalise, program, right
 from drafttrain.evaluation.suites import load_suite
 
 CHECKABLE = load_suite("checkable")
@@ -51,24 +51,24 @@ def test_words_stand_whole_and_without_regard_to_case_accents_and_punctuation() 
 @pytest.mark.parametrize(
     ("check", "text", "verdict"),
     [
-        (Check("number", ("1,200",)), "That makes 1200 steps", True),
-        (Check("number", ("1,200",)), "That makes 1201 steps", False),
-        (Check("number", ("4",)), "four", False),
-        (Check("word", ("small", "little")), "It is little.", True),
-        (Check("word", ("small", "little")), "It is tiny.", False),
-        (Check("choice", ("b",)), "The answer is B", True),
-        (Check("choice", ("B",)), "The answer is C", False),
-        (Check("option", ("Negative",), ("Positive", "Negative")), "Negative, not positive", True),
-        (Check("option", ("Negative",), ("Positive", "Negative")), "Positive, not negative", False),
-        (Check("option", ("Negative",), ("Positive", "Negative")), "neither", False),
+        (AnswerCheck("number", ("1,200",)), "That makes 1200 steps", True),
+        (AnswerCheck("number", ("1,200",)), "That makes 1201 steps", False),
+        (AnswerCheck("number", ("4",)), "four", False),
+        (AnswerCheck("word", ("small", "little")), "It is little.", True),
+        (AnswerCheck("word", ("small", "little")), "It is tiny.", False),
+        (AnswerCheck("choice", ("b",)), "The answer is B", True),
+        (AnswerCheck("choice", ("B",)), "The answer is C", False),
+        (AnswerCheck("option", ("Negative",), ("Positive", "Negative")), "Negative, not positive", True),
+        (AnswerCheck("option", ("Negative",), ("Positive", "Negative")), "Positive, not negative", False),
+        (AnswerCheck("option", ("Negative",), ("Positive", "Negative")), "neither", False),
     ],
 )
-def test_right_and_wrong(check: Check, text: str, verdict: bool) -> None:
+def test_right_and_wrong(check: AnswerCheck, text: str, verdict: bool) -> None:
     assert right(check, text) is verdict
 
 
 def test_two_wrong_answers_differ_in_their_final_answer() -> None:
-    check = Check("number", ("4",))
+    check = AnswerCheck("number", ("4",))
     assert final_answer(check, "so 5") == final_answer(check, "5.0!") == "5"
     assert final_answer(check, "so 6") == "6"
 
@@ -88,14 +88,14 @@ TESTS = "def check(candidate):\n    assert candidate(2) == 4\ncheck(twice)\n"
     ],
 )
 def test_a_program_is_the_answers_code_with_the_headers_names_and_the_tests(text: str) -> None:
-    check = Check("code", (TESTS,), header=HEADER)
+    check = AnswerCheck("code", (TESTS,), header=HEADER)
     exec(program(check, text), {})
     with pytest.raises(AssertionError):
         exec(program(check, text.replace("return ", "return 1 + ")), {})
 
 
 def test_a_header_may_lack_a_docstring() -> None:
-    check = Check("code", ("assert twice(2) == 4",), header="def twice(x):\n")
+    check = AnswerCheck("code", ("assert twice(2) == 4",), header="def twice(x):\n")
     exec(program(check, "def twice(x):\n    return 2 * x"), {})
 
 

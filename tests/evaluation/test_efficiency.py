@@ -10,15 +10,15 @@ import pytest
 from drafttrain.core.plan import Chain
 from drafttrain.core.sampling import Sampling
 from drafttrain.evaluation import efficiency
-from drafttrain.evaluation.efficiency import TIMES, Replay, Round, measure
+from drafttrain.evaluation.efficiency import TIMES, RecordedRound, RoundReplay, measure
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.generate import DecodingLoop, Request
 from tests.evaluation.toys import contender, target
 
 PROMPT = [5, 9, 11, 30, 2, 7]
 
 
-def started(decoder: SpeculativeDecoder, limit: int = 20) -> Batch:
+def started(decoder: SpeculativeDecoder, limit: int = 20) -> DecodingLoop:
     batch = decoder.batch(Sampling())
     batch.start([Request(PROMPT, 0, limit)])
     return batch
@@ -27,7 +27,7 @@ def started(decoder: SpeculativeDecoder, limit: int = 20) -> Batch:
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_round_of_a_chain_of_k_replays_k_layers_k_heads_and_one_fusion(length: int) -> None:
     decoder = SpeculativeDecoder(target(), contender().decoder.drafter, RuntimeConfig(shape=Chain(length=length)))
-    batch, replay, names = started(decoder), Replay(decoder), Counter[str]()
+    batch, replay, names = started(decoder), RoundReplay(decoder), Counter[str]()
     with replay:
         batch.step()
     names.update(again.func.__name__ for again in replay.calls)  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ def test_replaying_every_round_changes_no_token() -> None:
     decoder = contender().decoder
     batch = started(decoder)
     while not batch.done:
-        with Replay(decoder):
+        with RoundReplay(decoder):
             batch.step()
     assert batch.written[0] == decoder.generate([PROMPT], 20)[0].tokens
 
@@ -62,14 +62,14 @@ def test_every_target_forward_is_replayed_at_its_own_shape(monkeypatch: pytest.M
 def test_nothing_is_watched_after_a_replay() -> None:
     decoder = contender().decoder
     before = len(target().backbone._forward_hooks)
-    with pytest.raises(KeyError), Replay(decoder):
+    with pytest.raises(KeyError), RoundReplay(decoder):
         raise KeyError
     assert decoder.drafter is not None
     assert (len(target().backbone._forward_hooks), decoder.drafter.watcher) == (before, None)
 
 
 def test_loop_efficiency_is_bare_forwards_over_the_round_and_drafting_is_over_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = [Round(0.10, 0.03, 0.06, 0.02), Round(0.20, 0.03, 0.10, 0.02), Round(0.05, 0.001, 0.045, 0.0)]
+    rounds = [RecordedRound(0.10, 0.03, 0.06, 0.02), RecordedRound(0.20, 0.03, 0.10, 0.02), RecordedRound(0.05, 0.001, 0.045, 0.0)]
     monkeypatch.setattr(efficiency, "_rounds", lambda *given: rounds)
     found = measure(contender().decoder, [PROMPT], Sampling(), 0)
     assert found is not None

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.check import Check
+from drafttrain.evaluation.check import AnswerCheck
 from drafttrain.evaluation.layouts import LAYOUTS
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.recipe import _content
@@ -82,7 +82,7 @@ def test_mt_bench_keeps_categories_and_reads_the_hubs_columns_too(tmp_path: Path
 
 def test_gsm8k_is_checked_by_the_number_behind_the_mark(tmp_path: Path) -> None:
     suite = load_suite(f"gsm8k:{written(tmp_path, 'gsm8k', '.jsonl')}")
-    assert [item.check for item in suite.items] == [Check("number", ("4",)), Check("number", ("1,200",))]
+    assert [item.check for item in suite.items] == [AnswerCheck("number", ("4",)), AnswerCheck("number", ("1,200",))]
     assert [item.turns for item in suite.items] == [("Two and two?",), ("How many steps?",)]
 
 
@@ -92,7 +92,7 @@ def test_humaneval_asks_for_the_function_and_keeps_its_tests(tmp_path: Path) -> 
     assert item.id == "HumanEval/0"
     assert record["prompt"].strip() in item.turns[0]
     assert record["canonical_solution"].strip() not in item.turns[0]
-    assert item.check == Check("code", (record["test"] + "\ncheck(twice)\n",), header=record["prompt"])
+    assert item.check == AnswerCheck("code", (record["test"] + "\ncheck(twice)\n",), header=record["prompt"])
 
 
 def test_alpaca_puts_the_input_below_the_instruction(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain
 from drafttrain.core.sampling import Sampling
 from drafttrain.evaluation.bench import EvaluationConfig, evaluate, judged_labels, read_rows
-from drafttrain.evaluation.check import Check
-from drafttrain.evaluation.quality import Judged, excess_surprisal, judge, pooled, read_text
+from drafttrain.evaluation.check import AnswerCheck
+from drafttrain.evaluation.quality import JudgedText, excess_surprisal, judge, pooled, read_text
 from drafttrain.evaluation.rows import Row, Sample
 from drafttrain.evaluation.runners import PLAIN, Contender, Facts
 from drafttrain.evaluation.suites import Suite
@@ -33,8 +33,8 @@ def test_the_targets_word_on_every_token_is_that_of_its_plain_forward() -> None:
     read = read_text(target(), PROMPT, tokens, Sampling())
     chosen = torch.tensor(tokens[1:])
     assert torch.equal(read.agreed, logits.argmax(-1) == chosen)
-    law = logits.softmax(-1)
-    naive = (law.max(-1).values / law.gather(-1, chosen[:, None])[:, 0]).log()
+    probs = logits.softmax(-1)
+    naive = (probs.max(-1).values / probs.gather(-1, chosen[:, None])[:, 0]).log()
     torch.testing.assert_close(read.excess, naive, rtol=1e-4, atol=1e-4)  # fp32 through two cache layouts
 
 
@@ -42,12 +42,12 @@ def test_the_targets_word_on_every_token_is_that_of_its_plain_forward() -> None:
 def test_excess_is_zero_in_expectation_where_plain_decoding_draws(sampling: Sampling) -> None:
     logits = 3 * torch.randn(1, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     every = excess_surprisal(logits.expand(20, -1), torch.arange(20), sampling)
-    assert float((sampling.law(logits)[0] * every).sum()) == pytest.approx(0, abs=1e-5)
+    assert float((sampling.probs(logits)[0] * every).sum()) == pytest.approx(0, abs=1e-5)
     assert every.isfinite().all()
     assert float(every.max()) > 1  # an unlikely token costs nats
 
 
-def test_excess_of_sampling_is_against_the_law_at_its_temperature() -> None:
+def test_excess_of_sampling_is_against_the_distribution_at_its_temperature() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0]])
     _, middle, high = (logits / 0.5).softmax(-1)[0].log().tolist()
     found = float(excess_surprisal(logits, torch.tensor([1]), Sampling(0.5, top_k=2)))
@@ -64,14 +64,14 @@ def test_excess_of_greedy_decoding_is_positive_but_for_the_argmax() -> None:
 
 def test_an_answer_of_the_prefills_token_alone_has_no_committed_tokens() -> None:
     judged = judge(target(), PROMPT, [4], "4", "4", None, Sampling())
-    assert judged == Judged(0, 0, 0.0)
+    assert judged == JudgedText(0, 0, 0.0)
     assert pooled([judged]) == {
         "tokens": 0, "argmax_agreement": None, "excess_kl": None, "checked": 0, "right": None, "compared": 0, "same_answer": None,
     }  # fmt: skip
 
 
 def test_shares_are_pooled_over_tokens_and_over_the_answers_that_could_be_checked() -> None:
-    judged = [Judged(10, 10, 0.0, True, True), Judged(30, 20, 8.0, False, True), Judged(40, 40, 0.0), Judged(20, 20, 2.0, False, None)]
+    judged = [JudgedText(10, 10, 0.0, True, True), JudgedText(30, 20, 8.0, False, True), JudgedText(40, 40, 0.0), JudgedText(20, 20, 2.0, False, None)]
     assert pooled(judged) == {
         "tokens": 100, "argmax_agreement": 0.9, "excess_kl": 0.1, "checked": 3, "right": 1 / 3, "compared": 2, "same_answer": 1.0,
     }  # fmt: skip
@@ -87,13 +87,13 @@ def test_shares_are_pooled_over_tokens_and_over_the_answers_that_could_be_checke
     ],
 )
 def test_an_answer_is_compared_with_the_right_one_and_with_plain_decodings(text: str, plain: str, right: bool, same: bool | None) -> None:
-    judged = judge(target(), PROMPT, [4, 5], text, plain, Check("number", ("4",)), Sampling())
+    judged = judge(target(), PROMPT, [4, 5], text, plain, AnswerCheck("number", ("4",)), Sampling())
     assert (judged.right, judged.same) == (right, same)
 
 
 @pytest.mark.parametrize(("body", "right"), [("return 2 * x", True), ("return 3 * x", False)])
 def test_programs_are_run_only_where_that_is_asked_for(body: str, right: bool) -> None:
-    check = Check("code", ("assert twice(2) == 4",), header="def twice(x):\n")
+    check = AnswerCheck("code", ("assert twice(2) == 4",), header="def twice(x):\n")
     text = f"```python\n    {body}\n```"
     assert judge(target(), PROMPT, [4, 5], text, text, check, Sampling(), execute=True).right is right
     assert judge(target(), PROMPT, [4, 5], text, text, check, Sampling()).right is None
@@ -122,7 +122,7 @@ def spoilt(label: str, runtime: RuntimeConfig, probability: float) -> Contender:
 def answered() -> Suite:
     """The toy suite, each item's answer being what plain decoding writes."""
     texts = [SpeculativeDecoder(target()).generate([item.turns[0]], max_new_tokens=20)[0].text for item in SUITE.items]
-    checks = [Check("word", (text,)) for text in texts]
+    checks = [AnswerCheck("word", (text,)) for text in texts]
     return Suite("answered", tuple(replace(item, check=check) for item, check in zip(SUITE.items, checks, strict=True)))
 
 
@@ -171,7 +171,7 @@ def test_samples_and_rows_written_before_quality_was_measured_are_still_read(tmp
     old = sample("a", "mine", 1.0, 4, 2).to_json()
     del old["quality"]
     assert Sample.from_json(old) == sample("a", "mine", 1.0, 4, 2)
-    judged = sample("a", "mine", 1.0, 4, 2, quality=Judged(4, 3, 0.5, True, False))
+    judged = sample("a", "mine", 1.0, 4, 2, quality=JudgedText(4, 3, 0.5, True, False))
     assert Sample.from_json(json.loads(json.dumps(judged.to_json()))) == judged
     (row, *_) = evaluate(target(), [], SUITE, CONFIG, tmp_path / "results.jsonl")
     written = row.to_json()

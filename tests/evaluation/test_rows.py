@@ -201,7 +201,7 @@ def test_speed_ups_are_given_against_every_baseline_of_the_run() -> None:
 
 def test_rows_written_before_a_field_was_added_are_read_with_its_default() -> None:
     row = rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"]
-    added = {"policy", "tau_interval", "positions", "quality", "repeat_intervals", "prices"}
+    added = {"policy", "tau_interval", "positions", "quality", "repeat_intervals", "hybrid_costs"}
     before = {key: value for key, value in row.to_json().items() if key not in added}
     assert Row.from_json(before, "here") == replace(row, measured=replace(row.measured, tau_interval=None, repeat_intervals={}))
 
@@ -220,7 +220,7 @@ def test_one_prompt_alone_has_no_interval() -> None:
 def rows_of(*samples: Sample) -> dict[tuple[str, str, str], Row]:
     shape = {"shape": "chain", "length": 4}
     facts = {label: Facts() for label in (PLAIN, GENERATE) if any(one.label == label for one in samples)}
-    facts |= {"mine": Facts("eagle3", "cafe", "greedy", True, "point", shape, 4, 4)}
+    facts |= {"mine": Facts("eagle3", "cafe", "greedy", True, "deterministic", shape, 4, 4)}
     efficiency = {"mine": Efficiency(0.10, 0.8, 1.5)}
     rows = make_rows(samples, facts, efficiency, SETTING)
     return {(row.measured.label, row.measured.task, row.measured.outputs): row for row in rows}

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored
 from drafttrain.evaluation import rule_rows, rules
 from drafttrain.evaluation.bench import EvaluationConfig
 from drafttrain.evaluation.limits import ACCEPTANCE
-from drafttrain.evaluation.report import render, stale
 from drafttrain.evaluation.rule_rows import RuleRow, read_rule_rows
-from drafttrain.evaluation.rule_tables import figures_table, rules_table
-from drafttrain.evaluation.rules import Judge, Judged, Levels, compare, judge_rounds, judges, replay_rules
+from drafttrain.evaluation.rules import Levels, RuleOnTrial, RuleOutcome, compare, judge_rounds, judges, replay_rules
 from drafttrain.evaluation.runners import Contender
+from drafttrain.report.rule_tables import figures_table, rules_table
+from drafttrain.report.tables import render, stale
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.rounds import Laws, RoundLog, joined, log_rounds
+from drafttrain.runtime.rounds import LoggedProbs, RoundLog, joined, log_rounds
 from drafttrain.verify import RULES, build
 from drafttrain.verify.multidraft import limit
 from tests.evaluation.toys import SUITE, contender, target
@@ -35,22 +35,22 @@ WARM = Sampling(temperature=0.9)
 PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43], [7, 7]]
 
 
-def rule(name: str, form: Any = "whole", **options: Any) -> Judge:
-    return Judge(build(RULES[name].Config(name=name, **options)), form)
+def rule(name: str, form: Any = "whole", **options: Any) -> RuleOnTrial:
+    return RuleOnTrial(build(RULES[name].Config(name=name, **options)), form)
 
 
-def logged(folder: Path, shape: Any, new: int = 40, sampling: Sampling = WARM, **runtime: Any) -> tuple[RoundLog, Laws]:
+def logged(folder: Path, shape: Any, new: int = 40, sampling: Sampling = WARM, **runtime: Any) -> tuple[RoundLog, LoggedProbs]:
     drafter = contender().decoder.drafter
     assert drafter is not None
     decoder = SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape, **runtime))
     log = log_rounds(decoder, PROMPTS * 3, sampling, new, folder, "d")
-    return log, Laws(log.info, drafter, target().head)
+    return log, LoggedProbs(log.info, drafter, target().head)
 
 
 @pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2)), Dynamic(depth=3, beam=2, top_k=3, nodes=7)])
 def test_a_rule_replayed_on_its_own_rounds_gives_the_accepted_length_that_decoding_logged(shape: Any, tmp_path: Path) -> None:
-    log, laws = logged(tmp_path, shape)
-    (judged,) = judge_rounds(log, laws, [rule(log.info.rule)], chances=32, seed=7)
+    log, logged_probs = logged(tmp_path, shape)
+    (judged,) = judge_rounds(log, logged_probs, [rule(log.info.rule)], chances=32, seed=7)
     accepted = torch.cat([part.accepted for part in log.parts()]).numpy()
     residual = accepted - judged.lengths  # of mean 0, whatever the tree
     assert abs(residual.mean()) < 3 * residual.std() / np.sqrt(len(residual))
@@ -59,11 +59,11 @@ def test_a_rule_replayed_on_its_own_rounds_gives_the_accepted_length_that_decodi
 
 
 def test_rejection_has_its_closed_form_on_chains_and_recursive_agrees(tmp_path: Path) -> None:
-    log, laws = logged(tmp_path, Chain(length=3))
+    log, logged_probs = logged(tmp_path, Chain(length=3))
     rounds = joined(list(log.parts()))
     assert rounds.q is not None
     stands = (rounds.p / rounds.q)[:, 1:].clamp_max(1).double().cumprod(1)  # [n, K]
-    rejection, recursive = judge_rounds(log, laws, [rule("rejection"), rule("recursive")], chances=400)
+    rejection, recursive = judge_rounds(log, logged_probs, [rule("rejection"), rule("recursive")], chances=400)
     noise = rejection.lengths.std() / np.sqrt(400)
     assert abs(rejection.lengths.mean() - stands.sum(1).mean().item()) < 0.02
     np.testing.assert_allclose(rejection.lengths, stands.sum(1).numpy(), atol=5 * max(noise, 0.07))
@@ -72,23 +72,23 @@ def test_rejection_has_its_closed_form_on_chains_and_recursive_agrees(tmp_path: 
 
 
 def test_the_first_chain_of_a_tree_is_judged_as_the_chain_it_is(tmp_path: Path) -> None:
-    log, laws = logged(tmp_path, Static(children=(3, 2)))
+    log, logged_probs = logged(tmp_path, Static(children=(3, 2)))
     rounds = joined(list(log.parts()))
     assert rounds.q is not None
     nodes = [1, 4]  # first child of the root, its first child
     stands = (rounds.p / rounds.q)[:, nodes].clamp_max(1).cumprod(1).sum(1)
-    (chain,) = judge_rounds(log, laws, [rule("rejection", "first chain")], chances=200)
+    (chain,) = judge_rounds(log, logged_probs, [rule("rejection", "first chain")], chances=200)
     assert abs(chain.lengths.mean() - stands.mean().item()) < 0.02
     np.testing.assert_allclose(chain.lengths, stands.numpy(), atol=0.25)
 
 
 def test_the_result_does_not_depend_on_how_rounds_and_chances_are_grouped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, laws = logged(tmp_path, Static(children=(3, 2)), new=12)
+    log, logged_probs = logged(tmp_path, Static(children=(3, 2)), new=12)
     every = [rule("recursive"), rule("rejection", "first chain")]
-    whole = judge_rounds(log, laws, every, chances=6, seed=1)
+    whole = judge_rounds(log, logged_probs, every, chances=6, seed=1)
     for elements in (1, 64 * 14 * 4, 64 * 14 * 20):
         monkeypatch.setattr(rules, "ELEMENTS", elements)
-        for one, other in zip(judge_rounds(log, laws, every, chances=6, seed=1), whole, strict=True):
+        for one, other in zip(judge_rounds(log, logged_probs, every, chances=6, seed=1), whole, strict=True):
             np.testing.assert_array_equal(one.lengths, other.lengths)
 
 
@@ -112,7 +112,7 @@ def test_intervals_are_over_prompts_and_differences_are_paired() -> None:
     rng = np.random.default_rng(0)
     prompt = np.repeat(np.arange(40), 25)
     base = rng.normal(2, 0.5, 1000) + rng.normal(0, 1, 40)[prompt]  # prompts differ far more than rules
-    first, second = (Judged(rule("recursive"), lengths, np.zeros(2)) for lengths in (base, base + 0.05 + rng.normal(0, 0.01, 1000)))
+    first, second = (RuleOutcome(rule("recursive"), lengths, np.zeros(2)) for lengths in (base, base + 0.05 + rng.normal(0, 0.01, 1000)))
     own, other = compare([first, second], prompt)
     assert own.tau.value == pytest.approx(base.mean() + 1)
     assert own.difference.value == own.difference.low == 0
@@ -131,7 +131,7 @@ def test_rows_name_what_was_measured_and_rounds_are_logged_once(tmp_path: Path) 
     rows, left_out = replay_rules(target(), both, SUITE, config, tmp_path, chances=4)
     assert any(note.startswith("greedy: for temperature 0 only") for note in left_out)
     assert {row.contender for row in rows} == {"chain", "tree"}
-    assert all(row.prompts == 4 and row.law_gap < 1e-5 for row in rows)
+    assert all(row.prompts == 4 and row.probs_gap < 1e-5 for row in rows)
     by_rule = {row.rule: row for row in rows if row.contender == "chain"}
     assert by_rule["rejection"].decoded_by == "rejection"
     assert by_rule["rejection"].tau.value == pytest.approx(by_rule["rejection"].decoded_tau, abs=0.3)
@@ -157,22 +157,22 @@ TOP_DOWN = [("recursive", {}), ("recursive", {"naive": True}), ("multidraft", {}
 def test_the_acceptance_that_is_set_beside_the_limit_is_the_rules_own(name: str, options: dict[str, Any], K: int) -> None:
     """On 100,000 draws of K iid siblings: to 5 standard errors."""
     p, q = torch.tensor([[0.4, 0.05, 0.3, 0.1, 0.1, 0.05], [0.1, 0.4, 0.2, 0.05, 0.05, 0.2]])
-    chance = Seeded(K, torch.arange(ROWS))
-    drawn = chance.draw(q.expand(ROWS, 1, -1), K, replace=True)[:, 0]
+    rng = SeededRng(K, torch.arange(ROWS))
+    drawn = rng.draw(q.expand(ROWS, 1, -1), K, replace=True)[:, 0]
     tokens = torch.cat([torch.zeros(ROWS, 1).long(), drawn], 1)
     zeros = torch.zeros_like(tokens)
-    tree = Tree(tokens, zeros, zeros == 0, "iid", 1, K, law_rows=q.expand(ROWS, 1, -1), law_of=zeros)
+    tree = Tree(tokens, zeros, zeros == 0, "iid", 1, K, draft_probs=q.expand(ROWS, 1, -1), probs_row=zeros)
     judge = rule(name, **options)
-    verdict = judge.rule(tree, Scored(p.log().expand(ROWS, K + 1, -1), Sampling(1.0)), chance)
+    verdict = judge.rule(tree, Scored(p.log().expand(ROWS, K + 1, -1), Sampling(1.0)), rng)
     expected = float(ACCEPTANCE[name](judge.rule.config, p[None], q[None], K)[0])
     assert abs(verdict.length.double().mean().item() - expected) < 5 * np.sqrt(0.25 / ROWS)
-    assert expected <= float(limit(p, q, K)) + 1e-6  # fp32 laws
+    assert expected <= float(limit(p, q, K)) + 1e-6  # fp32 distributions
 
 
 def test_the_limit_stands_beside_acceptance_at_the_nodes_whose_children_were_tried(tmp_path: Path) -> None:
-    log, laws = logged(tmp_path, Static(children=(3, 2)), draws="iid")
+    log, logged_probs = logged(tmp_path, Static(children=(3, 2)), draws="iid")
     recursive, multidraft, traversal, chain = judge_rounds(
-        log, laws, [rule("recursive"), rule("multidraft"), rule("traversal"), rule("rejection", "first chain")], chances=32
+        log, logged_probs, [rule("recursive"), rule("multidraft"), rule("traversal"), rule("rejection", "first chain")], chances=32
     )
     assert traversal.levels is None and chain.levels is None  # not top-down; another tree
     own, other = recursive.levels, multidraft.levels
@@ -187,19 +187,19 @@ def test_the_limit_stands_beside_acceptance_at_the_nodes_whose_children_were_tri
         assert own.accepted[:, level].sum() / own.visits[:, level].sum() == pytest.approx(stood, abs=0.08)
 
 
-def test_the_limit_of_a_round_is_that_of_the_laws_at_its_nodes(tmp_path: Path) -> None:
-    log, laws = logged(tmp_path, Static(children=(2,)), draws="iid", new=8)
-    (judged,) = judge_rounds(log, laws, [rule("recursive")], chances=2)
+def test_the_limit_of_a_round_is_that_of_the_distributions_at_its_nodes(tmp_path: Path) -> None:
+    log, logged_probs = logged(tmp_path, Static(children=(2,)), draws="iid", new=8)
+    (judged,) = judge_rounds(log, logged_probs, [rule("recursive")], chances=2)
     rounds = joined(list(log.parts()))
-    tree, p = laws.tree(rounds), log.info.sampling.law(laws.logits(rounds))
-    assert judged.levels is not None and tree.law_rows is not None
-    np.testing.assert_allclose(judged.levels.limit[:, 0], limit(p[:, 0], tree.law_rows[:, 0], 2).numpy(), atol=1e-9)
+    tree, p = logged_probs.tree(rounds), log.info.sampling.probs(logged_probs.logits(rounds))
+    assert judged.levels is not None and tree.draft_probs is not None
+    np.testing.assert_allclose(judged.levels.limit[:, 0], limit(p[:, 0], tree.draft_probs[:, 0], 2).numpy(), atol=1e-9)
 
 
 def test_shares_of_the_limit_are_pooled_over_visits_and_their_intervals_over_prompts() -> None:
     visits = np.array([[1.0, 0.5], [1.0, 0.0], [1.0, 1.0]])
     most, accepted = visits * [[0.8, 0.5]], visits * [[0.4, 0.5]]
-    both = [Judged(rule("recursive"), np.ones(3), np.zeros(2), Levels(visits, most, accepted))]
+    both = [RuleOutcome(rule("recursive"), np.ones(3), np.zeros(2), Levels(visits, most, accepted))]
     (one,) = compare(both, np.array([0, 0, 1]))
     np.testing.assert_allclose(one.limit, (0.8, 0.5))
     np.testing.assert_allclose(one.accepted, (0.4, 0.5))
@@ -276,8 +276,8 @@ def test_rows_tell_what_was_accepted_of_the_answers_that_do_not_loop(tmp_path: P
     log = RoundLog.open(tmp_path / "rounds" / rows[0].log)
     prompt = torch.cat([part.prompt for part in log.parts()]).numpy()
     assert rows[0].looping == 1 / len(SUITE.items)
-    laws = Laws(log.info, contender().decoder.drafter, target().head)
-    (judged,) = judge_rounds(log, laws, [rule("recursive")], chances=2)
+    logged_probs = LoggedProbs(log.info, contender().decoder.drafter, target().head)
+    (judged,) = judge_rounds(log, logged_probs, [rule("recursive")], chances=2)
     calm = [row.not_looping for row in rows if row.log == rows[0].log]
     assert calm[0] is not None and calm[0].tau.value == pytest.approx(judged.lengths[prompt != 0].mean() + 1)
     assert calm[0].tau != rows[0].tau

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.check import Check
+from drafttrain.evaluation.check import AnswerCheck
 from drafttrain.evaluation.suites import Item, Suite, load_suite, read_item
 
 BUILTIN = load_suite("builtin")
@@ -111,28 +111,28 @@ def test_a_selection_keeps_the_first_items_of_each_task_and_the_first_turns() ->
 
 
 def test_an_answer_belongs_to_the_last_turn_and_goes_where_that_is_not_asked() -> None:
-    suite = Suite("mine", (Item("a", "t", ("one", "two"), check=Check("word", ("yes",))),))
+    suite = Suite("mine", (Item("a", "t", ("one", "two"), check=AnswerCheck("word", ("yes",))),))
     assert suite.select(turns=1).items[0].check is None
     assert suite.select(turns=2).items[0].check == suite.select().items[0].check == suite.items[0].check
 
 
 def test_how_an_answer_is_checked_follows_from_the_answer_unless_it_is_said() -> None:
-    def read(**more: Any) -> Check | None:
+    def read(**more: Any) -> AnswerCheck | None:
         return read_item(json.dumps({"id": "x", "task": "t", "prompt": "p", **more}), "here").check
 
     assert read() is None
-    assert read(answer="1,200") == Check("number", ("1,200",))
-    assert read(answer=26) == Check("number", ("26",))
-    assert read(answer="carbon dioxide") == Check("word", ("carbon dioxide",))
-    assert read(answer="32", check="word") == Check("word", ("32",))
-    assert read(answer=["Leonardo", "da Vinci"]) == Check("word", ("Leonardo", "da Vinci"))
-    assert read(answer="yes", check="option", options=["yes", "no"]) == Check("option", ("yes",), ("yes", "no"))
+    assert read(answer="1,200") == AnswerCheck("number", ("1,200",))
+    assert read(answer=26) == AnswerCheck("number", ("26",))
+    assert read(answer="carbon dioxide") == AnswerCheck("word", ("carbon dioxide",))
+    assert read(answer="32", check="word") == AnswerCheck("word", ("32",))
+    assert read(answer=["Leonardo", "da Vinci"]) == AnswerCheck("word", ("Leonardo", "da Vinci"))
+    assert read(answer="yes", check="option", options=["yes", "no"]) == AnswerCheck("option", ("yes",), ("yes", "no"))
 
 
 @pytest.mark.parametrize(
-    "change", [{"turns": ("other",)}, {"task": "other"}, {"before": (("system", "other"),)}, {"check": Check("word", ("other",))}]
+    "change", [{"turns": ("other",)}, {"task": "other"}, {"before": (("system", "other"),)}, {"check": AnswerCheck("word", ("other",))}]
 )
 def test_suites_that_ask_something_else_or_accept_other_answers_have_another_hash(change: dict[str, Any]) -> None:
-    fields: dict[str, Any] = {"id": "a", "task": "t", "turns": ("one",), "check": Check("word", ("one",))}
+    fields: dict[str, Any] = {"id": "a", "task": "t", "turns": ("one",), "check": AnswerCheck("word", ("one",))}
     assert Suite("x", (Item(**fields),)).hash == Suite("y", (Item(**fields),)).hash
     assert Suite("x", (Item(**fields),)).hash != Suite("x", (Item(**{**fields, **change}),)).hash

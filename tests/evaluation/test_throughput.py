@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 
 from drafttrain.core.plan import Chain, Dynamic, Static
-from drafttrain.drafters import build
-from drafttrain.drafters.hybrid import HybridConfig
-from drafttrain.drafters.ngram import NgramConfig
-from drafttrain.evaluation.forecast import (
+from drafttrain.design.forecast import (
     answer,
     forecast,
     midway,
@@ -18,6 +15,9 @@ from drafttrain.evaluation.forecast import (
     spread,
     texts_of,
 )
+from drafttrain.drafters import build
+from drafttrain.drafters.hybrid import HybridConfig
+from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.evaluation.throughput import Forecast, best, break_even, frontier
 from drafttrain.runtime.costs import Played, RoundCost, ScoreCurve, cost_of, round_costs, score_curve
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
@@ -71,7 +71,7 @@ def test_replay_counts_what_greedy_decoding_counts_with_every_tree(family: str, 
     assert family != "fitted eagle3" or got.tau > 1.2
 
 
-@pytest.mark.parametrize("hybrid", [None, HybridConfig(head_cost=50.0), HybridConfig(head_cost=0.1)], ids=["ngram", "dear", "cheap"])
+@pytest.mark.parametrize("hybrid", [None, HybridConfig(draft_cost=50.0), HybridConfig(draft_cost=0.1)], ids=["ngram", "dear", "cheap"])
 @pytest.mark.parametrize("prompts", [1, 4])
 def test_replay_goes_through_rounds_in_which_nothing_is_drafted(prompts: int, hybrid: HybridConfig | None) -> None:
     drafter = build(NgramConfig(), target().shape) if hybrid is None else contender().decoder.drafter
@@ -123,7 +123,7 @@ def test_replay_asks_the_target_for_nothing() -> None:
 
 def test_a_curve_is_measured_at_every_number_of_nodes_and_leaves_no_trace() -> None:
     before = target().forwards
-    curve = score_curve(target(), 20, {"aux"}, passes=2, nodes=(1, 3, 6))
+    curve = score_curve(target(), 20, {"aux_hidden_states"}, passes=2, nodes=(1, 3, 6))
     assert curve.nodes == (1, 3, 6)
     assert min(curve.seconds) > 0
     assert target().forwards - before == 1 + (2 + 3) * 3  # the prefill; warm-up and passes
@@ -157,7 +157,7 @@ def test_nodes_and_calls_of_real_rounds_are_counted() -> None:
     decoders = [SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape)) for shape in (Chain(length=3), few)]
     plain, three, tree = round_costs([SpeculativeDecoder(target()), *decoders], PROMPTS[:2], 12, rounds=4)
     assert (set(plain.nodes), set(three.nodes), set(tree.nodes)) == ({0}, {3}, {6})
-    runtime = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=6), hybrid=HybridConfig(head_cost=50.0))  # never worth it
+    runtime = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=6), hybrid=HybridConfig(draft_cost=50.0))  # never worth it
     (lone,) = round_costs([SpeculativeDecoder(target(), drafter, runtime)], PROMPTS[:2], 12, rounds=4)
     assert lone.nodes.count(0) > len(lone.nodes) / 2  # nothing was looked up, and the trained drafter is too dear
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from drafttrain.core.chance import Chance
 from drafttrain.core.plan import Chain, Plan
+from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
@@ -62,7 +62,7 @@ def target() -> Target:
 @lru_cache
 def contender(label: str = "eagle3 chain-3", length: int = 3) -> Contender:
     prompts = [Letters()(item.turns[0])["input_ids"] for item in SUITE.items]
-    drafter = fitted(tiny_eagle3(target(), unroll=3), target(), prompts, new_tokens=20, steps=30)
+    drafter = fitted(tiny_eagle3(target(), ttt_steps=3), target(), prompts, new_tokens=20, steps=30)
     return Contender(label, SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=Chain(length=length))))
 
 
@@ -76,7 +76,7 @@ class Trusting(Rule):
     Config = TrustingConfig
     lossless = False
 
-    def __call__(self, tree: Tree, scored: Scored, chance: Chance) -> Verdict:
+    def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         B, N = tree.tokens.shape
         every = torch.full((B,), N - 1)
         return Verdict(torch.arange(1, N).expand(B, -1), every, scored.top[:, N - 1])

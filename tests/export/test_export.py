@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Plan
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig
@@ -44,9 +44,9 @@ def drafted(drafter: SmallLM, target: Target) -> list[int]:
     """A greedy chain behind the prompt, whose last token is the root."""
     lengths = torch.tensor([len(PROMPT) - 1])
     state = drafter.begin(torch.tensor([PROMPT[:-1]]), lengths, {}, target.head, 64)
-    plan = Plan(Chain(length=LENGTH), "point")
+    plan = Plan(Chain(length=LENGTH), "deterministic")
     with torch.inference_mode():
-        tree = drafter.propose(state, torch.tensor(PROMPT[-1:]), plan, Sampling(), Seeded(0, torch.tensor([0])))
+        tree = drafter.propose(state, torch.tensor(PROMPT[-1:]), plan, Sampling(), SeededRng(0, torch.tensor([0])))
     return tree.tokens[0, 1:].tolist()
 
 
@@ -97,12 +97,12 @@ def test_every_format_says_how_it_is_used() -> None:
 
 def test_a_card_names_target_and_options_and_says_where_nothing_was_measured(tmp_path: Path, target: Target) -> None:
     notes = {"step": 1200, "tokens": 34000, "train": TrainConfig(steps=1200).model_dump(mode="json"), "held_out_tau": 1.234, "length": 2}
-    save_drafter(tiny_eagle3(target, unroll=3), tmp_path / "drafter", {**notes, "held_out_alpha": [0.2, 0.1]})
+    save_drafter(tiny_eagle3(target, ttt_steps=3), tmp_path / "drafter", {**notes, "held_out_alpha": [0.2, 0.1]})
     hub = TargetConfig(model="someone/model")
     text = card("native", tmp_path / "drafter", Story("mine", hub, "3 conversations", tmp_path / "results.jsonl", "0.1"))
     for said in (
         "# mine", "base_model: someone/model", target.fingerprint, "1,200 steps over 34,000 tokens",
-        "a chain of 2 has accepted length 1.23", "alpha 0.20 0.10", "3 conversations", "- `unroll`: 3", "Not measured yet",
+        "a chain of 2 has accepted length 1.23", "alpha 0.20 0.10", "3 conversations", "- `ttt_steps`: 3", "Not measured yet",
         'from_pretrained("someone/model"',
     ):  # fmt: skip
         assert said in text

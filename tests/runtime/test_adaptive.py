@@ -15,9 +15,9 @@ from drafttrain.drafters.base import CATCH_UP, Drafter
 from drafttrain.drafters.medusa import Medusa, MedusaConfig
 from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.generate import DecodingLoop, Request
 from drafttrain.runtime.policy import LONGEST_PAUSE, PAUSE, PLAIN_PROBE, PROBE, RENEW, Adaptive
-from drafttrain.runtime.stats import History, Round
+from drafttrain.runtime.stats import History, PastRound
 from drafttrain.target.adapter import Target
 from tests.tiny import fitted, greedy_text, tiny_eagle3, tiny_target
 
@@ -28,7 +28,7 @@ def random_drafter(family: str, target: Target) -> Drafter:
     """Never right but by accident."""
     torch.manual_seed(5)
     made: dict[str, Callable[[], Drafter]] = {
-        "eagle3": lambda: tiny_eagle3(target, seed=5, unroll=3),
+        "eagle3": lambda: tiny_eagle3(target, seed=5, ttt_steps=3),
         "medusa": lambda: Medusa(MedusaConfig(heads=3), target.shape),
         "small_lm": lambda: SmallLM(SmallLMConfig(hidden_size=16, layers=1), target.shape),
     }
@@ -38,7 +38,7 @@ def random_drafter(family: str, target: Target) -> Drafter:
     return drafter.eval()
 
 
-def run(target: Target, drafter: Drafter, prompts: list[list[int]], new_tokens: int, shape: Any, call: float) -> tuple[Batch, list[bool]]:
+def run(target: Target, drafter: Drafter, prompts: list[list[int]], new_tokens: int, shape: Any, call: float) -> tuple[DecodingLoop, list[bool]]:
     """Decodes with the adaptive policy under counted time; also says in which rounds the drafter proposed.
 
     call: what a drafter's call takes, in target forwards.
@@ -73,7 +73,7 @@ def test_a_drafter_that_loses_is_left_alone_and_the_text_is_the_targets_own(fami
 @pytest.mark.parametrize("shape", [Chain(length=3), Dynamic(depth=3, beam=3, top_k=3, nodes=8)], ids=lambda shape: shape.shape)
 def test_a_drafter_that_wins_goes_on_drafting(shape: Any) -> None:
     target = tiny_target()
-    drafter = fitted(tiny_eagle3(target, unroll=3), target, PROMPTS, new_tokens=90, steps=120)
+    drafter = fitted(tiny_eagle3(target, ttt_steps=3), target, PROMPTS, new_tokens=90, steps=120)
     batch, drafted = run(target, drafter, PROMPTS[:1], 90, shape, call=0.2)
     assert batch.written == [greedy_text(target.model, PROMPTS[0], 90)]
     assert [place for place, one in enumerate(drafted) if not one] == [PROBE, PROBE + 1]  # timed once
@@ -97,7 +97,7 @@ def test_sampled_text_of_plain_rounds_is_plain_decodings_own() -> None:
 
 def seen(tokens: int, drafted: bool, seconds: float, rows: int = 1) -> History:
     history = History()
-    history.add(Round(rows, rows, tokens, drafted, seconds))
+    history.add(PastRound(rows, rows, tokens, drafted, seconds))
     return history
 
 

@@ -30,7 +30,7 @@ def trained(tmp_path: Path) -> tuple[TargetConfig, Path, SpeculativeDecoder]:
     made.tokenizer.save_pretrained(tmp_path / "target")
     config = TargetConfig(model=str(tmp_path / "target"), dtype="float32", device="cpu")
     target = Target.load(config.model_copy(update={"aux_layers": (0, 1, 3)}))
-    drafter = fitted(tiny_eagle3(target, unroll=3), target, PROMPTS)
+    drafter = fitted(tiny_eagle3(target, ttt_steps=3), target, PROMPTS)
     save_drafter(drafter, tmp_path / "drafter")
     return config, tmp_path / "drafter", SpeculativeDecoder(target, drafter, RUNTIME)
 

@@ -33,7 +33,7 @@ def decoder(shape: Any, seed: int = 0, **target_options: Any) -> SpeculativeDeco
 @lru_cache
 def fitted_eagle3(seed: int) -> Drafter:
     target = tiny_target(seed)
-    return fitted(tiny_eagle3(target, seed, unroll=4), target, PROMPTS)
+    return fitted(tiny_eagle3(target, seed, ttt_steps=4), target, PROMPTS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
@@ -279,7 +279,7 @@ def test_token_ids_may_come_as_integer_tensors_and_no_stop_as_none() -> None:
 def test_the_folder_of_a_run_decodes_as_its_recipe_says(tmp_path: Path) -> None:
     target, drafter = tiny_target(0), fitted_eagle3(0)
     save_drafter(drafter, tmp_path / "run" / "drafter")
-    chosen = RuntimeConfig(shape=SHAPES[2], hybrid=HybridConfig(head_cost=0.2))
+    chosen = RuntimeConfig(shape=SHAPES[2], hybrid=HybridConfig(draft_cost=0.2))
     recipe = tmp_path / "run" / RESOLVED
     recipe.write_text(yaml.safe_dump({"name": "tiny", "runtime": chosen.model_dump(mode="json")}))
     assert SpeculativeDecoder.from_pretrained(target, tmp_path / "run").runtime == chosen

@@ -14,8 +14,8 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import Batch, Request
-from drafttrain.runtime.prefetch import Bets, Prefetcher
+from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.prefetch import Prefetched, Prefetcher
 from drafttrain.runtime.stats import Statistics
 from tests.runtime.test_rounds import PROMPTS, drafter, target
 from tests.tiny import greedy_text
@@ -45,8 +45,8 @@ def test_texts_and_trees_are_those_of_decoding_without_prefetching(shape: Any, t
     assert [one.tokens for one in ours] == [one.tokens for one in plain]
     assert [tree.tokens.tolist() for tree in ours_trees] == [tree.tokens.tolist() for tree in trees]
     assert counts.drafter_calls - counts.prefetch_calls + counts.calls_saved == without.drafter_calls
-    assert (without.bets, without.hits, without.prefetch_calls, without.calls_saved) == (0, 0, 0, 0)
-    assert 0 < counts.hits < counts.bets
+    assert (without.prefetched, without.hits, without.prefetch_calls, without.calls_saved) == (0, 0, 0, 0)
+    assert 0 < counts.hits < counts.prefetched
     if batch == 1:
         assert counts.calls_saved == shape.depth * counts.hits
     if temperature == 0:
@@ -54,16 +54,16 @@ def test_texts_and_trees_are_those_of_decoding_without_prefetching(shape: Any, t
 
 
 def test_every_bet_on_a_row_is_tried_and_wider_ones_hit_more() -> None:
-    shares = [stats.hits / stats.bets for _, _, stats in (decoded(Chain(length=3), width, 0.0) for width in (1, 4, 64))]
+    shares = [stats.hits / stats.prefetched for _, _, stats in (decoded(Chain(length=3), width, 0.0) for width in (1, 4, 64))]
     assert shares[0] <= shares[1] < shares[2]
 
 
 def test_bets_are_placed_before_the_target_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    draft, score, propose = Prefetcher.draft, target().score, Batch._propose
+    draft, score, propose = Prefetcher.draft, target().score, DecodingLoop._propose
 
     def drafting(*given: Any) -> Any:
-        order.append("bet")
+        order.append("prefetched draft")
         return draft(*given)
 
     def scoring(*given: Any) -> Any:
@@ -76,20 +76,20 @@ def test_bets_are_placed_before_the_target_answers(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Prefetcher, "draft", drafting)
     monkeypatch.setattr(target(), "score", scoring)
-    monkeypatch.setattr(Batch, "_propose", proposing)
+    monkeypatch.setattr(DecodingLoop, "_propose", proposing)
     decoded(Chain(length=2), 2, 0.8, batch=4)
-    assert order == ["propose", "bet", "score"] * (len(order) // 3)
+    assert order == ["propose", "prefetched draft", "score"] * (len(order) // 3)
 
 
-def test_bets_are_the_likeliest_ways_out_of_the_tree_by_the_drafters_own_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the drafter's laws of whole texts, read afresh."""
+def test_bets_are_the_likeliest_ways_out_of_the_tree_by_the_drafters_own_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the drafter's distributions of whole texts, read afresh."""
     checked = 0
     draft = Prefetcher.draft
     lm = drafter("small_lm")
 
-    def watched(self: Prefetcher, state: Any, tree: Tree, plan: Any, sampling: Sampling, chance: Any) -> Any:
+    def watched(self: Prefetcher, state: Any, tree: Tree, plan: Any, sampling: Sampling, rng: Any) -> Any:
         nonlocal checked
-        bets = draft(self, state, tree, plan, sampling, chance)
+        prefetched = draft(self, state, tree, plan, sampling, rng)
         chain = [0]
         while int(tree.children[0, chain[-1], 0]) >= 0:
             chain.append(int(tree.children[0, chain[-1], 0]))
@@ -100,17 +100,17 @@ def test_bets_are_the_likeliest_ways_out_of_the_tree_by_the_drafters_own_law(mon
             text = context + tree.tokens[0, chain[: depth + 1]].tolist()
             position, document = torch.arange(len(text))[None], torch.zeros(1, len(text), dtype=torch.long)
             read = Packed(torch.tensor([text]), position, document)
-            states = next(lm.unrolled(read, target().head, 1)).roll(1, 1)  # type: ignore[arg-type]
-            law = lm.logits_of(states[:, -1], 0, target().head).softmax(-1)[0]
+            states = next(lm.teacher_forced_states(read, target().head, 1)).roll(1, 1)  # type: ignore[arg-type]
+            probs = lm.readout(states[:, -1], 0, target().head).softmax(-1)[0]
             children = [int(child) for child in tree.children[0, node] if child >= 0]
             taken = {int(tree.tokens[0, child]) for child in children}
-            ways |= {(depth, token): reached * float(law[token]) for token in range(len(law)) if token not in taken}
-            reached *= float(law[tree.tokens[0, chain[depth + 1]]]) if depth + 1 < len(chain) else 0
+            ways |= {(depth, token): reached * float(probs[token]) for token in range(len(probs)) if token not in taken}
+            reached *= float(probs[tree.tokens[0, chain[depth + 1]]]) if depth + 1 < len(chain) else 0
         best = sorted(ways.values(), reverse=True)[:3]
-        placed = [ways[int(depth), int(token)] for depth, token in zip(bets.length[0], bets.token[0], strict=True)]
+        placed = [ways[int(depth), int(token)] for depth, token in zip(prefetched.length[0], prefetched.token[0], strict=True)]
         assert sorted(placed, reverse=True) == pytest.approx(best)
         checked += 1
-        return bets
+        return prefetched
 
     monkeypatch.setattr(Prefetcher, "draft", watched)
     batch = SpeculativeDecoder(target(), lm, RuntimeConfig(shape=Static(children=(2, 1, 1)), prefetch=3)).batch(Sampling())
@@ -121,20 +121,20 @@ def test_bets_are_the_likeliest_ways_out_of_the_tree_by_the_drafters_own_law(mon
 
 
 class Packed:
-    """What `unrolled` reads of a batch."""
+    """What `teacher_forced_states` reads of a batch."""
 
     def __init__(self, tokens: torch.Tensor, position: torch.Tensor, document: torch.Tensor) -> None:
         self.tokens, self.position, self.document = tokens, position, document
 
 
 def test_a_bet_on_one_branch_is_not_won_by_another_of_the_same_length_and_next_token() -> None:
-    tree = Tree(torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).bool(), "point", 1, 2)
-    bets = Bets(None, tree, torch.tensor([[1]]), torch.tensor([[1, 0]]), torch.tensor([[7, 7]]), 0)  # type: ignore[arg-type]
+    tree = Tree(torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).bool(), "deterministic", 1, 2)
+    prefetched = Prefetched(None, tree, torch.tensor([[1]]), torch.tensor([[1, 0]]), torch.tensor([[7, 7]]), 0)  # type: ignore[arg-type]
     one, seven = torch.tensor([1]), torch.tensor([7])
-    assert bets.hits(Verdict(torch.tensor([[1]]), one, seven)).tolist() == [0]
-    assert bets.hits(Verdict(torch.tensor([[2]]), one, seven)).tolist() == [-1]
-    assert bets.hits(Verdict(torch.tensor([[0]]), one - 1, seven)).tolist() == [1]
-    assert bets.hits(Verdict(torch.tensor([[1]]), one, seven - 1)).tolist() == [-1]
+    assert prefetched.hits(Verdict(torch.tensor([[1]]), one, seven)).tolist() == [0]
+    assert prefetched.hits(Verdict(torch.tensor([[2]]), one, seven)).tolist() == [-1]
+    assert prefetched.hits(Verdict(torch.tensor([[0]]), one - 1, seven)).tolist() == [1]
+    assert prefetched.hits(Verdict(torch.tensor([[1]]), one, seven - 1)).tolist() == [-1]
 
 
 def test_rows_near_their_end_bet_past_it_without_harm() -> None:
@@ -165,8 +165,8 @@ def test_a_drafter_that_reads_the_target_cannot_bet() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"hybrid": HybridConfig()}, "no laws to bet by"),
-        ({"corrupt": 0.5}, "no law to bet by"),
+        ({"hybrid": HybridConfig()}, "no distributions to prefetched draft by"),
+        ({"corrupt": 0.5}, "no distribution to prefetched draft by"),
         ({"policy": "adaptive"}, "policy 'adaptive' plans a round from the one before"),
     ],
 )

@@ -58,17 +58,17 @@ def test_sampled_replay_gives_the_accepted_length_of_sampled_decoding(name: str,
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
-def test_how_likely_draws_stand_is_what_the_two_laws_say_at_every_root_and_depth(name: str) -> None:
+def test_how_likely_draws_stand_is_what_the_two_distributions_say_at_every_root_and_depth(name: str) -> None:
     starts = [len(PROMPTS[index // SAMPLES]) for index in (0, SAMPLES, 2 * SAMPLES)]
     batch = packed(target(), [texts()[index] for index in (0, SAMPLES, 2 * SAMPLES)], starts)
     used, head = drafter(name), target().head
     g, w = (values[0] for values in stands(used, batch, head, WARM, 5, temperature=1.3, chunk=7))
     expected_g, expected_w = torch.zeros_like(g), torch.zeros_like(w)
-    for step, states in enumerate(used.unrolled(batch, head, 5)):
+    for step, states in enumerate(used.teacher_forced_states(batch, head, 5)):
         token, supervised = (values[0] for values in batch.ahead(step + 2))
         for at in supervised.nonzero()[:, 0].tolist():
-            p = WARM.law(head.logits(batch.features["last"][0, at + step + 1]))
-            q = WARM._replace(temperature=1.3).law(used.logits_of(states[0, at], step, head))
+            p = WARM.probs(head.logits(batch.features["last_hidden_state"][0, at + step + 1]))
+            q = WARM._replace(temperature=1.3).probs(used.readout(states[0, at], step, head))
             q = q if used.draft_ids is None else widen(q, used.draft_ids, len(p))
             expected_g[at, step], expected_w[at, step] = torch.minimum(p, q).sum(), min(1.0, float(q[token[at]] / p[token[at]]))
     torch.testing.assert_close(g, expected_g)
@@ -83,7 +83,7 @@ def test_expected_rounds_are_those_of_every_way_the_coins_can_fall() -> None:
         tokens, rounds, attempts, accepts, gained = _expect_answer(g, w, 2, 2 + length)
         expected = np.zeros(2 + 2 * depth)
 
-        def walk(root: int, weight: float, g: Any = g, w: Any = w, end: int = 1 + length, depth: int = depth, out: Any = expected) -> None:
+        def teacher_forced_drafts(root: int, weight: float, g: Any = g, w: Any = w, end: int = 1 + length, depth: int = depth, out: Any = expected) -> None:
             """From `root`: one round, then whatever root follows."""
             if root >= end or weight == 0:
                 return
@@ -94,11 +94,11 @@ def test_expected_rounds_are_those_of_every_way_the_coins_can_fall() -> None:
                 out[1 + level] += weight
                 out[1 + depth + level] += weight * g[root - 1, level]
                 out[-1] += weight * g[root - 1, level] * (root + level + 1 < end)
-                walk(root + level + 1, weight * (1 - w[root - 1, level]))
+                teacher_forced_drafts(root + level + 1, weight * (1 - w[root - 1, level]))
                 weight *= w[root - 1, level]
-            walk(root + depth + 1, weight)
+            teacher_forced_drafts(root + depth + 1, weight)
 
-        walk(2, 1.0)
+        teacher_forced_drafts(2, 1.0)
         assert tokens == length - 1
         np.testing.assert_allclose([rounds, *attempts, *accepts, gained], expected, atol=1e-12)
 

@@ -88,7 +88,7 @@ def tree() -> Tree:
     tokens = torch.tensor([[3, 7, 8, 9, 7, 11], [5, 6, 2, 4, 1, 0]])
     parents = torch.tensor([[0, 0, 0, 1, 1, 3], [0, 0, 1, 2, 0, 0]])
     live = torch.tensor([[True] * 6, [True] * 5 + [False]])
-    return Tree(tokens, parents, live, "point", max_depth=3, max_children=2)
+    return Tree(tokens, parents, live, "deterministic", max_depth=3, max_children=2)
 
 
 def alone(target: Target, text: list[int]) -> torch.Tensor:
@@ -105,8 +105,8 @@ def path_tokens(grown: Tree, row: int, node: int) -> list[int]:
 def test_tree_attention_equals_one_forward_per_path(target: Target) -> None:
     cache = target.new_cache(2, 40)
     read = target.prefill(cache, prompts(), torch.tensor(LENGTHS))
-    cache.settle(LENGTHS)
-    scored = target.score(cache, tree().layout(), Sampling(), ["last", "aux"])
+    cache.set_lengths(LENGTHS)
+    scored = target.score(cache, tree().layout(), Sampling(), ["last_hidden_state", "aux_hidden_states"])
     for row, length in enumerate(LENGTHS):
         text = prompts()[row, :length].tolist()
         torch.testing.assert_close(read.logits[row], alone(target, text), rtol=1e-4, atol=1e-4)  # fp32, another order of sums
@@ -114,7 +114,7 @@ def test_tree_attention_equals_one_forward_per_path(target: Target) -> None:
             if tree().live[row, node]:
                 expected = alone(target, text + path_tokens(tree(), row, node))
                 torch.testing.assert_close(scored.logits[row, node], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(target.head.logits(scored.features["last"]), scored.logits)
+    torch.testing.assert_close(target.head.logits(scored.features["last_hidden_state"]), scored.logits)
 
 
 @torch.inference_mode()
@@ -122,8 +122,8 @@ def test_reading_in_chunks_equals_reading_whole(target: Target) -> None:
     found = []
     for chunk in (2, 512):
         cache = target.new_cache(2, 40)
-        read = target.prefill(cache, prompts(), torch.tensor(LENGTHS), ["aux"], chunk=chunk)
-        found.append((read.logits, read.features["aux"]))
+        read = target.prefill(cache, prompts(), torch.tensor(LENGTHS), ["aux_hidden_states"], chunk=chunk)
+        found.append((read.logits, read.features["aux_hidden_states"]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
@@ -131,7 +131,7 @@ def test_reading_in_chunks_equals_reading_whole(target: Target) -> None:
 def test_commit_equals_recomputing_from_scratch_for_rows_of_different_lengths(target: Target) -> None:
     cache = target.new_cache(2, 60)
     target.prefill(cache, prompts(), torch.tensor(LENGTHS))
-    cache.settle(LENGTHS)
+    cache.set_lengths(LENGTHS)
     texts = [prompts()[row, :length].tolist() for row, length in enumerate(LENGTHS)]
     verdicts = [([[1, 3, 5], [1, 0, 0]], [3, 1]), ([[2, 0, 0], [1, 2, 3]], [1, 3]), ([[0, 0, 0], [4, 0, 0]], [0, 1])]
     for path, length in verdicts:
@@ -142,7 +142,7 @@ def test_commit_equals_recomputing_from_scratch_for_rows_of_different_lengths(ta
         for row, text in enumerate(texts):
             text += [int(grown.tokens[row, 0]), *grown.tokens[row, path[row][: length[row]]].tolist()]
             assert committed.tokens[row, : committed.count[row]].tolist() == text[-int(committed.count[row]) :]
-        cache.settle([len(text) for text in texts])
+        cache.set_lengths([len(text) for text in texts])
         assert cache.lengths.tolist() == [len(text) for text in texts]
     scored = target.score(cache, tree().layout(), Sampling())
     for row, text in enumerate(texts):
@@ -153,7 +153,7 @@ def test_commit_equals_recomputing_from_scratch_for_rows_of_different_lengths(ta
 def test_packed_documents_are_encoded_as_if_alone(target: Target) -> None:
     tokens = prompts()[:1]
     document, position = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, -1]]), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 0]])
-    last = target.encode(tokens, position, document, {"last"})["last"]
+    last = target.encode(tokens, position, document, {"last_hidden_state"})["last_hidden_state"]
     for start in (0, 4):
         expected = alone(target, tokens[0, start : start + 4].tolist())
         torch.testing.assert_close(target.head.logits(last[0, start + 3]), expected, rtol=1e-4, atol=1e-4)
@@ -177,7 +177,7 @@ def test_bfloat16_tree_follows_the_paths_within_its_rounding() -> None:
     target = Target(build("llama-tied").bfloat16())
     cache = target.new_cache(2, 40)
     target.prefill(cache, prompts(), torch.tensor(LENGTHS))
-    cache.settle(LENGTHS)
+    cache.set_lengths(LENGTHS)
     scored: Scored = target.score(cache, tree().layout(), Sampling())
     expected = alone(target, prompts()[0].tolist() + path_tokens(tree(), 0, 5))
     gap = (scored.logits[0, 5] - expected).abs().max() / expected.abs().max()

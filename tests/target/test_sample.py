@@ -73,13 +73,13 @@ def test_a_jobs_text_does_not_depend_on_its_batch(target: Target) -> None:
     assert {id: one.tokens for id, one in together.items()} == {id: one.tokens for id, one in single.items()}
 
 
-def test_sampled_tokens_follow_the_targets_law(target: Target) -> None:
+def test_sampled_tokens_follow_the_targets_distribution(target: Target) -> None:
     count, sampling = 4000, Sampling(temperature=0.8, top_k=6)
     done = run(target, [Job(id, [9, 11], 1, sampling) for id in range(count)], batch=500)
     seen = torch.bincount(torch.tensor([one.tokens[-1] for one in done.values()]), minlength=V) / count
-    law = sampling.law(target.model(torch.tensor([[9, 11]])).logits[0, -1])
+    probs = sampling.probs(target.model(torch.tensor([[9, 11]])).logits[0, -1])
     # 6 outcomes, 4000 draws: a total variation of 0.04 is beyond 4 standard deviations
-    assert float((seen - law).abs().sum() / 2) < 0.04
+    assert float((seen - probs).abs().sum() / 2) < 0.04
 
 
 def test_successive_tokens_are_drawn_independently(target: Target) -> None:
@@ -89,10 +89,10 @@ def test_successive_tokens_are_drawn_independently(target: Target) -> None:
     for one in done.values():
         pair = [*one.tokens[2:], 0][:2]  # an answer that ended at once counts as followed by 0
         seen[pair[0], pair[1]] += 1 / count
-    first = sampling.law(target.model(torch.tensor([[9, 11]])).logits[0, -1])
+    first = sampling.probs(target.model(torch.tensor([[9, 11]])).logits[0, -1])
     wanted = torch.zeros(V, V)
     for token in first.nonzero()[:, 0].tolist():
-        second = sampling.law(target.model(torch.tensor([[9, 11, token]])).logits[0, -1])
+        second = sampling.probs(target.model(torch.tensor([[9, 11, token]])).logits[0, -1])
         wanted[token] = first[token] * (torch.eye(V)[0] if token in target.eos_ids else second)
     # at most 9 outcomes, 4000 draws: a total variation of 0.05 is beyond 4 standard deviations
     assert float((seen - wanted).abs().sum() / 2) < 0.05
@@ -108,11 +108,11 @@ def test_an_answer_stops_at_the_end_token_or_its_limit(target: Target) -> None:
 
 
 def test_features_equal_one_plain_pass_and_are_zero_at_the_last_token(target: Target) -> None:
-    for one in run(target, jobs(24), 5, ("last", "aux")).values():
+    for one in run(target, jobs(24), 5, ("last_hidden_state", "aux_hidden_states")).values():
         tokens = torch.tensor([one.tokens])
         document, position = torch.zeros_like(tokens), torch.arange(tokens.shape[1])[None]
-        plain = target.encode(tokens, position, document, ("last", "aux"))
-        for name in ("last", "aux"):
+        plain = target.encode(tokens, position, document, ("last_hidden_state", "aux_hidden_states"))
+        for name in ("last_hidden_state", "aux_hidden_states"):
             assert one.features[name].shape == plain[name][0].shape
             # fp32, other shapes of the same sums
             torch.testing.assert_close(one.features[name][:-1], plain[name][0, :-1], atol=2e-5, rtol=1e-4)
@@ -125,14 +125,14 @@ def test_what_prompts_begin_with_is_read_once(target: Target) -> None:
     work[17].prompt[9] = 50  # one that leaves the others half way
     work.append(Job(24, system, 5))  # one that ends where the others go on
     sampler = Sampler(target, 5, 64)
-    done = {one.id: one for one in sampler.run(work, ("last",))}
+    done = {one.id: one for one in sampler.run(work, ("last_hidden_state",))}
     assert {id: one.tokens for id, one in done.items()} == {job.id: alone(target, job) for job in work}
     # all but the first share it; those two, and at most four that are read beside each, share less
     assert sampler.read <= sum(len(job.prompt) for job in work) - 16 * (len(work) - 1 - 2 * 5)
     for one in done.values():
         tokens = torch.tensor([one.tokens])
-        plain = target.encode(tokens, torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens), ("last",))
-        torch.testing.assert_close(one.features["last"][:-1], plain["last"][0, :-1], atol=2e-5, rtol=1e-4)
+        plain = target.encode(tokens, torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens), ("last_hidden_state",))
+        torch.testing.assert_close(one.features["last_hidden_state"][:-1], plain["last_hidden_state"][0, :-1], atol=2e-5, rtol=1e-4)
 
 
 def test_finished_rows_are_replaced_at_once(target: Target) -> None:
@@ -160,7 +160,7 @@ def test_a_step_waits_for_the_host_once(target: Target, monkeypatch: pytest.Monk
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         counting(name)
     sampler = Sampler(target, 4, 64)
-    finished = list(sampler.run(work, ("last",)))
+    finished = list(sampler.run(work, ("last_hidden_state",)))
     assert len(finished) == 16
     assert waits == sampler.steps
 

@@ -18,7 +18,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.runtime.decision import load_decision
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.policy import DecisionConfig, Fixed
-from drafttrain.runtime.rounds import Laws, RoundLog, joined, log_rounds
+from drafttrain.runtime.rounds import LoggedProbs, RoundLog, joined, log_rounds
 from drafttrain.train.decision import DecisionTraining, Fitted, examples, fit
 from drafttrain.train.heads import auroc
 from tests.contract import test_rules as contract
@@ -30,31 +30,31 @@ WARM = Sampling(temperature=0.8)
 SHAPES = {"chain": Chain(length=3), "static": Static(children=(3, 2)), "dynamic": Dynamic(depth=3, beam=2, top_k=3, nodes=7)}
 
 
-def logged(folder: Path, family: str, shape: Any, sampling: Sampling, new: int = 30, times: int = 1) -> tuple[RoundLog, Laws]:
+def logged(folder: Path, family: str, shape: Any, sampling: Sampling, new: int = 30, times: int = 1) -> tuple[RoundLog, LoggedProbs]:
     log = log_rounds(decoder(family, shape), PROMPTS * times, sampling, new, folder, "d", states=True)
-    return log, Laws(log.info, drafter(family), target().head)
+    return log, LoggedProbs(log.info, drafter(family), target().head)
 
 
 @pytest.mark.parametrize("sampling", [WARM, Sampling()], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_soft_labels_are_acceptance_probabilities_and_hard_ones_the_targets_argmax(shape: Any, sampling: Sampling, tmp_path: Path) -> None:
-    log, laws = logged(tmp_path, "small_lm", shape, sampling)
+    log, logged_probs = logged(tmp_path, "small_lm", shape, sampling)
     rounds = joined(list(log.parts()))
-    soft, hard = examples(log, laws, "soft"), examples(log, laws, "hard")
-    tree, target_logits = laws.tree(rounds), laws.logits(rounds)
-    p, own = sampling.law(target_logits), laws.drafter_logits(rounds)
+    soft, hard = examples(log, logged_probs, "soft"), examples(log, logged_probs, "hard")
+    tree, target_logits = logged_probs.tree(rounds), logged_probs.logits(rounds)
+    p, own = sampling.probs(target_logits), logged_probs.drafter_logits(rounds)
     at = 0
     for row in range(len(rounds)):
         for node in range(1, rounds.tokens.shape[1]):
             if not rounds.live[row, node]:
                 continue
-            parent, token, source = (int(each[row, node]) for each in (rounds.parents, rounds.tokens, rounds.law_of))
-            q = 1.0 if tree.draws == "point" else float(tree.law_rows[row, source, token])
+            parent, token, source = (int(each[row, node]) for each in (rounds.parents, rounds.tokens, rounds.probs_row))
+            q = 1.0 if tree.draws == "deterministic" else float(tree.draft_probs[row, source, token])
             assert float(soft.label[at]) == pytest.approx(min(1.0, float(p[row, parent, token]) / q), abs=1e-4)
             assert float(hard.label[at]) == float(target_logits[row, parent].argmax() == token)
-            law = own[row, source].softmax(-1)
-            assert float(hard.inputs[at, 0]) == pytest.approx(float(-(law * law.log()).nansum()), abs=1e-4)
-            assert float(hard.inputs[at, 1]) == pytest.approx(float(law.max()), abs=1e-5)
+            probs = own[row, source].softmax(-1)
+            assert float(hard.inputs[at, 0]) == pytest.approx(float(-(probs * probs.log()).nansum()), abs=1e-4)
+            assert float(hard.inputs[at, 1]) == pytest.approx(float(probs.max()), abs=1e-5)
             assert torch.equal(soft.inputs[at], torch.cat([hard.inputs[at], rounds.states[row, source]]))
             assert int(soft.prompt[at]) == int(rounds.prompt[row])
             at += 1
@@ -75,8 +75,8 @@ def test_auroc_counts_pairs() -> None:
 @lru_cache
 def trained(labels: Any, temperature: float = 0.0) -> tuple[Fitted, Path]:
     folder = Path(FOLDER.name) / f"{labels}-{temperature}"
-    log, laws = logged(folder / "log", "small_lm", Chain(length=4), Sampling(temperature), new=40, times=1 if temperature == 0 else 8)
-    fitted = fit(log, laws, DecisionTraining(labels=labels, epochs=20, held_out=0.3))
+    log, logged_probs = logged(folder / "log", "small_lm", Chain(length=4), Sampling(temperature), new=40, times=1 if temperature == 0 else 8)
+    fitted = fit(log, logged_probs, DecisionTraining(labels=labels, epochs=20, held_out=0.3))
     fitted.model.save(folder / "model")
     return fitted, folder / "model"
 
@@ -92,13 +92,13 @@ def test_a_trained_model_tells_what_will_stand_on_prompts_it_has_not_seen(labels
 
 
 def test_hard_examples_are_balanced_and_the_best_epoch_is_kept(tmp_path: Path) -> None:
-    log, laws = logged(tmp_path, "small_lm", Chain(length=3), Sampling())
-    one = fit(log, laws, DecisionTraining(labels="hard", epochs=1, held_out=0.3))
-    many = fit(log, laws, DecisionTraining(labels="hard", epochs=40, lr=0.05, held_out=0.3))  # it overfits
-    whole = examples(log, laws, "hard")
+    log, logged_probs = logged(tmp_path, "small_lm", Chain(length=3), Sampling())
+    one = fit(log, logged_probs, DecisionTraining(labels="hard", epochs=1, held_out=0.3))
+    many = fit(log, logged_probs, DecisionTraining(labels="hard", epochs=40, lr=0.05, held_out=0.3))  # it overfits
+    whole = examples(log, logged_probs, "hard")
     assert one.trained_on % 2 == 0
     assert one.trained_on < len(whole.label) - one.held_out
-    assert many.loss <= fit(log, laws, DecisionTraining(labels="hard", epochs=1, lr=0.05, held_out=0.3)).loss
+    assert many.loss <= fit(log, logged_probs, DecisionTraining(labels="hard", epochs=1, lr=0.05, held_out=0.3)).loss
 
 
 def text_and_counts(threshold: float, labels: str, shape: Any, **more: Any) -> tuple[list[list[int]], int, int]:
@@ -126,9 +126,9 @@ def test_levels_that_are_always_drafted() -> None:
     assert calls == 3 * rounds + len(PROMPTS)
 
 
-@pytest.mark.parametrize("draws", ["point", "iid", "without_replacement"])
+@pytest.mark.parametrize("draws", ["deterministic", "iid", "without_replacement"])
 @pytest.mark.parametrize(("rule", "tree"), [("rejection", "1-1"), ("recursive", "1-1"), ("recursive", "2-1")])
-def test_ending_a_tree_by_the_law_it_was_drawn_from_keeps_the_targets_law(
+def test_ending_a_tree_by_the_distribution_it_was_drawn_from_keeps_the_targets_distribution(
     monkeypatch: pytest.MonkeyPatch, draws: Any, rule: str, tree: str
 ) -> None:
     ended: list[bool] = []

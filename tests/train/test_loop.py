@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling, likeliest
-from drafttrain.core.types import Batch
-from drafttrain.data.collate import Packed
+from drafttrain.core.types import TrainingBatch
+from drafttrain.data.collate import PackedRows
 from drafttrain.data.origin import Origin
 from drafttrain.data.store import Conversation, Store, StoreWriter
 from drafttrain.drafters import DRAFTERS
@@ -34,12 +34,12 @@ from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
 from drafttrain.train import loop
 from drafttrain.train.checkpoint import checkpoints
-from drafttrain.train.loop import Run, Stopped, TrainConfig, new_accelerator, train
+from drafttrain.train.loop import Stopped, TrainConfig, TrainingRun, new_accelerator, train
 from tests.families import TRAINABLE
 from tests.tiny import VOCAB, tiny_target
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "eagle3": {"unroll": 2, "draft_vocab_size": 40},
+    "eagle3": {"ttt_steps": 2, "draft_vocab_size": 40},
     "medusa": {"heads": 2},
     "small_lm": {"layers": 1},
 }
@@ -77,16 +77,16 @@ def test_every_family_has_options_here() -> None:
 @contextmanager
 def asked_to_stop_after(steps: int) -> Iterator[None]:
     """A SIGTERM comes in that step, and the run inside must end by it."""
-    step = Run._step
+    step = TrainingRun._step
 
-    def stopping(self: Run, batches: Any) -> dict[str, float]:
+    def stopping(self: TrainingRun, batches: Any) -> dict[str, float]:
         line = step(self, batches)
         if self.progress.step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return line
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_step", stopping)
+        patch.setattr(TrainingRun, "_step", stopping)
         with pytest.raises(Stopped, match="SIGTERM"):
             yield
 
@@ -200,7 +200,7 @@ def test_without_a_held_out_part_no_accepted_length_is_claimed_and_the_newest_dr
 def test_the_reported_alpha_is_that_of_the_drafter_that_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target(14)
     found = iter([Statistics(rounds=2, tokens=4, attempts=[2], accepts=[1]), Statistics(rounds=2, tokens=3, attempts=[2], accepts=[0])])
-    monkeypatch.setattr(Run, "_replayed", lambda self, batches: next(found))
+    monkeypatch.setattr(TrainingRun, "_replayed", lambda self, batches: next(found))
     result = run("medusa", tiny_store(target, tmp_path / "data"), target, tmp_path / "run", steps=6, eval_every=3)
     assert (result.best_tau, result.alpha) == (2.0, [0.5])
 
@@ -244,11 +244,11 @@ def test_replayed_accepted_length_is_what_decoding_measures(family: str, tmp_pat
     store = tiny_store(target, tmp_path / "data")
     torch.manual_seed(0)
     drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
-    trainer = Run(drafter, store, TrainConfig(**{**OPTIONS, "steps": 30}), target.head, tmp_path / "run", target, accelerator(tmp_path))
+    trainer = TrainingRun(drafter, store, TrainConfig(**{**OPTIONS, "steps": 30}), target.head, tmp_path / "run", target, accelerator(tmp_path))
     trainer.run()
     drafter.eval()
     batches = list(trainer._ready(trainer._packed(list(range(len(store))), 0, 1).batches(0)))
-    replayed = replay(lambda batch, length: drafter.walk(batch, target.head, length), batches, 2)
+    replayed = replay(lambda batch, length: drafter.teacher_forced_drafts(batch, target.head, length), batches, 2)
     decoder = SpeculativeDecoder(target, drafter, RuntimeConfig.model_validate({"shape": {"shape": "chain", "length": 2}}))
     prompts = [store[index].tokens[~store[index].mask].tolist() for index in range(len(store))]
     served = decoder.generate(prompts, max_new_tokens=24)
@@ -267,10 +267,10 @@ def accelerator(folder: Path) -> Any:
 
 class Changing(Drafter):
     """Becomes another drafter with every step, from the target's own states. `sharp`: always the target's argmax, but so sure of it that
-    few draws stand; `swapped`: the target's law with its two likeliest tokens exchanged, never its argmax; then `uniform`."""
+    few draws stand; `swapped`: the target's distribution with its two likeliest tokens exchanged, never its argmax; then `uniform`."""
 
     Config = DrafterConfig
-    needs = frozenset({"last"})
+    needs = frozenset({"last_hidden_state"})
 
     def __init__(self, target: Target) -> None:
         super().__init__(DrafterConfig(name="changing"), target.shape)
@@ -280,14 +280,14 @@ class Changing(Drafter):
     def what(self) -> str:
         return "sharp" if self.left > 0 else "swapped" if self.left > -1 else "uniform"
 
-    def loss(self, batch: Batch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
         count = batch.ahead(2)[1].sum()
         return Loss(self.left.sum() * count, count)
 
-    def unrolled(self, batch: Batch, head: TargetHead, steps: int) -> Any:
-        yield from (batch.features["last"].roll(-1 - step, 1) for step in range(steps))
+    def teacher_forced_states(self, batch: TrainingBatch, head: TargetHead, steps: int) -> Any:
+        yield from (batch.features["last_hidden_state"].roll(-1 - step, 1) for step in range(steps))
 
-    def logits_of(self, states: torch.Tensor, level: int, head: TargetHead) -> torch.Tensor:
+    def readout(self, states: torch.Tensor, level: int, head: TargetHead) -> torch.Tensor:
         logits = head.logits(states)
         if self.what == "sharp":
             return 100 * logits
@@ -295,8 +295,8 @@ class Changing(Drafter):
         swapped = logits.scatter(-1, best, logits.gather(-1, second)).scatter(-1, second, logits.gather(-1, best))
         return swapped if self.what == "swapped" else torch.zeros_like(logits)
 
-    def walk(self, batch: Batch, head: TargetHead, length: int) -> torch.Tensor:
-        return torch.stack([likeliest(self.logits_of(states, 0, head)) for states in self.unrolled(batch, head, length)], -1)
+    def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> torch.Tensor:
+        return torch.stack([likeliest(self.readout(states, 0, head)) for states in self.teacher_forced_states(batch, head, length)], -1)
 
     def start_from(self, head: TargetHead, counts: torch.Tensor) -> None:
         """Starts as it is."""
@@ -349,9 +349,9 @@ def test_the_sampled_accepted_length_is_replayed_on_the_held_out_answers_of_that
     store = drawn_store(target, tmp_path / "data", top_p)
     _, log = choose(store, target, tmp_path / "run", WARM)
     held = [index for index in store.split("held_out", OPTIONS["held_out"], 0) if index % 2]
-    batches = list(Packed(store, held, 2, 64).batches(0))
+    batches = list(PackedRows(store, held, 2, 64).batches(0))
     for batch in batches:
-        batch.features = target.encode(batch.tokens, batch.position, batch.document, {"last"})
+        batch.features = target.encode(batch.tokens, batch.position, batch.document, {"last_hidden_state"})
     expected = replay_sampled(Changing(target), batches, target.head, Sampling(WARM, 0, top_p), 2)
     assert log[0]["tau"] == pytest.approx(expected.tau, rel=1e-6)
     assert [log[0][f"held_out_alpha_{depth}"] for depth in range(2)] == pytest.approx(expected.alpha, rel=1e-6)
@@ -383,13 +383,13 @@ def test_a_training_that_diverges_says_so_and_keeps_what_was_saved(
     """From step 4 on losses are no numbers; or step 6, which is evaluated and saved, leaves weights that are none."""
     target = tiny_target(14)
     store = tiny_store(target, tmp_path / "data")
-    step, loss = Run._step, DRAFTERS["medusa"].loss
+    step, loss = TrainingRun._step, DRAFTERS["medusa"].loss
 
-    def bad_loss(self: Any, batch: Batch, head: TargetHead) -> Loss:
+    def bad_loss(self: Any, batch: TrainingBatch, head: TargetHead) -> Loss:
         found = loss(self, batch, head)
         return found if batch.progress < 0.5 else Loss(found.sum * float("nan"), found.count, found.metrics)
 
-    def bad_weights(self: Run, batches: Any) -> dict[str, float]:
+    def bad_weights(self: TrainingRun, batches: Any) -> dict[str, float]:
         line = step(self, batches)
         if self.progress.step == 6:
             next(self.learner.parameters()).data.fill_(float("inf"))
@@ -398,7 +398,7 @@ def test_a_training_that_diverges_says_so_and_keeps_what_was_saved(
     if spoilt == "loss":
         monkeypatch.setattr(DRAFTERS["medusa"], "loss", bad_loss)
     else:
-        monkeypatch.setattr(Run, "_step", bad_weights)
+        monkeypatch.setattr(TrainingRun, "_step", bad_weights)
     wrong = "step 4: the loss is nan" if spoilt == "loss" else "step 6: weights are no longer finite"
     with pytest.raises(UserError, match=f"{wrong}.*lower train.lr"):
         run("medusa", store, target, tmp_path / "run", steps=6, eval_every=3)
@@ -417,7 +417,7 @@ def test_the_draft_vocabulary_is_counted_without_the_held_out_answers(tmp_path: 
             counted.append(counts)
 
     config = TrainConfig(**{**OPTIONS, "held_out": 0.5})
-    Run(Watched(target), store, config, target.head, tmp_path / "run", target, accelerator(tmp_path))
+    TrainingRun(Watched(target), store, config, target.head, tmp_path / "run", target, accelerator(tmp_path))
     assert counted[0].equal(store.answer_counts(VOCAB, store.split("train", 0.5)))
     assert not counted[0].equal(store.answer_counts(VOCAB))
 

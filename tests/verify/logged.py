@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.generate import DecodingLoop, Request
 from drafttrain.runtime.policy import Fixed
 from drafttrain.target.adapter import Target
 from drafttrain.verify.base import Rule
@@ -38,7 +38,7 @@ def target() -> Target:
 @lru_cache
 def drafter() -> Drafter:
     """Right now and then."""
-    return fitted(tiny_eagle3(target(), unroll=4), target(), PROMPTS)
+    return fitted(tiny_eagle3(target(), ttt_steps=4), target(), PROMPTS)
 
 
 def decoded(sampling: Sampling, runtime: RuntimeConfig, new_tokens: int = 24) -> list[list[int]]:
@@ -58,7 +58,7 @@ class Round:
     @torch.inference_mode()
     def judged(self, rule: Rule) -> Verdict:
         """The rule's verdict, every rule with the same chance."""
-        return rule(self.tree, self.scored, Seeded(7, torch.arange(len(self.tree.tokens))))
+        return rule(self.tree, self.scored, SeededRng(7, torch.arange(len(self.tree.tokens))))
 
 
 class Reading(Typical):
@@ -66,19 +66,19 @@ class Reading(Typical):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"last"})
+        return frozenset({"last_hidden_state"})
 
 
 @lru_cache
-def rounds(shape: str, sampling: Sampling, draws: Any = "point") -> list[Round]:
+def rounds(shape: str, sampling: Sampling, draws: Any = "deterministic") -> list[Round]:
     """Rounds of lossless decoding with trees of this shape."""
     seen: list[Round] = []
 
     def log(tree: Tree, scored: Scored, verdict: Verdict) -> None:
         seen.append(Round(tree, scored))
 
-    rule, plan = Reading(TypicalConfig(epsilon=None)), Plan(SHAPES[shape], draws, laws=True)
-    batch = Batch(target(), drafter(), rule, Fixed(plan), sampling, seed=1, on_round=log)
+    rule, plan = Reading(TypicalConfig(epsilon=None)), Plan(SHAPES[shape], draws, record_probs=True)
+    batch = DecodingLoop(target(), drafter(), rule, Fixed(plan), sampling, seed=1, on_round=log)
     batch.start([Request(prompt, index, 20) for index, prompt in enumerate(PROMPTS)])
     while not batch.done:
         batch.step()

@@ -19,7 +19,7 @@ from drafttrain.core.types import Scored
 from drafttrain.recipe import load_recipe, stage_fingerprint
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.train.heads import auroc
-from drafttrain.train.judge import PART, PENALTIES, Examples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches, spoil
+from drafttrain.train.judge import PART, PENALTIES, JudgeExamples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches, spoil
 from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
 from tests.tiny import greedy_text, tiny_target
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, drafter, lengths, rounds, target
@@ -77,7 +77,7 @@ def test_on_a_chain_a_token_stands_iff_it_is_the_argmax_or_the_state_at_the_toke
         tree, scored = logged.tree, logged.scored
         generator = torch.Generator().manual_seed(number)
         state = torch.randn(*tree.tokens.shape, 1, generator=generator)
-        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last": state})).judged(judge(reading_first_number()))
+        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last_hidden_state": state})).judged(judge(reading_first_number()))
         for row in range(len(tree.tokens)):
             standard = tree.tokens[row, 1:] == scored.top[row, :-1]
             liked = state[row, 1:, 0] > 0
@@ -93,7 +93,7 @@ def test_in_a_tree_the_child_that_the_judge_likes_best_stands_where_the_inner_ru
     for logged in rounds("static", COLD):
         tree, scored = logged.tree, logged.scored
         state = torch.randn(*tree.tokens.shape, 1, generator=torch.Generator().manual_seed(3))
-        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last": state})).judged(judge(reading_first_number()))
+        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last_hidden_state": state})).judged(judge(reading_first_number()))
         for row in range(len(tree.tokens)):
             node, path = 0, []
             while True:
@@ -254,7 +254,7 @@ def test_beside_every_mismatch_a_random_token_of_the_same_answer_is_called_bad()
     assert int(both.random.sum()) == int((~both.random).sum()) > 0
 
 
-def labelled_in_memory(prompts: list[list[int]]) -> Examples:
+def labelled_in_memory(prompts: list[list[int]]) -> JudgeExamples:
     with TemporaryDirectory() as folder:
         return labelled(target(), drafter(), prompts, lambda number, answer: True, 10, Path(folder)).examples
 
@@ -265,17 +265,17 @@ def test_random_tokens_that_can_be_told_from_drafted_ones_are_not_let_through_on
     strange[:, 3] += 40.0  # where no mismatch ever is
     bad = torch.zeros(400, dtype=torch.bool)
     two = (torch.cat([known.last, strange]), torch.cat([known.good, bad]), known.question.repeat(2), torch.cat([bad, ~bad]))
-    ignorant, taught = fit(known, "x", JudgeTrainConfig()), fit(Examples(*two), "x", JudgeTrainConfig())
+    ignorant, taught = fit(known, "x", JudgeTrainConfig()), fit(JudgeExamples(*two), "x", JudgeTrainConfig())
     assert ignorant.let_through is None and (ignorant.head(strange) > 0).float().mean() > 0.1
     assert taught.let_through is not None and taught.let_through < 0.05
     assert taught.auc is not None and taught.auc > 0.9 and taught.held_out == 80
 
 
-def planted(count: int = 400, noise: float = 0.3, hidden: int = 8) -> Examples:
+def planted(count: int = 400, noise: float = 0.3, hidden: int = 8) -> JudgeExamples:
     generator = torch.Generator().manual_seed(0)
     last = 5 + 3 * torch.randn(count, hidden, generator=generator)
     good = last[:, 2] - 0.3 * last[:, 5] + noise * torch.randn(count, generator=generator) > 4.5
-    return Examples(last, good, torch.arange(count) // 4, torch.zeros(count, dtype=torch.bool))
+    return JudgeExamples(last, good, torch.arange(count) // 4, torch.zeros(count, dtype=torch.bool))
 
 
 def test_training_finds_what_was_planted_on_questions_it_has_not_seen() -> None:

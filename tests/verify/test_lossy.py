@@ -66,7 +66,7 @@ def test_a_loosened_knob_accepts_no_less_on_any_logged_tree(knob: str, shape: st
     for tighter, looser in pairwise(steps):
         assert (looser >= tighter).all()
     if knob.startswith("typical") and sampling.greedy:
-        assert (steps[-1] == steps[0]).all()  # the law is one-hot: greedy, whatever the knob
+        assert (steps[-1] == steps[0]).all()  # the distribution is one-hot: greedy, whatever the knob
     else:
         assert steps[-1].sum() > steps[0].sum()
 
@@ -81,10 +81,10 @@ def test_rows_of_a_batch_are_judged_as_if_alone() -> None:
 
 def alone_in(logged: Round, row: int) -> Round:
     tree, one = logged.tree, slice(row, row + 1)
-    assert tree.law_rows is not None and tree.law_of is not None
+    assert tree.draft_probs is not None and tree.probs_row is not None
     part = Tree(
-        tree.tokens[one], tree.parents[one], tree.live[one], tree.draws, tree.max_depth, tree.max_children, None, tree.law_rows[one],
-        tree.law_of[one],
+        tree.tokens[one], tree.parents[one], tree.live[one], tree.draws, tree.max_depth, tree.max_children, None, tree.draft_probs[one],
+        tree.probs_row[one],
     )  # fmt: skip
     return Round(part, Scored(logged.scored.logits[one], logged.scored.sampling))
 
@@ -96,14 +96,14 @@ def test_typical_acceptance_is_the_papers_inequality_node_by_node_and_the_longes
     rule = Typical(TypicalConfig(epsilon=0.2, delta=0.4))
     seen = 0
     for logged in rounds("static", WARM):
-        tree, p, got = logged.tree, logged.scored.p.double(), logged.judged(rule)
+        tree, p, got = logged.tree, logged.scored.target_probs.double(), logged.judged(rule)
         for row in range(len(tree.tokens)):
             reached = {0: 0}
             for node in range(1, tree.tokens.shape[1]):
                 above = int(tree.parents[row, node])
-                law = p[row, above]
-                entropy = -sum(float(x) * float(x.log()) for x in law if x > 0)
-                typical = float(law[tree.tokens[row, node]]) > min(0.2, 0.4 * 2.718281828459045**-entropy)
+                probs = p[row, above]
+                entropy = -sum(float(x) * float(x.log()) for x in probs if x > 0)
+                typical = float(probs[tree.tokens[row, node]]) > min(0.2, 0.4 * 2.718281828459045**-entropy)
                 if above in reached and typical:
                     reached[node] = reached[above] + 1
             assert int(got.length[row]) == max(reached.values())
@@ -113,7 +113,7 @@ def test_typical_acceptance_is_the_papers_inequality_node_by_node_and_the_longes
     assert seen > 0
 
 
-def test_the_typical_bar_is_epsilon_for_a_certain_law_and_falls_with_entropy() -> None:
+def test_the_typical_bar_is_epsilon_for_a_certain_distribution_and_falls_with_entropy() -> None:
     certain, even = torch.eye(16)[:1], torch.full((1, 16), 1 / 16)
     assert threshold(certain, 0.09, 0.3).item() == pytest.approx(0.09)
     assert threshold(even, 0.09, 0.3).item() == pytest.approx(0.3 / 16)
@@ -121,7 +121,7 @@ def test_the_typical_bar_is_epsilon_for_a_certain_law_and_falls_with_entropy() -
 
 def test_of_equally_long_paths_the_likeliest_stands() -> None:
     zero = torch.zeros(1, 4, dtype=torch.long)
-    tree = Tree(zero, torch.tensor([[0, 0, 0, 1]]), torch.tensor([[True, True, True, False]]), "point", 2, 2)
+    tree = Tree(zero, torch.tensor([[0, 0, 0, 1]]), torch.tensor([[True, True, True, False]]), "deterministic", 2, 2)
     likely = torch.tensor([[1.0, 0.2, 0.3, 0.9]])
     assert longest(tree, torch.ones(1, 4, dtype=torch.bool), likely).tolist() == [2]  # node 3 is longer, but dead
     assert longest(replace(tree, live=tree.live | True), torch.ones(1, 4, dtype=torch.bool), likely).tolist() == [3]
@@ -143,22 +143,22 @@ def forks(width: int, sampling: Sampling) -> list[Round]:
 
     runtime = FORK.model_copy(update={"rule": LongestConfig(width=width)})
     SpeculativeDecoder(target(), drafter(), runtime).generate(PROMPTS, 24, *sampling, seed=3, on_round=log)
-    assert not seen[0].tree.named
-    return [one for one in seen if one.tree.named]
+    assert not seen[0].tree.from_target
+    return [one for one in seen if one.tree.from_target]
 
 
 def test_the_branch_that_the_target_follows_longest_stands_and_its_candidates_open_the_next_round() -> None:
     other = 0
     for logged in forks(4, COLD):
         tree, scored, got = logged.tree, logged.scored, logged.judged(Longest(LongestConfig(width=4)))
-        assert got.next is None and got.candidates is not None
+        assert got.next is None and got.target_candidates is not None
         for row in range(len(tree.tokens)):
             runs = {child: run(logged, row, child) for child, _ in children(tree, row, 0)}
             path = got.path[row, : int(got.length[row])].tolist()
             assert len(path) == 1 + max(runs.values()) == 1 + runs[path[0]]
             assert path[0] == 1 or runs[1] < runs[path[0]]
             other += path[0] != 1
-            assert got.candidates[row].tolist() == scored.logits[row, path[-1]].topk(4).indices.tolist()
+            assert got.target_candidates[row].tolist() == scored.logits[row, path[-1]].topk(4).indices.tolist()
     assert other > 0
 
 
@@ -173,22 +173,22 @@ def test_more_candidates_accept_no_less_of_a_tree_that_they_opened(sampling: Sam
 def test_drawn_candidates_differ_and_are_never_what_the_target_just_refused() -> None:
     for logged in forks(4, WARM):
         got = logged.judged(Longest(LongestConfig(width=4)))
-        assert got.candidates is not None
-        for row, candidates in enumerate(got.candidates.tolist()):
+        assert got.target_candidates is not None
+        for row, target_candidates in enumerate(got.target_candidates.tolist()):
             last = int(got.path[row, int(got.length[row]) - 1])
-            assert len(set(candidates)) == 4
-            assert not set(candidates) & {token for _, token in children(logged.tree, row, last)}
+            assert len(set(target_candidates)) == 4
+            assert not set(target_candidates) & {token for _, token in children(logged.tree, row, last)}
 
 
-def test_a_law_of_fewer_tokens_than_candidates_repeats_its_first_one() -> None:
+def test_a_distribution_of_fewer_tokens_than_candidates_repeats_its_first_one() -> None:
     logged = forks(4, WARM)[0]
     two = Scored(logged.scored.logits, Sampling(1.0, top_k=2))
     got = Round(logged.tree, two).judged(Longest(LongestConfig(width=4)))
-    assert got.candidates is not None
-    for row, candidates in enumerate(got.candidates.tolist()):
+    assert got.target_candidates is not None
+    for row, target_candidates in enumerate(got.target_candidates.tolist()):
         last = int(got.path[row, int(got.length[row]) - 1])
-        assert all(float(two.p[row, last, token]) > 0 for token in candidates)
-        assert candidates[2:] == candidates[:1] * 2
+        assert all(float(two.target_probs[row, last, token]) > 0 for token in target_candidates)
+        assert target_candidates[2:] == target_candidates[:1] * 2
 
 
 @pytest.mark.parametrize("family", TRAINABLE)
@@ -202,17 +202,17 @@ def test_rounds_left_open_go_on_from_the_last_accepted_token_and_nothing_is_lost
         (made,) = decoder.generate([prompt], 20, *sampling, seed=3, on_round=lambda *given: seen.append(given))
         text, origins = [*prompt, made.tokens[0]], [0]
         for place, (tree, scored, verdict) in enumerate(seen):
-            assert tree.named == (place > 0)
+            assert tree.from_target == (place > 0)
             assert int(tree.tokens[0, 0]) == text[-1]
             whole = target().model(torch.tensor([text])).logits[0, -1]
             torch.testing.assert_close(scored.logits[0, 0], whole, atol=2e-4, rtol=1e-4)  # fp32 in another order
             stood = tree.tokens[0, verdict.path[0, : int(verdict.length[0])]].tolist()
-            assert stood or not tree.named
+            assert stood or not tree.from_target
             text += stood
-            origins += [0 if tree.named and not depth else 1 for depth in range(len(stood))]
+            origins += [0 if tree.from_target and not depth else 1 for depth in range(len(stood))]
             if place + 1 < len(seen):
-                assert verdict.candidates is not None
-                assert verdict.candidates[0].tolist() == seen[place + 1][0].tokens[0, 1:5].tolist()
+                assert verdict.target_candidates is not None
+                assert verdict.target_candidates[0].tolist() == seen[place + 1][0].tokens[0, 1:5].tolist()
         assert text[len(prompt) :][:20] == made.tokens and origins[:20] == made.origins
         counts = made.statistics
         assert (counts.rounds, counts.tokens) == (len(seen), 19)
@@ -239,7 +239,7 @@ def test_rounds_left_open_give_a_row_of_a_batch_what_it_gets_alone(policy: str, 
         ({"shape": SHAPES["dynamic"]}, "dynamic shape may drop them"),
         ({"hybrid": HybridConfig()}, "a lookup drafts under committed tokens alone; leave runtime.hybrid out"),
         ({"corrupt": 0.5}, "would swap them"),
-        ({"prefetch": 1}, "bets on the next token"),
+        ({"prefetch": 1}, "prefetched drafts on the next token"),
     ],
 )
 def test_what_cannot_draft_below_candidates_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -263,21 +263,21 @@ def run(logged: Round, row: int, node: int) -> int:
 # -- confidence ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_confidence_runs_from_an_even_law_to_a_certain_one() -> None:
-    laws = torch.stack([torch.full((8,), 1 / 8), torch.eye(8)[3], torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0])])
-    assert confidence(laws, 0.5).tolist() == pytest.approx([0.0, 1.0, 0.5 * (1 - 1 / 3)], abs=1e-6)
-    assert confidence(laws, 0.0).tolist() == pytest.approx([0.0, 1.0, 0.0])  # the margin alone
+def test_confidence_runs_from_an_even_distribution_to_a_certain_one() -> None:
+    distributions = torch.stack([torch.full((8,), 1 / 8), torch.eye(8)[3], torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0])])
+    assert confidence(distributions, 0.5).tolist() == pytest.approx([0.0, 1.0, 0.5 * (1 - 1 / 3)], abs=1e-6)
+    assert confidence(distributions, 0.0).tolist() == pytest.approx([0.0, 1.0, 0.0])  # the margin alone
 
 
 def test_the_confidence_bar_is_stricter_where_the_drafter_is_uncertain() -> None:
     rule = Confidence(ConfidenceConfig(tau_base=0.2, gamma=1.0))
     logged = rounds("chain", COLD)[0]
-    assert logged.tree.law_rows is not None
-    V = logged.tree.law_rows.shape[-1]
-    certain = torch.zeros_like(logged.tree.law_rows).index_fill_(-1, torch.tensor([0]), 1.0)
+    assert logged.tree.draft_probs is not None
+    V = logged.tree.draft_probs.shape[-1]
+    certain = torch.zeros_like(logged.tree.draft_probs).index_fill_(-1, torch.tensor([0]), 1.0)
     half = second_choices(logged.tree, logged.scored)
-    for laws, expected in ((certain, 4), (torch.full_like(certain, 1 / V), 0)):
-        assert set(Round(replace(logged.tree, law_rows=laws), half).judged(rule).length.tolist()) == {expected}
+    for distributions, expected in ((certain, 4), (torch.full_like(certain, 1 / V), 0)):
+        assert set(Round(replace(logged.tree, draft_probs=distributions), half).judged(rule).length.tolist()) == {expected}
 
 
 def second_choices(tree: Tree, scored: Scored) -> Scored:
@@ -290,31 +290,31 @@ def second_choices(tree: Tree, scored: Scored) -> Scored:
     return Scored(logits, scored.sampling)
 
 
-def test_a_drafter_without_laws_is_refused_by_the_rule_that_reads_them() -> None:
+def test_a_drafter_without_distributions_is_refused_by_the_rule_that_reads_them() -> None:
     logged = rounds("chain", COLD)[0]
-    bare = Round(replace(logged.tree, law_rows=None, law_of=None), logged.scored)
-    with pytest.raises(UserError, match="rule 'confidence' reads the drafter's laws"):
+    bare = Round(replace(logged.tree, draft_probs=None, probs_row=None), logged.scored)
+    with pytest.raises(UserError, match="rule 'confidence' reads the drafter's distributions"):
         bare.judged(Confidence(ConfidenceConfig()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_laws_of_point_trees_are_those_that_chose_the_tokens_and_recording_them_changes_no_tree(shape: str) -> None:
+def test_distributions_of_deterministic_trees_are_those_that_chose_the_tokens_and_recording_them_changes_no_tree(shape: str) -> None:
     logged = rounds(shape, COLD)[:1]
     tree = logged[0].tree
-    assert tree.law_rows is not None and tree.law_of is not None
+    assert tree.draft_probs is not None and tree.probs_row is not None
     row = torch.arange(len(tree.tokens))[:, None]
-    laws, mass = tree.law_rows[row, tree.law_of], tree.law_rows[row, tree.law_of, tree.tokens]
-    likelier = (laws > mass[..., None]).sum(-1)  # [B, N] tokens that the law puts before the node's own
+    distributions, mass = tree.draft_probs[row, tree.probs_row], tree.draft_probs[row, tree.probs_row, tree.tokens]
+    likelier = (distributions > mass[..., None]).sum(-1)  # [B, N] tokens that the distribution puts before the node's own
     for node in range(1, tree.tokens.shape[1]):
         elder = (tree.parents[:, 1:node] == tree.parents[:, node, None]).sum(1)
-        assert torch.equal(likelier[:, node], elder)  # the k-th child is the k-th likeliest token of its law
+        assert torch.equal(likelier[:, node], elder)  # the k-th child is the k-th likeliest token of its distribution
     bare = drafter_tree(shape)
-    assert bare.law_rows is None
+    assert bare.draft_probs is None
     assert torch.equal(bare.tokens, tree.tokens) and torch.equal(bare.parents, tree.parents)
 
 
 def drafter_tree(shape: str) -> Tree:
-    """The first round's tree as it is drafted where no rule reads laws."""
+    """The first round's tree as it is drafted where no rule reads distributions."""
     seen: list[Tree] = []
     decoder = SpeculativeDecoder(target(), drafter(), RuntimeConfig(shape=SHAPES[shape]))
     decoder.generate(PROMPTS, 20, *COLD, seed=1, on_round=lambda tree, scored, verdict: seen.append(tree))
@@ -333,20 +333,20 @@ def test_divergence_is_kullback_leibler_and_finite_where_the_drafter_cannot_prop
 
 
 @pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
-def test_where_drafter_and_target_have_the_same_laws_a_whole_chain_stands(sampling: Sampling) -> None:
+def test_where_drafter_and_target_have_the_same_distributions_a_whole_chain_stands(sampling: Sampling) -> None:
     logged = rounds("chain", sampling)[0]
     raw = logged.scored.logits[:, :-1].softmax(-1)
-    same = Round(replace(logged.tree, law_rows=raw), logged.scored)
+    same = Round(replace(logged.tree, draft_probs=raw), logged.scored)
     assert set(same.judged(Divergence(DivergenceConfig(bound=1e-3))).length.tolist()) == {4}
-    far = Round(replace(logged.tree, law_rows=raw.roll(1, -1)), logged.scored)
-    auto = RuntimeConfig(shape=Chain(length=4), draws="point").fitted(sampling)[0]
+    far = Round(replace(logged.tree, draft_probs=raw.roll(1, -1)), logged.scored)
+    auto = RuntimeConfig(shape=Chain(length=4), draws="deterministic").fitted(sampling)[0]
     assert torch.equal(far.judged(Divergence(DivergenceConfig(bound=1e-3))).length, far.judged(auto).length)
 
 
 def test_an_inner_rule_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"rule 'greedy' decodes greedily, but temperature is 0\.8"):
         RuntimeConfig(rule=DivergenceConfig(inner="greedy")).fitted(WARM)
-    with pytest.raises(UserError, match=r"rule 'rejection' is not exact for point draws in a tree"):
+    with pytest.raises(UserError, match=r"rule 'rejection' is not exact for deterministic draws in a tree"):
         RuntimeConfig(shape=SHAPES["static"], rule=DivergenceConfig(inner="rejection")).fitted(COLD)
 
 

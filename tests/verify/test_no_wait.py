@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drafttrain.core import chance, sampling, tree, types
-from drafttrain.core.chance import Seeded
+from drafttrain.core import rng, sampling, tree, types
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Tree
 from drafttrain.core.types import Scored
@@ -34,7 +34,7 @@ PROGRAMS = ("multidraft truncated", "multidraft optimal")
 EXEMPT = {
     "multidraft.py": {"Truncated", "Optimal", "best_choice", "_decide_pairs", "_drawn_exactly", "_solve"},  # linear programs
     "tree.py": {"_read_skeleton"},
-    "chance.py": {"Scripted", "_sequence_weight", "branches"},
+    "chance.py": {"ScriptedRng", "_sequence_weight", "branches"},
     "sampling.py": {"_nucleus_on_host"},  # the host's own
     "types.py": {"Batch"},  # of training
 }
@@ -46,7 +46,7 @@ REDUCTIONS = {"any", "all", "sum", "max", "min", "amax", "amin", "equal", "allcl
 def sources() -> list[Path]:
     """The files of the lossless rules, and of what they call of `core`."""
     kinds = [inspect.getfile(kind) for kind in RULES.values() if kind.lossless]
-    return sorted({Path(file) for file in (*kinds, *map(inspect.getfile, (base, chance, residual, sampling, tree, types)))})
+    return sorted({Path(file) for file in (*kinds, *map(inspect.getfile, (base, rng, residual, sampling, tree, types)))})
 
 
 def waits(source: str, exempt: set[str]) -> list[str]:
@@ -124,19 +124,19 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def proposal(draws: Draws, name: str, sampling: Sampling, vocab: int = 30, device: str = "cpu") -> tuple[Tree, Scored, Seeded]:
+def proposal(draws: Draws, name: str, sampling: Sampling, vocab: int = 30, device: str = "cpu") -> tuple[Tree, Scored, SeededRng]:
     """Three rows of a tree of this shape, the target's answer to it, not read yet, and their chance."""
     generator = torch.Generator().manual_seed(1)
     p, q = (2 * torch.randn(vocab, vocab, generator=generator) for _ in range(2))
-    rows = Seeded(0, torch.arange(3))
+    rows = SeededRng(0, torch.arange(3))
     drawn = grow(lambda frontier: q[frontier.tokens], torch.tensor([0, 1, 2]), Plan(TREES[name], draws), sampling, rows).tree
     for part, value in vars(drawn).items():
         if isinstance(value, Tensor):
             setattr(drawn, part, value.to(device))
-    return drawn, Scored(p[drawn.tokens.cpu()].to(device), sampling), Seeded(1, torch.arange(3, device=device))
+    return drawn, Scored(p[drawn.tokens.cpu()].to(device), sampling), SeededRng(1, torch.arange(3, device=device))
 
 
-def watched(rule: Rule, given: tuple[Tree, Scored, Seeded]) -> None:
+def watched(rule: Rule, given: tuple[Tree, Scored, SeededRng]) -> None:
     with Operations(), Methods():
         verdict = rule(*given)
     assert verdict.length.shape == (3,)
@@ -145,19 +145,19 @@ def watched(rule: Rule, given: tuple[Tree, Scored, Seeded]) -> None:
 CASES = [
     (variant, draws, name)
     for variant, (rule, _) in VARIANTS.items()
-    for draws in ("point", "iid", "without_replacement")
+    for draws in ("deterministic", "iid", "without_replacement")
     for name, shape in TREES.items()
-    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts and (shape.shape != "dynamic" or draws == "point")
+    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts and (shape.shape != "dynamic" or draws == "deterministic")
 ]
 
 
-def law_of(variant: str, **further: Any) -> Sampling:
+def probs_row(variant: str, **further: Any) -> Sampling:
     return Sampling() if RULES[VARIANTS[variant][0]].temperatures == "zero" else Sampling(0.8, **further)
 
 
 @pytest.mark.parametrize(("variant", "draws", "name"), [case for case in CASES if case[0] not in PROGRAMS])
 def test_a_lossless_rule_runs_without_waiting(variant: str, draws: Draws, name: str) -> None:
-    watched(made(variant), proposal(draws, name, law_of(variant, top_k=20)))
+    watched(made(variant), proposal(draws, name, probs_row(variant, top_k=20)))
 
 
 @pytest.mark.parametrize("variant", PROGRAMS)
@@ -173,12 +173,12 @@ def test_a_nucleus_does_not_wait_either(rule: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_only_a_tree_that_did_not_come_from_grow_is_read_for_its_skeleton() -> None:
-    tree, scored, chance = proposal("iid", "2-1", Sampling(0.8))
+    tree, scored, rng = proposal("iid", "2-1", Sampling(0.8))
     foreign = replace(tree, skeleton=None)
     with pytest.raises(Waits) as caught:
-        watched(made("traversal"), (foreign, scored, chance))
+        watched(made("traversal"), (foreign, scored, rng))
     assert any(entry.name == "_read_skeleton" for entry in caught.traceback)
-    both = [[(one.parents, one.laws, one.children) for one in known.families] for known in (foreign, tree)]
+    both = [[(one.parents, one.probs_rows, one.children) for one in known.sibling_groups] for known in (foreign, tree)]
     assert both[0] == both[1]
 
 
@@ -200,7 +200,7 @@ def test_a_wait_is_seen_at_run_time(how: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("variant", "draws", "name"), [case for case in CASES if case[0] not in PROGRAMS])
 def test_a_lossless_rule_runs_without_a_synchronisation_on_a_gpu(variant: str, draws: Draws, name: str) -> None:
-    given = proposal(draws, name, law_of(variant, top_k=20, top_p=0.9), device="cuda")
+    given = proposal(draws, name, probs_row(variant, top_k=20, top_p=0.9), device="cuda")
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -14,7 +14,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import Batch, Request
+from drafttrain.runtime.generate import DecodingLoop, Request
 from drafttrain.runtime.policy import Fixed
 from drafttrain.target.cache import TreeCache
 from drafttrain.verify.reflective import Reflective, ReflectiveConfig
@@ -36,7 +36,7 @@ def read(prompts: list[list[int]]) -> TreeCache:
     width = max(map(len, prompts))
     padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     target().prefill(cache, padded, torch.tensor([len(prompt) for prompt in prompts]))
-    cache.settle([len(prompt) for prompt in prompts])
+    cache.set_lengths([len(prompt) for prompt in prompts])
     return cache
 
 
@@ -63,7 +63,7 @@ def test_the_copys_logits_are_those_of_the_whole_text_read_plainly() -> None:
 
 def test_in_a_tree_reflection_and_copy_see_every_live_node_and_the_copy_its_own_path() -> None:
     parents = torch.tensor([[0, 0, 0, 1, 0]])
-    tree = Tree(torch.tensor([[9, 1, 2, 3, 4]]), parents, torch.tensor([[True, True, True, True, False]]), "point", 2, 3)
+    tree = Tree(torch.tensor([[9, 1, 2, 3, 4]]), parents, torch.tensor([[True, True, True, True, False]]), "deterministic", 2, 3)
     layout = reflective(0.3).layout(tree)
     assert layout.tokens[0].tolist() == [9, 1, 2, 3, 4, *PROMPT, 9, 1, 2, 3, 4]
     assert layout.depth[0].tolist() == [0, 1, 1, 2, 1, 3, 4, 5, 6, 7, 7, 8, 7]
@@ -81,7 +81,7 @@ def test_with_next_to_no_weight_the_text_is_greedy_so_nothing_appended_stays_in_
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_after_each_round_the_cache_holds_the_committed_tokens_and_no_more_in_one_forward_a_round(shape: str) -> None:
-    batch = Batch(target(), drafter(), reflective(0.4), Fixed(Plan(SHAPES[shape])), COLD, seed=0)
+    batch = DecodingLoop(target(), drafter(), reflective(0.4), Fixed(Plan(SHAPES[shape])), COLD, seed=0)
     before = target().forwards
     batch.start([Request(prompt, index, 20) for index, prompt in enumerate(PROMPTS)])
     count = 1

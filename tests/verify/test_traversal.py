@@ -15,7 +15,7 @@ from drafttrain.core.types import Scored
 from drafttrain.verify.recursive import Recursive, RecursiveConfig
 from drafttrain.verify.traversal import Traversal, TraversalConfig
 from tests.verify.trees import DEEP, TOPOLOGIES, all_trees, many_trees, recursive_reach
-from tests.verify.walk import first_tokens, law_of
+from tests.verify.walk import first_tokens, probs_row
 
 TRAVERSAL, RECURSIVE = Traversal(TraversalConfig()), Recursive(RecursiveConfig())
 DRAWS = ("iid", "without_replacement")
@@ -31,7 +31,7 @@ def by_seed(value: Tensor, weight: Tensor, seed: Tensor) -> Tensor:
 def lengths(name: str, draws: str, seeds: range, sampling: Sampling | None = None) -> tuple[Tensor, Tensor]:
     """[seeds] expected accepted length over all trees and all chances: traversal's and recursive's."""
     tree, scored, weight, seed = many_trees(name, draws, seeds, sampling)
-    ours, theirs = (by_seed(law_of(rule, tree, scored).length, weight, seed) for rule in (TRAVERSAL, RECURSIVE))
+    ours, theirs = (by_seed(probs_row(rule, tree, scored).length, weight, seed) for rule in (TRAVERSAL, RECURSIVE))
     return ours, theirs
 
 
@@ -75,8 +75,8 @@ def test_at_temperature_zero_it_equals_recursive(draws: str, name: str) -> None:
 def test_recursive_reaches_nodes_as_its_paper_says(draws: str) -> None:
     for name in ("2-2", "ragged"):
         tree, scored, *_ = many_trees(name, draws, range(4))
-        said = law_of(RECURSIVE, tree, scored)
-        torch.testing.assert_close(said.length, recursive_reach(tree, scored.p)[:, 1:].sum(1), atol=1e-6, rtol=0)
+        said = probs_row(RECURSIVE, tree, scored)
+        torch.testing.assert_close(said.length, recursive_reach(tree, scored.target_probs)[:, 1:].sum(1), atol=1e-6, rtol=0)
 
 
 def test_on_a_chain_the_expected_length_is_that_of_block_verification() -> None:
@@ -85,34 +85,34 @@ def test_on_a_chain_the_expected_length_is_that_of_block_verification() -> None:
     row, running, total = torch.arange(len(weight)), torch.ones_like(weight), torch.zeros_like(weight)
     for node in range(1, 4):
         token = tree.tokens[:, node]
-        q = tree.law(torch.full_like(token, node))[row, token]
-        running = (running * scored.p[row, node - 1, token] / q).clamp_max(1)
+        q = tree.draft_probs_at(torch.full_like(token, node))[row, token]
+        running = (running * scored.target_probs[row, node - 1, token] / q).clamp_max(1)
         total += running
-    ours = by_seed(law_of(TRAVERSAL, tree, scored).length, weight, seed)
+    ours = by_seed(probs_row(TRAVERSAL, tree, scored).length, weight, seed)
     torch.testing.assert_close(ours, by_seed(total, weight, seed), atol=1e-6, rtol=0)
 
 
 def by_the_paper(tree: Tree, p: Tensor, mistake: str = "") -> Tensor:
-    """[B, N, V] the law of the last node that stands and the token after it: node by node, leaves first. One parent table for all rows."""
+    """[B, N, V] the distribution of the last node that stands and the token after it: node by node, leaves first. One parent table for all rows."""
     B, N, V = p.shape
     row, parent = torch.arange(B), tree.parents[0].tolist()
-    P, Q = p.double().clone(), torch.stack([tree.law(torch.full((B,), node)).double() for node in range(N)], 1)
+    P, Q = p.double().clone(), torch.stack([tree.draft_probs_at(torch.full((B,), node)).double() for node in range(N)], 1)
     own, out, left = {0: torch.ones(B, dtype=torch.float64)}, torch.zeros(B, N, V, dtype=torch.float64), torch.ones(B, dtype=torch.float64)
     start = P.clone()
 
-    def chance(node: int) -> Tensor:
+    def rng(node: int) -> Tensor:
         """min(1, a P / Q) along the path, from the nearest node whose children have failed."""
         if node in own:
             return own[node]
         stale = mistake == "siblings on their own" or (mistake == "no cascade" and node in parent)
-        law, token = (start if stale else P)[row, parent[node]], tree.tokens[:, node]
-        return (chance(parent[node]) * law[row, token] / Q[row, node, token].clamp_min(1e-300)).clamp_max(1)
+        probs, token = (start if stale else P)[row, parent[node]], tree.tokens[:, node]
+        return (rng(parent[node]) * probs[row, token] / Q[row, node, token].clamp_min(1e-300)).clamp_max(1)
 
     for node in order(tree):
-        stands, token, above = chance(node), tree.tokens[:, node], parent[node]
+        stands, token, above = rng(node), tree.tokens[:, node], parent[node]
         out[:, node], left = (left * stands)[:, None] * P[:, node], left * (1 - stands)
         if node:
-            a, R = chance(above), (chance(above)[:, None] * P[:, above] - Q[:, node]).clamp_min(0)
+            a, R = rng(above), (rng(above)[:, None] * P[:, above] - Q[:, node]).clamp_min(0)
             S = R.sum(-1)
             P[:, above] = torch.where((S > 0)[:, None], normalise(R), P[:, above])
             own[above] = torch.ones_like(S) if above == 0 else S / (S + 1 - a).clamp_min(1e-300)
@@ -137,8 +137,8 @@ def order(tree: Tree) -> list[int]:
 def test_it_says_what_the_paper_says_of_every_tree(draws: str, name: str) -> None:
     tree, scored, weight, _ = many_trees(name, draws, range(3))
     drawn = weight > 0
-    said = law_of(TRAVERSAL, tree, scored).next
-    torch.testing.assert_close(said[drawn], by_the_paper(tree, scored.p)[drawn], atol=1e-5, rtol=0)
+    said = probs_row(TRAVERSAL, tree, scored).next
+    torch.testing.assert_close(said[drawn], by_the_paper(tree, scored.target_probs)[drawn], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -153,20 +153,20 @@ def test_known_ways_of_losing_exactness_are_seen(draws: str, mistake: str) -> No
 
 
 def distance(given: tuple[Tree, Scored, Tensor], mistake: str) -> float:
-    """Total variation of the first token from the target's law."""
+    """Total variation of the first token from the target's distribution."""
     tree, scored, weight = given
-    out = by_the_paper(tree, scored.p, mistake)
+    out = by_the_paper(tree, scored.target_probs, mistake)
     total = (weight[:, None] * out[:, 0]).sum(0)
     for node in range(1, out.shape[1]):
         path, _ = tree.path_to(torch.full((len(weight),), node))
         total.index_add_(0, tree.tokens.gather(1, path[:, :1])[:, 0], weight * out[:, node].sum(-1))
-    return float((total - scored.p[0, 0].double()).abs().sum() / 2)
+    return float((total - scored.target_probs[0, 0].double()).abs().sum() / 2)
 
 
 @pytest.mark.parametrize("draws", DRAWS)
 @pytest.mark.parametrize("name", DEEP)
-def test_the_first_token_has_the_targets_law(draws: str, name: str) -> None:
+def test_the_first_token_has_the_targets_distribution(draws: str, name: str) -> None:
     small = name == "2-2-1" or (name == "ragged wide" and draws == "iid")
     tree, scored, weight = all_trees(TOPOLOGIES[name], draws, 2 if small else 3, 0, 1)
-    found = first_tokens(law_of(TRAVERSAL, tree, scored), tree, weight)
-    assert float((found - scored.p[0, 0].double()).abs().sum() / 2) < 1e-6
+    found = first_tokens(probs_row(TRAVERSAL, tree, scored), tree, weight)
+    assert float((found - scored.target_probs[0, 0].double()).abs().sum() / 2) < 1e-6

@@ -34,7 +34,7 @@ DEEP = ("1-1", "2-1", "2-2", "3-1", "1-2", "2-2-1", "ragged", "ragged wide")
 
 
 @lru_cache(1 << 16)
-def law(seed: int, context: tuple[int, ...], vocab: int) -> np.ndarray:
+def probs(seed: int, context: tuple[int, ...], vocab: int) -> np.ndarray:
     return np.random.default_rng([seed, *(token + 1 for token in context)]).dirichlet(np.full(vocab, 0.7))
 
 
@@ -47,7 +47,7 @@ def all_trees(paths: Paths, draws: str, vocab: int, p_seed: int, q_seed: int) ->
     for parent, group in zip(inner, groups, strict=True):
         grown = []
         for tokens, weight in rows:
-            q = law(q_seed, context(tokens, parents, parent), vocab)
+            q = probs(q_seed, context(tokens, parents, parent), vocab)
             ids, size = range(vocab), len(group)
             for drawn in permutations(ids, size) if draws == "without_replacement" else product(ids, repeat=size):
                 filled = list(tokens)
@@ -56,14 +56,14 @@ def all_trees(paths: Paths, draws: str, vocab: int, p_seed: int, q_seed: int) ->
                 grown.append((filled, weight * chance_of(q, drawn, draws)))
         rows = grown
     tokens = torch.tensor([row for row, _ in rows])
-    laws = [[law(q_seed, context(row, parents, parent), vocab) for parent in inner] for row, _ in rows]
+    distributions = [[probs(q_seed, context(row, parents, parent), vocab) for parent in inner] for row, _ in rows]
     depth = max(len(path) for path in paths)
-    above, law_of = (torch.tensor(ids).expand(len(rows), -1) for ids in (parents, [inner.index(parent) for parent in parents]))
+    above, probs_row = (torch.tensor(ids).expand(len(rows), -1) for ids in (parents, [inner.index(parent) for parent in parents]))
     tree = Tree(
         tokens, above, torch.ones_like(tokens, dtype=torch.bool), draws, depth, max(map(len, groups)),  # type: ignore[arg-type]
-        law_rows=torch.tensor(np.array(laws)).float(), law_of=law_of,
+        draft_probs=torch.tensor(np.array(distributions)).float(), probs_row=probs_row,
     )  # fmt: skip
-    target = [[law(p_seed, context(row, parents, node), vocab) for node in range(len(parents))] for row, _ in rows]
+    target = [[probs(p_seed, context(row, parents, node), vocab) for node in range(len(parents))] for row, _ in rows]
     return tree, Scored(torch.tensor(np.array(target)).log().float(), Sampling(1.0)), torch.tensor([weight for _, weight in rows])
 
 
@@ -76,7 +76,7 @@ def many_trees(name: str, draws: str, seeds: range, sampling: Sampling | None = 
     vocab = 2 if few else 4 if name == "3" else 3
     made = [all_trees(TOPOLOGIES[name], draws, vocab, 2 * seed, 2 * seed + 1) for seed in seeds]
     first = made[0][0]
-    parts = ("tokens", "parents", "live", "law_rows", "law_of")
+    parts = ("tokens", "parents", "live", "draft_probs", "probs_row")
     joined: dict[str, Any] = {part: torch.cat([getattr(tree, part) for tree, *_ in made]) for part in parts}
     scored = Scored(torch.cat([one.logits for _, one, _ in made]), sampling or Sampling(1.0))
     seed = torch.cat([torch.full((len(weight),), seed) for seed, (*_, weight) in enumerate(made)])
@@ -112,7 +112,7 @@ def recursive_reach(tree: Tree, p: Tensor) -> Tensor:
             if child < 0:
                 continue
             token = tree.tokens[:, child]
-            Q = tree.law(torch.full((B,), child)).double() if Q is None or tree.draws == "iid" else Q
+            Q = tree.draft_probs_at(torch.full((B,), child)).double() if Q is None or tree.draws == "iid" else Q
             stands = (P[row, token] / Q[row, token]).clamp_max(1)
             reach[:, child] = left * stands
             left = left * (1 - stands)

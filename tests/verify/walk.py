@@ -1,4 +1,4 @@
-"""Every branch of a rule on a whole batch at once: the exact law of what it says of each tree, through its own call.
+"""Every branch of a rule on a whole batch at once: the exact distribution of what it says of each tree, through its own call.
 
 B rows, N nodes, D depth, V vocabulary, S outcomes of one choice.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import next_script
+from drafttrain.core.rng import next_script
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.verify.base import Rule
@@ -27,7 +27,7 @@ class Together:
         self.script, self.taken = script, list[tuple[int, int]]()
         self.weight = torch.ones(rows, dtype=torch.float64)
 
-    def turn(self, number: int) -> None:
+    def substream(self, number: int) -> None:
         pass
 
     def bernoulli(self, p: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ class Together:
         kept = [self._choose(torch.stack([1 - share, share], 1)) for share in shares.unbind(1)]
         return torch.tensor(kept, dtype=torch.bool).view(1, *p.shape[1:]).expand(p.shape)
 
-    def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
+    def draw(self, probs: Tensor, k: int, replace: bool) -> Tensor:
         assert k == 1
-        rows = law.double().flatten(1, -2).unbind(1)  # W of [B, V]
+        rows = probs.double().flatten(1, -2).unbind(1)  # W of [B, V]
         drawn = [self._choose(row / row.sum(-1, keepdim=True)) for row in rows]
-        return torch.tensor(drawn).view(1, *law.shape[1:-1], 1).expand(*law.shape[:-1], 1)
+        return torch.tensor(drawn).view(1, *probs.shape[1:-1], 1).expand(*probs.shape[:-1], 1)
 
     def _choose(self, weights: Tensor) -> int:
         """[B, S]."""
@@ -54,10 +54,10 @@ def walked(rule: Rule, tree: Tree, scored: Scored) -> Iterator[tuple[Tensor, Ver
     """Each branch: its probability in each row [B], and the verdict."""
     script: list[int] | None = []
     while script is not None:
-        chance = Together(script, len(tree.tokens))
-        verdict = rule(tree, scored, chance)
-        yield chance.weight, verdict
-        script = next_script(chance.taken)
+        rng = Together(script, len(tree.tokens))
+        verdict = rule(tree, scored, rng)
+        yield rng.weight, verdict
+        script = next_script(rng.taken)
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Said:
     length: Tensor  # [B] expected accepted length
 
 
-def law_of(rule: Rule, tree: Tree, scored: Scored) -> Said:
-    """The exact law of the verdict on each tree."""
+def probs_row(rule: Rule, tree: Tree, scored: Scored) -> Said:
+    """The exact distribution of the verdict on each tree."""
     B, N = tree.tokens.shape
     row, following = torch.arange(B), torch.zeros(B, N, scored.logits.shape[-1], dtype=torch.float64)
     for weight, verdict in walked(rule, tree, scored):
@@ -83,7 +83,7 @@ def law_of(rule: Rule, tree: Tree, scored: Scored) -> Said:
 
 
 def first_tokens(said: Said, tree: Tree, weight: Tensor) -> Tensor:
-    """[V] the law of the first token that comes out, over all trees of probability `weight` [B]."""
+    """[V] the distribution of the first token that comes out, over all trees of probability `weight` [B]."""
     out = (weight[:, None] * said.next[:, 0]).sum(0)
     for node in range(1, tree.tokens.shape[1]):
         path, _ = tree.path_to(torch.full((len(weight),), node))

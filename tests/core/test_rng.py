@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drafttrain.core.chance import Seeded, Spread
+from drafttrain.core.rng import SeededRng, SpreadRng
 
 ROWS, RUNS = 400, 16
 
@@ -23,19 +23,19 @@ def _numbers() -> tuple[Tensor, Tensor]:
 def test_spread_runs_have_the_right_mean_with_a_quarter_of_the_variance() -> None:
     rows, runs = _numbers()
     exact = 0.6 * (1 + 0.5 * (1 + 0.7))
-    spread = _accepted(Spread(3, rows, runs, RUNS).uniform(3)).view(ROWS, RUNS).mean(1)
-    seeded = _accepted(Seeded(3, rows * RUNS + runs).uniform(3)).view(ROWS, RUNS).mean(1)
+    spread = _accepted(SpreadRng(3, rows, runs, RUNS).uniform(3)).view(ROWS, RUNS).mean(1)
+    seeded = _accepted(SeededRng(3, rows * RUNS + runs).uniform(3)).view(ROWS, RUNS).mean(1)
     assert spread.var() < seeded.var() / 4
     assert abs(spread.mean() - exact) < 4 * spread.std() / ROWS**0.5
 
 
 def test_every_single_run_is_uniform_and_its_numbers_are_independent() -> None:
-    """No bias comes from the points: each run alone has the law of `Seeded`, over the rows."""
+    """No bias comes from the points: each run alone has the distribution of `SeededRng`, over the rows."""
     rows = torch.arange(20_000)
     for run in (0, 1, RUNS - 1):
-        chance = Spread(5, rows, torch.full_like(rows, run), RUNS)
-        first, second = chance.uniform(2).unbind(1)  # [rows]
-        third = chance.uniform(1)[:, 0]
+        rng = SpreadRng(5, rows, torch.full_like(rows, run), RUNS)
+        first, second = rng.uniform(2).unbind(1)  # [rows]
+        third = rng.uniform(1)[:, 0]
         cells = (first * 4).long() * 16 + (second * 4).long() * 4 + (third * 4).long()
         counts = torch.bincount(cells, minlength=64).double()
         expected = len(rows) / 64
@@ -44,6 +44,6 @@ def test_every_single_run_is_uniform_and_its_numbers_are_independent() -> None:
 
 def test_a_run_does_not_depend_on_which_others_are_taken_beside_it() -> None:
     rows, runs = _numbers()
-    whole = Spread(1, rows, runs, RUNS).uniform(2, 2)
+    whole = SpreadRng(1, rows, runs, RUNS).uniform(2, 2)
     some = torch.tensor([3, 40, 777])
-    assert torch.equal(Spread(1, rows[some], runs[some], RUNS).uniform(2, 2), whole[some])
+    assert torch.equal(SpreadRng(1, rows[some], runs[some], RUNS).uniform(2, 2), whole[some])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from drafttrain.core.chance import Seeded
 from drafttrain.core.plan import Plan
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features
@@ -31,7 +31,7 @@ PAD = -1  # no token: nothing matches it
 
 
 @dataclass
-class Texts:
+class ReplayTexts:
     """What the target wrote greedily, with its features."""
 
     tokens: Tensor  # [B, T] prompts with their answers behind them, then PAD
@@ -40,7 +40,7 @@ class Texts:
     features: Features  # name -> [B, T, ...]
 
 
-def read_texts(target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], features: Iterable[str]) -> Texts:
+def read_texts(target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], features: Iterable[str]) -> ReplayTexts:
     """Prompts and the target's own greedy answers (token ids) as one batch; one plain pass gives the features."""
     whole = [torch.tensor(prompt + answer, device=target.device) for prompt, answer in zip(prompts, answers, strict=True)]
     tokens = pad_sequence(whole, batch_first=True, padding_value=PAD)
@@ -48,16 +48,16 @@ def read_texts(target: Target, prompts: Sequence[list[int]], answers: Sequence[l
     stops = torch.tensor([len(text) for text in whole], device=target.device)
     position = torch.arange(tokens.shape[1], device=target.device).expand_as(tokens)
     document = torch.where(tokens == PAD, -1, 0)
-    return Texts(tokens, starts, stops, target.encode(tokens.clamp_min(0), position, document, features))
+    return ReplayTexts(tokens, starts, stops, target.encode(tokens.clamp_min(0), position, document, features))
 
 
-def retrace(drafter: Drafter, head: TargetHead, texts: Iterable[Texts], plan: Plan) -> Statistics:
+def tree_replay(drafter: Drafter, head: TargetHead, texts: Iterable[ReplayTexts], plan: Plan) -> Statistics:
     """What greedy decoding would count on these texts with this plan, times aside."""
     return reduce(add, (_retrace(drafter, head, batch, plan) for batch in texts), Statistics())
 
 
 @torch.inference_mode()
-def _retrace(drafter: Drafter, head: TargetHead, texts: Texts, plan: Plan) -> Statistics:
+def _retrace(drafter: Drafter, head: TargetHead, texts: ReplayTexts, plan: Plan) -> Statistics:
     tokens, at = texts.tokens, texts.starts.clone()  # [B] the root's place
     B, T = tokens.shape
     row = torch.arange(B, device=tokens.device)
@@ -68,11 +68,11 @@ def _retrace(drafter: Drafter, head: TargetHead, texts: Texts, plan: Plan) -> St
         prompts, texts.starts, {name: value[:, :P] * real[..., None] for name, value in texts.features.items()}, head,
         T + plan.shape.slots + 1,
     )  # fmt: skip
-    state.settle(at.tolist())
-    chance, tally = Seeded(0, row), Tally(B, tokens.device)
+    state.set_lengths(at.tolist())
+    rng, tally = SeededRng(0, row), Tally(B, tokens.device)
     while bool((at + 1 < texts.stops).any()):
         alive = at + 1 < texts.stops
-        tree = drafter.propose(state, tokens[row, at].clamp_min(0), plan, Sampling(), chance)
+        tree = drafter.propose(state, tokens[row, at].clamp_min(0), plan, Sampling(), rng)
         D = max(1, tree.max_depth)  # where nothing was drafted, a path is still one node long
         place = at[:, None] + torch.arange(D + 1, device=at.device)  # [B, D + 1] the root, and what the text says below
         written = torch.where(place < T, tokens.gather(1, place.clamp_max(T - 1)), PAD)
@@ -84,7 +84,7 @@ def _retrace(drafter: Drafter, head: TargetHead, texts: Texts, plan: Plan) -> St
         features = {name: value[row[:, None], place.clamp_max(T - 1)] for name, value in texts.features.items()}
         drafter.observe(state, Committed(tree.tokens.gather(1, nodes), torch.where(alive, accepted + 1, 0), features, nodes))
         at = at + kept
-        state.settle(at.tolist())
+        state.set_lengths(at.tolist())
     return reduce(add, (tally.row(index) for index in range(B)))
 
 

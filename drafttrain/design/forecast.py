@@ -12,8 +12,8 @@ from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.throughput import Forecast
 from drafttrain.runtime.costs import RoundCost, ScoreCurve
 from drafttrain.runtime.decoder import SpeculativeDecoder
-from drafttrain.runtime.retrace import Texts, read_texts, retrace
 from drafttrain.runtime.stats import Statistics
+from drafttrain.runtime.tree_replay import ReplayTexts, read_texts, tree_replay
 from drafttrain.target.adapter import Target
 
 SIDE_BY_SIDE = 8
@@ -32,7 +32,7 @@ def answer(target: Target, prompts: Sequence[list[int]], max_new_tokens: int) ->
 
 def parted_texts(
     target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], drafters: Sequence[Drafter]
-) -> tuple[list[Texts], list[Texts]]:
+) -> tuple[list[ReplayTexts], list[ReplayTexts]]:
     """`texts_of` the answers that don't go round in circles, and of those that do."""
     parts: tuple[list[int], list[int]] = ([], [])
     for place, tokens in enumerate(answers):
@@ -41,7 +41,7 @@ def parted_texts(
     return straight, looping
 
 
-def texts_of(target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], drafters: Iterable[Drafter]) -> list[Texts]:
+def texts_of(target: Target, prompts: Sequence[list[int]], answers: Sequence[list[int]], drafters: Iterable[Drafter]) -> list[ReplayTexts]:
     """Prompts and answers as replay reads them, similar lengths together."""
     needs = frozenset().union(*(drafter.needs for drafter in drafters))
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]) + len(answers[place]))
@@ -50,7 +50,7 @@ def texts_of(target: Target, prompts: Sequence[list[int]], answers: Sequence[lis
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayedLength:
     """What replay counts on the target's answers."""
 
     tau: float
@@ -58,17 +58,17 @@ class Replay:
     alpha: list[float | None]
 
 
-def replay(decoder: SpeculativeDecoder, not_looping: Iterable[Texts], looping: Iterable[Texts]) -> Replay:
+def replay(decoder: SpeculativeDecoder, not_looping: Iterable[ReplayTexts], looping: Iterable[ReplayTexts]) -> ReplayedLength:
     """Of both kinds together, and of the first alone."""
     straight = replayed(decoder, not_looping)
     whole = straight + replayed(decoder, looping)
-    return Replay(whole.tau, straight.tau if straight.rounds else None, whole.alpha)
+    return ReplayedLength(whole.tau, straight.tau if straight.rounds else None, whole.alpha)
 
 
-def replayed(decoder: SpeculativeDecoder, texts: Iterable[Texts]) -> Statistics:
+def replayed(decoder: SpeculativeDecoder, texts: Iterable[ReplayTexts]) -> Statistics:
     """What the decoder's drafter, under its runtime, gets accepted on these texts."""
     assert decoder.drafter is not None
-    return retrace(decoder.drafter, decoder.target.head, texts, decoder.runtime.fitted(Sampling())[1])
+    return tree_replay(decoder.drafter, decoder.target.head, texts, decoder.runtime.fitted(Sampling())[1])
 
 
 def typical_context(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> int:

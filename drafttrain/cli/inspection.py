@@ -15,19 +15,19 @@ from rich.table import Table
 from rich.text import Text
 
 from drafttrain import stages
+from drafttrain.cli.doctor import marked
 from drafttrain.core.errors import UserError
 from drafttrain.data.origin import tokenizer_hash
 from drafttrain.data.shards import INDEX
 from drafttrain.data.store import Store
-from drafttrain.doctor import marked
 from drafttrain.drafters.files import load_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.loops import loops
-from drafttrain.evaluation.page import RESULTS
-from drafttrain.evaluation.report import interval
 from drafttrain.evaluation.rows import ALL
 from drafttrain.evaluation.runners import PLAIN
 from drafttrain.recipe import RESOLVED, Recipe, load_recipe
+from drafttrain.report.page import RESULTS
+from drafttrain.report.tables import interval
 from drafttrain.target.adapter import load_tokenizer
 from drafttrain.target.files import TargetConfig, resolve
 from drafttrain.train.loop import TrainConfig

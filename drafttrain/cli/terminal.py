@@ -40,7 +40,7 @@ def summary(statistics: Statistics, drafted: bool) -> Text:
         line.append(f"; tau {statistics.tau:.2f}, alpha {alpha_text(reached)}; ")
         line.append("green", "green")
         line.append(": the drafter's tokens, plain: the target's")
-    if statistics.bets:
-        line.append(f"; prefetch: {statistics.hits / statistics.bets:.0%} of {statistics.bets} bets hit, ")
+    if statistics.prefetched:
+        line.append(f"; prefetch: {statistics.hits / statistics.prefetched:.0%} of {statistics.prefetched} prefetched drafts hit, ")
         line.append(f"{statistics.calls_saved} drafter calls saved for {statistics.prefetch_calls} prefetched")
     return line

@@ -14,14 +14,14 @@ from rich.console import Console
 
 from drafttrain.core.errors import UserError
 from drafttrain.evaluation import frontier, plots
-from drafttrain.evaluation.frontier import Finding, Measurement
 from drafttrain.evaluation.journal import append_whole
-from drafttrain.evaluation.page import is_stale, open_run, renew, together, write_report
-from drafttrain.evaluation.plots import PLOTS
-from drafttrain.evaluation.report import draw, latest, render, results_table, stale, terminal_table
 from drafttrain.evaluation.rows import ALL, Difference, Row
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 from drafttrain.evaluation.throughput import Forecast
+from drafttrain.report.frontier import Finding, Measurement
+from drafttrain.report.page import is_stale, open_run, renew, together, write_report
+from drafttrain.report.plots import PLOTS
+from drafttrain.report.tables import draw, latest, render, results_table, stale, terminal_table
 from tests.evaluation.test_rows import DRAFTED, PLAINLY, SETTING, rows_of
 from tests.evaluation.toys import sample
 
@@ -100,17 +100,17 @@ def test_a_lossy_rule_is_called_so_and_shows_its_quality() -> None:
 
 
 def test_prefetched_drafts_have_a_column_where_there_are_any() -> None:
-    bets = {"bets": 1200, "hits": 300, "prefetch_calls": 4800, "calls_saved": 900}
-    table = results_table([replace(row, measured=replace(row.measured, prefetch=bets)) for row in ROWS])
+    prefetched = {"prefetched": 1200, "prefetch_hits": 300, "prefetch_calls": 4800, "calls_saved": 900}
+    table = results_table([replace(row, measured=replace(row.measured, prefetch=prefetched)) for row in ROWS])
     assert line(table, "mine")["prefetched drafts"] == "hit in 25% of 1,200 rounds, 900 calls saved for 4,800"
     assert "prefetched" not in results_table(ROWS)
 
 
 def test_measured_prices_have_a_column_where_there_are_any() -> None:
-    found = {"head_cost": 0.291, "node_cost": 0.0464}
-    table = results_table([replace(row, measured=replace(row.measured, prices=found)) for row in ROWS])
-    assert line(table, "mine")["prices"] == "head_cost 0.29, node_cost 0.046"
-    assert "prices" not in results_table(ROWS)
+    found = {"draft_cost": 0.291, "node_cost": 0.0464}
+    table = results_table([replace(row, measured=replace(row.measured, hybrid_costs=found)) for row in ROWS])
+    assert line(table, "mine")["hybrid_costs"] == "draft_cost 0.29, node_cost 0.046"
+    assert "hybrid_costs" not in results_table(ROWS)
 
 
 @pytest.mark.parametrize("unmeasured", [None, {}, {"tokens": 50.0, "right": None}])

@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.page import Run
-from drafttrain.evaluation.report import NONE, interval, quality, refuse_unmeasured_quality
 from drafttrain.evaluation.rows import ALL, BASELINES, Interval, Measured, Outputs, Row
 from drafttrain.evaluation.runners import PLAIN
+from drafttrain.report.page import ReportedRun
+from drafttrain.report.tables import NONE, interval, quality, refuse_unmeasured_quality
 from drafttrain.runtime.stats import PHASES
 
 ASKED: dict[str, str] = {
@@ -34,7 +34,7 @@ STEADY = 0.05  # plain decoding's speed may differ by this share before it is po
 
 
 @dataclass(frozen=True)
-class Figure:
+class ComparedFigure:
     """One quantity in both results; `differs` is None where no interval is known."""
 
     name: str
@@ -60,7 +60,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Two results that may be compared."""
 
     names: tuple[str, str]
@@ -95,7 +95,7 @@ class Again:
         return left, right
 
 
-def compare(left: Run, right: Run) -> Comparison:
+def compare(left: ReportedRun, right: ReportedRun) -> RunComparison:
     """The newest evaluations of the two that asked the same, or the newest two of one file that did. Raises `UserError` where target, suite
     or sampling differ, a lossy rule's quality was not measured, or no contender has a counterpart."""
     names = left.name, right.name
@@ -126,7 +126,7 @@ def compare(left: Run, right: Run) -> Comparison:
     again = measured_again(pairs)
     told = [*warnings(ours[0], theirs[0]), *unsteady(pairs)]
     told += unequal(again) if ours[0].temperature == 0 and ours[0].dtype == theirs[0].dtype == "float32" else []
-    return Comparison(names, pairs, alone, told, again)
+    return RunComparison(names, pairs, alone, told, again)
 
 
 def _by_contender(rows: Iterable[Row], outputs: Outputs) -> dict[tuple[str, str], Measured]:
@@ -149,7 +149,7 @@ def unequal(again: Iterable[Again]) -> list[str]:
     ]  # fmt: skip
 
 
-def newest_alike(left: Run, right: Run) -> tuple[list[Row], list[Row]]:
+def newest_alike(left: ReportedRun, right: ReportedRun) -> tuple[list[Row], list[Row]]:
     """The newest evaluation on the right that one on the left asked the same as, and the newest of these; if none did, the newest two."""
     ours, theirs = evaluations(left.rows), evaluations(right.rows)
     same = left.file.resolve() == right.file.resolve()
@@ -190,7 +190,7 @@ def unsteady(pairs: Iterable[Pair]) -> list[str]:
     return []
 
 
-def figures(pair: Pair) -> list[Figure]:
+def figures(pair: Pair) -> list[ComparedFigure]:
     """All quantities of a contender."""
     left, right = pair.left, pair.right
     out = _reached(left, right)
@@ -199,7 +199,7 @@ def figures(pair: Pair) -> list[Figure]:
     out.append(_number("tokens/s", left.tokens_per_second, right.tokens_per_second, 1))
     for depth in range(max(len(left.alpha), len(right.alpha))):
         a, b = (one.alpha[depth] if depth < len(one.alpha) else None for one in (left, right))
-        out.append(Figure(f"alpha_{depth + 1}", _shown(a, 2), _shown(b, 2), "" if a is None or b is None else f"{b - a:+.2f}"))
+        out.append(ComparedFigure(f"alpha_{depth + 1}", _shown(a, 2), _shown(b, 2), "" if a is None or b is None else f"{b - a:+.2f}"))
     out.append(_number("ms per round", 1e3 * left.seconds_per_round, 1e3 * right.seconds_per_round, 1))
     for phase in PHASES[1:]:
         split = 1e3 * left.seconds_per_token[phase], 1e3 * right.seconds_per_token[phase]
@@ -208,13 +208,13 @@ def figures(pair: Pair) -> list[Figure]:
     out.append(_number("yield", left.yield_of_tau, right.yield_of_tau, 2))
     if left.loop_efficiency is not None and right.loop_efficiency is not None:
         out.append(_number("loop efficiency", left.loop_efficiency, right.loop_efficiency, 2))
-    out.append(Figure("looping", f"{left.looping:.0%}", f"{right.looping:.0%}"))
+    out.append(ComparedFigure("looping", f"{left.looping:.0%}", f"{right.looping:.0%}"))
     if {quality(left), quality(right)} != {NONE}:
-        out.append(Figure("quality", quality(left), quality(right)))
+        out.append(ComparedFigure("quality", quality(left), quality(right)))
     return out
 
 
-def _reached(left: Measured, right: Measured, which: str = "") -> list[Figure]:
+def _reached(left: Measured, right: Measured, which: str = "") -> list[ComparedFigure]:
     """Accepted length and speed-ups. which: of the outputs, for the names."""
     tau = _ratio(f"tau{which}", left.tau_interval or _bare(left.tau), right.tau_interval or _bare(right.tau))
     return [tau] + [
@@ -223,7 +223,7 @@ def _reached(left: Measured, right: Measured, which: str = "") -> list[Figure]:
     ]  # fmt: skip
 
 
-def side_by_side(comparison: Comparison) -> Group:
+def side_by_side(comparison: RunComparison) -> Group:
     """For the terminal: a table for each contender, and one over the tasks."""
     parts: list[Table | Text] = [Text(f"warning: {warning}", "yellow") for warning in comparison.warnings]
     for pair in comparison.pairs:
@@ -236,7 +236,7 @@ def side_by_side(comparison: Comparison) -> Group:
     for pair in comparison.pairs:
         if pair.task != ALL and pair.label != PLAIN:
             tau, speedup = figures(pair)[:2]
-            both = Figure("", "", "", differs=_either(tau.differs, speedup.differs))
+            both = ComparedFigure("", "", "", differs=_either(tau.differs, speedup.differs))
             tasks.add_row(pair.label, pair.task, tau.left, tau.right, speedup.left, speedup.right, _mark(both))
     parts.append(tasks)
     if comparison.again:
@@ -252,7 +252,7 @@ AGAIN_NOTE = (
 )
 
 
-def _again_table(comparison: Comparison) -> Table:
+def _again_table(comparison: RunComparison) -> Table:
     """Two lines for each: over prompts and over repeats."""
     shown = _table(("measured twice", "tau", "tokens / rounds", "speed-up, 95%", *comparison.names, ""))
     for one in comparison.again:
@@ -299,13 +299,13 @@ def _either(*marks: bool | None) -> bool | None:
     return any(known) if known else None
 
 
-def _ratio(name: str, left: Interval, right: Interval) -> Figure:
+def _ratio(name: str, left: Interval, right: Interval) -> ComparedFigure:
     change = f"{right.value / left.value - 1:+.1%}" if left.value else ""
-    return Figure(name, interval(left), interval(right), change, apart(left, right))
+    return ComparedFigure(name, interval(left), interval(right), change, apart(left, right))
 
 
-def _number(name: str, left: float, right: float, digits: int) -> Figure:
-    return Figure(name, f"{left:.{digits}f}", f"{right:.{digits}f}", f"{right / left - 1:+.1%}" if left else "")
+def _number(name: str, left: float, right: float, digits: int) -> ComparedFigure:
+    return ComparedFigure(name, f"{left:.{digits}f}", f"{right:.{digits}f}", f"{right / left - 1:+.1%}" if left else "")
 
 
 def _shown(value: float | None, digits: int) -> str:
@@ -316,7 +316,7 @@ def _bare(value: float) -> Interval:
     return Interval(value, None, None)
 
 
-def _mark(figure: Figure) -> Text:
+def _mark(figure: ComparedFigure) -> Text:
     return {True: Text("differs", "bold yellow"), False: Text("overlap", "dim"), None: Text("")}[figure.differs]
 
 

@@ -10,9 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from drafttrain.evaluation.frontier import NONE
 from drafttrain.evaluation.rows import Interval
 from drafttrain.evaluation.rule_rows import CHAIN, RuleRow
+from drafttrain.report.frontier import NONE
 
 HEAD = (
     "rule", "accepted length [95%]", "no loops [95%]", "difference [95%]", "relative [95%]", "relative, no loops [95%]", "reached 1 ..",
@@ -45,7 +45,7 @@ def rules_terminal(rows: Sequence[RuleRow]) -> Group:
 
 
 @dataclass(frozen=True)
-class Figure:
+class RuleFigure:
     """A comparison that every log of its draws allows: how far a rule is above another one, or of its limit."""
 
     name: str
@@ -75,10 +75,10 @@ def _least_of_limit(rows: dict[str, RuleRow]) -> Interval | None:
 
 
 FIGURES = (
-    Figure("`traversal` above `recursive`", "any", _above("traversal")),
-    Figure("`recursive` above the chain of first-born children", "without_replacement", _above_chain),
-    Figure("`multidraft` above `recursive`", "iid", _above("multidraft")),
-    Figure("`multidraft` and P*, at the level where it is farthest from it", "iid", _least_of_limit),
+    RuleFigure("`traversal` above `recursive`", "any", _above("traversal")),
+    RuleFigure("`recursive` above the chain of first-born children", "without_replacement", _above_chain),
+    RuleFigure("`multidraft` above `recursive`", "iid", _above("multidraft")),
+    RuleFigure("`multidraft` and P*, at the level where it is farthest from it", "iid", _least_of_limit),
 )
 
 

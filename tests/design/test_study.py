@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 import yaml
 
-from drafttrain import tune as tuning
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic
+from drafttrain.design import tune as tuning
+from drafttrain.design.forecast import ReplayedLength
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.bench import read_rows
-from drafttrain.evaluation.forecast import Replay
-from drafttrain.evaluation.frontier import Finding, Measurement, markdown
-from drafttrain.evaluation.report import render, stale
 from drafttrain.evaluation.throughput import Forecast
 from drafttrain.recipe import RESOLVED, load_recipe
+from drafttrain.report.frontier import Finding, Measurement, markdown
+from drafttrain.report.tables import render, stale
 from drafttrain.runtime import decoder as decoder_module
 from drafttrain.runtime.costs import RoundCost, ScoreCurve
 from drafttrain.train import loop
-from tests.test_cli import complaint, drafttrain, snapshot, write_inputs
+from tests.cli.test_cli import complaint, drafttrain, snapshot, write_inputs
 
-DRAFTERS = 'drafter=[{name: medusa, heads: 2}, {name: eagle3, unroll: 2}]'
+DRAFTERS = 'drafter=[{name: medusa, heads: 2}, {name: eagle3, ttt_steps: 2}]'
 GRID = ("--grid", DRAFTERS, "--grid", "runtime.shape.length=[1, 2]")
 SMALL = ("train.steps=4", "study.timed=1", "evaluation.max_new_tokens=12", "evaluation.limit=1")
 LABELS = ["medusa chain-1", "medusa chain-2", "eagle3 chain-1", "eagle3 chain-2"]
@@ -142,10 +142,10 @@ def test_a_study_that_was_cut_off_goes_on_and_a_larger_one_keeps_what_is_there(w
     [
         ((), "study.grid is empty"),
         (("--grid", "target.dtype=[float32]"), "cells differ in keys of drafter, train, runtime"),
-        (("--grid", "drafter.unrol=[1]"), "did you mean 'unroll'"),
-        (("--grid", "drafter.unroll=2"), "expected KEY=[VALUES]"),
-        (("--grid", "drafter.unroll=[]"), "no values"),
-        (("--grid", "drafter.unroll=[1]", "evaluation.temperature=1"), "a study forecasts greedy decoding"),
+        (("--grid", "drafter.unrol=[1]"), "did you mean 'ttt_steps'"),
+        (("--grid", "drafter.ttt_steps=2"), "expected KEY=[VALUES]"),
+        (("--grid", "drafter.ttt_steps=[]"), "no values"),
+        (("--grid", "drafter.ttt_steps=[1]", "evaluation.temperature=1"), "a study forecasts greedy decoding"),
         (("--grid", "runtime.policy=[adaptive]"), "set it to fixed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -199,7 +199,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, costs: Any) -> None:
 
     monkeypatch.setattr(tuning, "round_costs", round_costs)
     monkeypatch.setattr(tuning, "score_curve", lambda *_: ScoreCurve((1, 2), (1e-9, 1e-9)))
-    monkeypatch.setattr(tuning, "replay", lambda decoder, *_: Replay(costs(decoder)[0], None, []))
+    monkeypatch.setattr(tuning, "replay", lambda decoder, *_: ReplayedLength(costs(decoder)[0], None, []))
 
 
 def test_tune_measures_every_candidate_and_writes_the_fastest_into_the_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,16 +277,16 @@ def test_tune_measures_a_hybrids_prices_for_every_shape_and_writes_them(workplac
     monkeypatch.setattr(tuning, "round_costs", round_costs)
     monkeypatch.setattr(decoder_module, "measured_prices", lambda *_: pytest.fail("`tune` measures all prices itself"))
     run = tunable(workplace)
-    assert drafttrain("tune", run, "runtime.hybrid={head_gain: 1.5, node_cost: auto}", "runtime.shape.length=2").exit_code == 0
+    assert drafttrain("tune", run, "runtime.hybrid={draft_gain: 1.5, node_cost: auto}", "runtime.shape.length=2").exit_code == 0
     tuned = load_recipe(run).runtime
     assert tuned.shape == Chain(length=8)
-    assert tuned.hybrid == HybridConfig(head_gain=1.5, head_cost=0.5 * 8 / 4.0, node_cost=0.05)
+    assert tuned.hybrid == HybridConfig(draft_gain=1.5, draft_cost=0.5 * 8 / 4.0, node_cost=0.05)
     assert asked == [{None, "eagle3"}, {None, "eagle3+ngram"}]  # the drafter alone, without the lookup, goes first
 
 
 def test_tune_leaves_a_run_without_a_lookup_unpriced(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, lambda decoder: (2.0, 1.0))
-    monkeypatch.setattr(tuning, "prices", lambda *_: pytest.fail("nothing has a price"))
+    monkeypatch.setattr(tuning, "hybrid_costs", lambda *_: pytest.fail("nothing has a price"))
     run = tunable(workplace)
     assert drafttrain("tune", run).exit_code == 0
     assert load_recipe(run).runtime.hybrid is None

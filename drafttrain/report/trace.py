@@ -1,7 +1,7 @@
 """The rounds of one decoding as one HTML page: each round's tree, what stood and what fell, probabilities, and where the time went.
 
 `Recorder` is a round hook; `write_trace` draws what it saw. p is the target's probability of a node's token below its parent, q the
-drafter's where the tree recorded the law that the token was drawn from. Greedy decoding shows p before it is sharpened to 0 and 1.
+drafter's where the tree recorded the distribution that the token was drawn from. Greedy decoding shows p before it is sharpened to 0 and 1.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.data.shards import write_whole
-from drafttrain.evaluation.page import document
-from drafttrain.evaluation.plots import PHASE_COLOURS
+from drafttrain.report.page import document
+from drafttrain.report.plots import PHASE_COLOURS
 from drafttrain.runtime.decoder import Prompt, SpeculativeDecoder, Stream
 from drafttrain.runtime.stats import Statistics, alpha_text
 from drafttrain.target.adapter import Target
@@ -34,7 +34,7 @@ KEY: dict[State, str] = {
 }  # fmt: skip
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 LONGEST = 16  # letters of a token shown in a node
-LETTER, SMALL, HEIGHT, ROW, GAP, EDGE = 7.6, 6.1, 36, 44, 46, 6  # pixels; letters of a word and of a law
+LETTER, SMALL, HEIGHT, ROW, GAP, EDGE = 7.6, 6.1, 36, 44, 46, 6  # pixels; letters of a word and of a distribution
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Node:
 
 
 @dataclass
-class Round:
+class TracedRound:
     """One round; the root stands first, a parent before its children."""
 
     nodes: list[Node]
@@ -65,21 +65,21 @@ class Round:
         return [node.token for node in self.nodes if node.state == "accepted"] + [node.token for node in self.nodes if node.state == "next"]
 
 
-class Recorder:
+class TraceRecorder:
     """Keeps each round of one row. It waits for the device, which a round alone does once; the clock stands still meanwhile."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.rounds: list[Round] = []
+        self.rounds: list[TracedRound] = []
 
     def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
         assert len(tree.tokens) == 1, f"{len(tree.tokens)} rows; a trace shows one"
         tokens, parents, depth = tree.tokens[0].tolist(), tree.parents[0].tolist(), tree.depth[0].tolist()
         live = [place for place, real in enumerate(tree.live[0].tolist()) if real]
-        law = scored.logits[0].float().softmax(-1) if scored.sampling.greedy else scored.p[0]  # [N, V]
-        p = law[tree.parents[0], tree.tokens[0]].tolist()
+        probs = scored.logits[0].float().softmax(-1) if scored.sampling.greedy else scored.target_probs[0]  # [N, V]
+        p = probs[tree.parents[0], tree.tokens[0]].tolist()
         q = drawn_with(tree)
-        best, first = law.max(-1)
+        best, first = probs.max(-1)
         likeliest = list(zip(first.tolist(), best.tolist(), strict=True))
         length = int(verdict.length[0])
         path = [0, *verdict.path[0, :length].tolist()]
@@ -92,10 +92,10 @@ class Recorder:
         ]  # fmt: skip
         if verdict.next is not None:
             token = int(verdict.next[0])
-            nodes.append(Node(token, order[path[-1]], length + 1, "next", float(law[path[-1], token])))
-        self.rounds.append(Round(nodes))
+            nodes.append(Node(token, order[path[-1]], length + 1, "next", float(probs[path[-1], token])))
+        self.rounds.append(TracedRound(nodes))
 
-    def finish(self, seconds: Sequence[dict[str, float]], tokens: int) -> list[Round]:
+    def finish(self, seconds: Sequence[dict[str, float]], tokens: int) -> list[TracedRound]:
         """The rounds with their times. tokens: kept in all of them together; only the last round can have been cut."""
         for one, spent in zip(self.rounds, seconds, strict=True):
             one.seconds, one.kept = spent, len(one.given)
@@ -114,11 +114,11 @@ def state(place: int, parent: int, path: Sequence[int]) -> State:
 
 
 def drawn_with(tree: Tree) -> list[float] | None:
-    """[N] probability of each node's token under the law it was drawn from; None where none was recorded."""
-    if tree.law_rows is None or tree.law_of is None:
+    """[N] probability of each node's token under the distribution it was drawn from; None where none was recorded."""
+    if tree.draft_probs is None or tree.probs_row is None:
         return None
-    laws: Tensor = tree.law_rows[0]
-    return laws[tree.law_of[0].clamp_min(0), tree.tokens[0]].tolist()
+    distributions: Tensor = tree.draft_probs[0]
+    return distributions[tree.probs_row[0].clamp_min(0), tree.tokens[0]].tolist()
 
 
 def check_writable(path: Path) -> None:
@@ -129,15 +129,15 @@ def check_writable(path: Path) -> None:
 
 
 def write_trace(
-    path: Path, decoder: SpeculativeDecoder, answer: Stream, recorder: Recorder, prompt: Prompt, options: dict[str, Any]
+    path: Path, decoder: SpeculativeDecoder, answer: Stream, recorder: TraceRecorder, prompt: Prompt, options: dict[str, Any]
 ) -> None:
     """One self-contained page of an answer that `decoder` has streamed to its end, with `recorder` as its hook."""
     rounds = recorder.finish(answer.round_seconds, answer.statistics.tokens)
-    html = render(rounds, Texts(recorder.target), header(decoder, answer.statistics, prompt, options))
+    html = render(rounds, TokenTexts(recorder.target), header(decoder, answer.statistics, prompt, options))
     write_whole(path, lambda partial: partial.write_text(html, encoding="utf-8"))
 
 
-class Texts:
+class TokenTexts:
     """What tokens say."""
 
     def __init__(self, target: Target) -> None:
@@ -185,7 +185,7 @@ def header(decoder: SpeculativeDecoder, took: Statistics, prompt: Prompt, option
     }
 
 
-def render(rounds: Sequence[Round], texts: Texts, facts: dict[str, str]) -> str:
+def render(rounds: Sequence[TracedRound], texts: TokenTexts, facts: dict[str, str]) -> str:
     """The page."""
     listed = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items() if name != "prompt")
     key = "".join(f'<span class="key {name}"><i></i>{text}</span>' for name, text in KEY.items())
@@ -204,7 +204,7 @@ def render(rounds: Sequence[Round], texts: Texts, facts: dict[str, str]) -> str:
     )  # fmt: skip
 
 
-def answer(rounds: Sequence[Round], texts: Texts) -> str:
+def answer(rounds: Sequence[TracedRound], texts: TokenTexts) -> str:
     """The text, token by token, by who wrote it; the first token is the prefill's."""
     written: list[tuple[int, str, int]] = []  # token, who, round
     for number, one in enumerate(rounds, 1):
@@ -219,7 +219,7 @@ def answer(rounds: Sequence[Round], texts: Texts) -> str:
     )
 
 
-def overview(rounds: Sequence[Round]) -> str:
+def overview(rounds: Sequence[TracedRound]) -> str:
     """A bar a round, as high as the tokens it gave: the drafter's green, the target's own on top."""
     most = max((one.kept for one in rounds), default=1) or 1
     width, unit = max(3.0, min(14.0, 860 / max(1, len(rounds)))), 34 / most
@@ -236,7 +236,7 @@ def overview(rounds: Sequence[Round]) -> str:
     return f'<svg class="overview" width="{width * len(rounds):.0f}" height="36">{"".join(bars)}</svg>'
 
 
-def card(number: int, one: Round, texts: Texts) -> str:
+def card(number: int, one: TracedRound, texts: TokenTexts) -> str:
     """One round."""
     states = [node.state for node in one.nodes]
     drafted, stood = len(states) - 1 - states.count("next"), states.count("accepted")
@@ -256,10 +256,10 @@ def card(number: int, one: Round, texts: Texts) -> str:
     )
 
 
-def drawing(nodes: Sequence[Node], texts: Texts) -> str:
+def drawing(nodes: Sequence[Node], texts: TokenTexts) -> str:
     """The tree from left to right as SVG."""
     shown = [texts.short(node.token) for node in nodes]
-    widths = [18 + max(44.0, LETTER * len(text), SMALL * len(_laws(node))) for text, node in zip(shown, nodes, strict=True)]
+    widths = [18 + max(44.0, LETTER * len(text), SMALL * len(_probs_text(node))) for text, node in zip(shown, nodes, strict=True)]
     left = _columns(nodes, widths)
     middle = _rows(nodes)
     edges, boxes = [], []
@@ -277,7 +277,7 @@ def drawing(nodes: Sequence[Node], texts: Texts) -> str:
             f'<g class="node {node.state}" data-state="{node.state}" transform="translate({x:.1f},{y - HEIGHT / 2:.1f})">'
             f"<title>{escape(_told(node, texts))}</title>"
             f'<rect width="{widths[place]:.1f}" height="{HEIGHT}" rx="7"/><text class="word" x="9" y="15">{escape(shown[place])}</text>'
-            f'<text class="law" x="9" y="29">{escape(_laws(node))}</text></g>'
+            f'<text class="distribution" x="9" y="29">{escape(_probs_text(node))}</text></g>'
         )
     wide = max(left[node.depth] + width for node, width in zip(nodes, widths, strict=True)) + EDGE
     high = (max(middle) + 1) * ROW - (ROW - HEIGHT) + 2 * EDGE
@@ -311,7 +311,7 @@ def _rows(nodes: Sequence[Node]) -> list[float]:
     return rows
 
 
-def _laws(node: Node) -> str:
+def _probs_text(node: Node) -> str:
     shown = [f"{name} {_share(value)}" for name, value in (("p", node.p), ("q", node.q)) if value is not None]
     return "  ".join(shown)
 
@@ -320,7 +320,7 @@ def _share(value: float) -> str:
     return "<.01" if value < 0.005 else f"{value:.2f}".lstrip("0") if value < 0.995 else "1.0"
 
 
-def _told(node: Node, texts: Texts) -> str:
+def _told(node: Node, texts: TokenTexts) -> str:
     """What hovering tells."""
     lines = [f"{texts.one(node.token)} (id {node.token}): {KEY[node.state]}"]
     lines += [f"target's p {node.p:.4f}"] if node.p is not None else []
@@ -367,11 +367,11 @@ nav label { font-size: 13px; color: var(--faint); white-space: nowrap; margin-ri
 .split i { display: block; }
 #rounds.alone .round:not(.here) { display: none; }
 .node rect { fill: #fff; stroke: #cbd5e1; stroke-width: 1.2; } .node text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
-.node .word { font-size: 12.5px; fill: var(--ink); } .node .law { font-size: 10px; fill: var(--faint); white-space: pre; }
+.node .word { font-size: 12.5px; fill: var(--ink); } .node .distribution { font-size: 10px; fill: var(--faint); white-space: pre; }
 .node.root rect { fill: #334155; stroke: #334155; } .node.root .word { fill: #fff; }
 .node.accepted rect { fill: #d9f2e6; stroke: var(--good); stroke-width: 1.8; }
 .node.rejected rect { stroke: var(--bad); stroke-dasharray: 4 3; }
-.node.unreached .word, .node.unreached .law { fill: #94a3b8; }
+.node.unreached .word, .node.unreached .distribution { fill: #94a3b8; }
 .node.next rect { fill: #e0f0fa; stroke: var(--own); stroke-width: 1.8; }
 .edge { fill: none; stroke: #cbd5e1; stroke-width: 1.3; } .edge.accepted { stroke: var(--good); stroke-width: 2.6; }
 .edge.next { stroke: var(--own); stroke-width: 2.2; }

@@ -10,28 +10,28 @@ import pytest
 from rich.console import Console
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation.compare import apart, compare, counterparts, figures, half_width, side_by_side
-from drafttrain.evaluation.page import Run
 from drafttrain.evaluation.rows import Interval, Row
 from drafttrain.evaluation.runners import PLAIN
+from drafttrain.report.compare import apart, compare, counterparts, figures, half_width, side_by_side
+from drafttrain.report.page import ReportedRun
 from tests.evaluation.test_rows import passes, rows_of
 from tests.evaluation.toys import sample
 
 
-def run(name: str, seconds: float = 1.0, rounds: int = 10, plain: float = 4.0, **changes: Any) -> Run:
+def run(name: str, seconds: float = 1.0, rounds: int = 10, plain: float = 4.0, **changes: Any) -> ReportedRun:
     """Eight prompts of 40 tokens, whose times differ a little from each other."""
     items = [(str(n), 1 + n / 100) for n in range(8)]
     plainly = [sample(item, PLAIN, plain * spread, 40, 40) for item, spread in items]
     mine = [sample(item, "mine", seconds * (2 - spread), 40, rounds) for item, spread in items]
-    return Run(name, Path(name), [replace(row, **changes) for row in rows_of(*plainly, *mine).values()])
+    return ReportedRun(name, Path(name), [replace(row, **changes) for row in rows_of(*plainly, *mine).values()])
 
 
-def renamed(one: Run, label: str) -> Run:
+def renamed(one: ReportedRun, label: str) -> ReportedRun:
     rows = [replace(row, measured=replace(row.measured, label=label)) if row.measured.label == "mine" else row for row in one.rows]
     return replace(one, rows=rows)
 
 
-def figure(left: Run, right: Run, name: str) -> Any:
+def figure(left: ReportedRun, right: ReportedRun, name: str) -> Any:
     pair = next(pair for pair in compare(left, right).pairs if pair.label != PLAIN and pair.task == "all")
     return next(one for one in figures(pair) if one.name == name)
 
@@ -100,22 +100,22 @@ def test_contenders_are_paired_by_name_and_the_last_two_left_with_each_other() -
 
 def test_contenders_without_a_counterpart_are_listed_and_nothing_in_common_is_refused() -> None:
     more: list[Row] = [*run("a").rows, *(row for row in renamed(run("a"), "wide").rows if row.measured.label == "wide")]
-    assert compare(Run("a", Path(), more), run("b")).alone == ["a: wide"]
+    assert compare(ReportedRun("a", Path(), more), run("b")).alone == ["a: wide"]
     with pytest.raises(UserError, match="no contender in common"):
-        compare(Run("a", Path(), more), renamed(run("b"), "third"))
+        compare(ReportedRun("a", Path(), more), renamed(run("b"), "third"))
 
 
 def test_the_last_evaluation_of_a_file_counts() -> None:
     rows = [*run("a", seconds=9.0, suite_hash="earlier").rows, *(replace(row, run="run-2") for row in run("a").rows)]
-    assert figure(Run("a", Path(), rows), run("b"), "speed-up over plain").change == "+0.0%"
+    assert figure(ReportedRun("a", Path(), rows), run("b"), "speed-up over plain").change == "+0.0%"
 
 
 def test_the_newest_evaluations_that_asked_the_same_are_compared() -> None:
     earlier = [replace(row, run="run-0") for row in run("a", seconds=2.0).rows]
-    mixed = Run("b", Path("b"), [*earlier, *run("b", seconds=9.0, suite_hash="later").rows])
+    mixed = ReportedRun("b", Path("b"), [*earlier, *run("b", seconds=9.0, suite_hash="later").rows])
     assert figure(run("a"), mixed, "speed-up over plain").change == "-50.0%"
     assert figure(mixed, run("a"), "speed-up over plain").change == "+100.0%"
-    again = Run("b", Path("b"), [*[replace(row, run="run-00") for row in run("a", seconds=4.0).rows], *mixed.rows])
+    again = ReportedRun("b", Path("b"), [*[replace(row, run="run-00") for row in run("a", seconds=4.0).rows], *mixed.rows])
     assert figure(again, again, "speed-up over plain").change == "+100.0%"
 
 
@@ -136,10 +136,10 @@ def test_the_terminal_shows_both_and_marks_what_differs() -> None:
     assert "first" in text and "second" in text
 
 
-def repeated(name: str, *speedups: float, **changes: Any) -> Run:
+def repeated(name: str, *speedups: float, **changes: Any) -> ReportedRun:
     """Eight prompts, run once for each of `speedups`."""
     own, plain = passes(*speedups)
-    return Run(name, Path(name), [replace(row, **changes) for row in rows_of(*plain, *own).values()])
+    return ReportedRun(name, Path(name), [replace(row, **changes) for row in rows_of(*plain, *own).values()])
 
 
 def test_a_second_measurement_is_held_against_both_intervals_of_the_first() -> None:
@@ -176,7 +176,7 @@ def test_another_tau_is_a_warning_where_greedy_decoding_in_fp32_leaves_none() ->
 def test_one_file_given_twice_is_its_last_two_evaluations() -> None:
     one, other, last = (run("a", seconds=seconds).rows for seconds in (9.0, 2.0, 1.0))
     named = [replace(row, run=f"run-{number}") for number, rows in enumerate((one, other, last)) for row in rows]
-    both = Run("a", Path("a"), named)
+    both = ReportedRun("a", Path("a"), named)
     assert compare(both, both).names == ("a, before", "a, last")
     assert figure(both, both, "speed-up over plain").change == "+100.0%"
     with pytest.raises(UserError, match="'a' holds one evaluation, which cannot be compared with itself"):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
-from drafttrain.evaluation import plots, report
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.journal import lines_of
-from drafttrain.evaluation.report import Line, View
 from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.runners import PLAIN
+from drafttrain.report import plots, tables
+from drafttrain.report.tables import Line, View
 
 RESULTS = "results.jsonl"
 MARKDOWN = """# {name}
@@ -66,7 +66,7 @@ UNREAD_IDS = re.compile(r' id="[a-z0-9A-Z]+_\d+"')  # matplotlib numbers its gro
 
 
 @dataclass
-class Run:
+class ReportedRun:
     """What one argument of `report` or `compare` stands for."""
 
     name: str
@@ -75,7 +75,7 @@ class Run:
     rows: list[Row]
 
 
-def open_run(path: Path) -> Run:
+def open_run(path: Path) -> ReportedRun:
     """The results of a run's folder, or of a file. Raises `UserError` where there are none."""
     file = path / RESULTS if path.is_dir() else path
     if not path.exists():
@@ -84,10 +84,10 @@ def open_run(path: Path) -> Run:
     if not rows:
         raise UserError(f"results '{file}' are empty; `drafttrain eval` fills them")
     name = file.stem if file.name != RESULTS else file.absolute().parent.name
-    return Run(re.sub(r"[^\w.-]+", "-", name), file, rows)
+    return ReportedRun(re.sub(r"[^\w.-]+", "-", name), file, rows)
 
 
-def together(runs: Sequence[Run]) -> list[Row]:
+def together(runs: Sequence[ReportedRun]) -> list[Row]:
     """The rows of several runs; a contender that stands in more than one of them gets its run's name before its own, numbered where runs
     share one."""
     found = [{row.measured.label for row in run.rows} for run in runs]
@@ -99,13 +99,13 @@ def together(runs: Sequence[Run]) -> list[Row]:
     ]
 
 
-def write_report(runs: Sequence[Run], folder: Path, name: str) -> list[Path]:
+def write_report(runs: Sequence[ReportedRun], folder: Path, name: str) -> list[Path]:
     """NAME.jsonl, NAME.md, NAME.html and the plots in `folder`; what was written, the pages first.
 
     A NAME.md that is there keeps its text, and only its marks are renewed. Raises `UserError` where a lossy rule's quality was not
     measured, matplotlib is missing, or the name cannot stand in a mark; nothing is written then.
     """
-    if not re.fullmatch(report.NAME, name):
+    if not re.fullmatch(tables.NAME, name):
         raise UserError(f"--name '{name}': letters, digits, '.', '_' and '-' make the name of a report's files; give another")
     rows = together(runs)
     html = page(name, rows)
@@ -115,21 +115,21 @@ def write_report(runs: Sequence[Run], folder: Path, name: str) -> list[Path]:
     write_whole(data, lambda partial: partial.write_bytes(measured))
     if not markdown.exists():
         write_whole(markdown, lambda partial: partial.write_text(MARKDOWN.format(name=name), encoding="utf-8"))
-    report.render(markdown, folder)
+    tables.render(markdown, folder)
     write_whole(whole, lambda partial: partial.write_text(html, encoding="utf-8"))
-    return [whole, markdown, data, *report.draw(name, folder)]
+    return [whole, markdown, data, *tables.draw(name, folder)]
 
 
 def page(title: str, rows: Sequence[Row]) -> str:
     """One HTML page without any outside resource: for each setting its tables and plots."""
     parts = [f"<h1>{escape(title)}</h1>", '<p class="note">Speculative decoding, measured by <code>drafttrain eval</code>.</p>']
-    for summary, tasks in zip(report.by_setting(rows, "summary"), report.by_setting(rows, "tasks"), strict=True):
-        report.refuse_unmeasured_qualities(tasks)
+    for summary, tasks in zip(tables.by_setting(rows, "summary"), tables.by_setting(rows, "tasks"), strict=True):
+        tables.refuse_unmeasured_qualities(tasks)
         one = tasks[0].whole
         how = "greedy" if one.temperature == 0 else f"temperature {one.temperature:g}"
         parts.append(f"<h2>{escape(one.target)} on {escape(one.suite)}, {how}, {escape(one.device)}</h2>")
         if summary:
-            parts.append(_card(_table(summary, "summary"), report.footer(tasks)))
+            parts.append(_card(_table(summary, "summary"), tables.footer(tasks)))
         parts.append(f'<div class="plots">{"".join(_figures(title, tasks))}</div>')
         parts.append("<h2>By task</h2>" + _card(_table(tasks, "tasks"), ""))
     return document(title, "".join(parts))
@@ -179,7 +179,7 @@ def _figures(title: str, lines: Sequence[Line]) -> list[str]:
 
 
 def _table(lines: Sequence[Line], view: View) -> str:
-    shown = report.columns(lines, view)
+    shown = tables.columns(lines, view)
     kinds = [' class="name"' if column.names else "" for column in shown]
     head = "".join(f"<th{kind}>{escape(column.head)}</th>" for column, kind in zip(shown, kinds, strict=True))
     body = "".join(

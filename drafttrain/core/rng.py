@@ -1,7 +1,7 @@
 """The only source of randomness while decoding.
 
-`Seeded` derives every number from (seed, row, how many were asked for before): a row's text depends neither on its batch nor on the
-device. `Spread` is for means over many runs. `Scripted` walks every branch of the real code path, so that a test can add up the exact law
+`SeededRng` derives every number from (seed, row, how many were asked for before): a row's text depends neither on its batch nor on the
+device. `SpreadRng` is for means over many runs. `ScriptedRng` walks every branch of the real code path, so that a test can add up the exact distribution
 of what comes out.
 """
 
@@ -16,28 +16,28 @@ import torch
 from torch import Tensor
 
 
-class Chance(Protocol):
+class Rng(Protocol):
     """B rows; every call advances all of them by the same amount."""
 
     def bernoulli(self, p: Tensor) -> Tensor:
         """[B, ...] probabilities -> [B, ...] bool."""
         ...
 
-    def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
-        """[B, W, V] laws -> [B, W, k] token ids in the order they were drawn."""
+    def draw(self, probs: Tensor, k: int, replace: bool) -> Tensor:
+        """[B, W, V] distributions -> [B, W, k] token ids in the order they were drawn."""
         ...
 
-    def turn(self, number: int) -> None:
+    def substream(self, number: int) -> None:
         """What follows is drawn from numbers set apart for turn `number`, however many the turns before took."""
         ...
 
 
-def draw_one(chance: Chance, law: Tensor) -> Tensor:
-    """[B, V] laws -> [B] one token of each."""
-    return chance.draw(law[:, None], 1, replace=True)[:, 0, 0]
+def draw_one(rng: Rng, probs: Tensor) -> Tensor:
+    """[B, V] distributions -> [B] one token of each."""
+    return rng.draw(probs[:, None], 1, replace=True)[:, 0, 0]
 
 
-class Seeded:
+class SeededRng:
     """Counter-based randomness: one stream a row, keyed by (seed, row id)."""
 
     def __init__(self, seed: int, rows: Tensor) -> None:
@@ -45,19 +45,19 @@ class Seeded:
         self.key = _mix(_mix(rows.long() + 1) ^ _mix(torch.full_like(rows.long(), seed)))  # [B]
         self.count = torch.zeros_like(self.key)  # [B] numbers used so far
 
-    def select(self, rows: Tensor) -> Seeded:
+    def select(self, rows: Tensor) -> SeededRng:
         """The streams of these rows, where they stand now."""
-        part = object.__new__(Seeded)
+        part = object.__new__(SeededRng)
         part.key, part.count = self.key[rows], self.count[rows]
         return part
 
-    def join(self, other: Seeded) -> Seeded:
+    def join(self, other: SeededRng) -> SeededRng:
         """This batch's streams followed by the other's."""
-        both = object.__new__(Seeded)
+        both = object.__new__(SeededRng)
         both.key, both.count = torch.cat([self.key, other.key]), torch.cat([self.count, other.count])
         return both
 
-    def turn(self, number: int) -> None:
+    def substream(self, number: int) -> None:
         self.count = torch.full_like(self.count, number << 32)
 
     def uniform(self, *shape: int) -> Tensor:
@@ -73,18 +73,18 @@ class Seeded:
     def bernoulli(self, p: Tensor) -> Tensor:
         return self.uniform(*p.shape[1:]) < p
 
-    def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
+    def draw(self, probs: Tensor, k: int, replace: bool) -> Tensor:
         if replace:
-            return inverse_cdf(law, self.uniform(*law.shape[1:-1], k))
+            return inverse_cdf(probs, self.uniform(*probs.shape[1:-1], k))
         drawn = []
         for _ in range(k):
-            drawn.append(inverse_cdf(law, self.uniform(*law.shape[1:-1], 1)))
-            law = law.scatter(-1, drawn[-1], 0.0)
+            drawn.append(inverse_cdf(probs, self.uniform(*probs.shape[1:-1], 1)))
+            probs = probs.scatter(-1, drawn[-1], 0.0)
         return torch.cat(drawn, -1)
 
 
-class Spread(Seeded):
-    """Streams for means over many runs of one thing: each run alone is as random as `Seeded`, the runs of one row together cover the unit
+class SpreadRng(SeededRng):
+    """Streams for means over many runs of one thing: each run alone is as random as `SeededRng`, the runs of one row together cover the unit
     interval, and the squares and cubes of their first numbers, evenly (scrambled Sobol points, shifted at random row by row: Cranley and
     Patterson, 1976; Owen, 1997), so that their mean has far less noise and no bias."""
 
@@ -101,7 +101,7 @@ class Spread(Seeded):
 
 
 NUMBERS = 1024
-"""How many each run of `Spread` has."""
+"""How many each run of `SpreadRng` has."""
 
 
 @lru_cache(maxsize=8)
@@ -110,11 +110,11 @@ def _sobol(count: int) -> Tensor:
     return torch.quasirandom.SobolEngine(NUMBERS, scramble=True, seed=0).draw(count, dtype=torch.float64)
 
 
-def inverse_cdf(law: Tensor, u: Tensor) -> Tensor:
+def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     """[..., V] non-negative weights and [..., k] uniforms -> [..., k] ids; a token of weight 0 is never drawn."""
-    total = law.double().cumsum(-1)
+    total = probs.double().cumsum(-1)
     point = u * total[..., -1:]
-    return torch.searchsorted(total, point.contiguous(), right=True).clamp_max(law.shape[-1] - 1)
+    return torch.searchsorted(total, point.contiguous(), right=True).clamp_max(probs.shape[-1] - 1)
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
@@ -129,18 +129,18 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-class Scripted:
+class ScriptedRng:
     """Replays one branch for the watched row and remembers its probability; the other rows draw from `others`.
 
     Use `branches` to walk all of them. The script is a list of outcome indices; past its end the first possible outcome is taken.
     """
 
-    def __init__(self, script: list[int], others: Seeded, watch: int = 0) -> None:
+    def __init__(self, script: list[int], others: SeededRng, watch: int = 0) -> None:
         self.script, self.others, self.watch = script, others, watch
         self.taken: list[tuple[int, int]] = []  # (outcome, the next possible one or -1) of each choice so far
         self.probability = 1.0
 
-    def select(self, rows: Tensor) -> Scripted:
+    def select(self, rows: Tensor) -> ScriptedRng:
         """Goes on with these rows; once the watched one is left behind, only `others` is asked."""
         kept = rows.tolist()
         self.watch = kept.index(self.watch) if self.watch in kept else -1
@@ -156,23 +156,23 @@ class Scripted:
         out[self.watch] = torch.tensor(flat).view(ours.shape)
         return out
 
-    def draw(self, law: Tensor, k: int, replace: bool) -> Tensor:
-        out = self.others.draw(law, k, replace)
+    def draw(self, probs: Tensor, k: int, replace: bool) -> Tensor:
+        out = self.others.draw(probs, k, replace)
         if self.watch < 0:
             return out
-        rows = law[self.watch].double().reshape(-1, law.shape[-1])
+        rows = probs[self.watch].double().reshape(-1, probs.shape[-1])
         drawn = [self._draw_one((row / row.sum()).tolist(), k, replace) for row in rows]
-        out[self.watch] = torch.tensor(drawn).view(*law.shape[1:-1], k)
+        out[self.watch] = torch.tensor(drawn).view(*probs.shape[1:-1], k)
         return out
 
-    def turn(self, number: int) -> None:
-        self.others.turn(number)
+    def substream(self, number: int) -> None:
+        self.others.substream(number)
 
     def _draw_one(self, row: list[float], k: int, replace: bool) -> tuple[int, ...]:
         support = [t for t, w in enumerate(row) if w > 0]
         if replace:
             outcomes = list(product(support, repeat=k))
-        else:  # where the law has fewer than k tokens, the rest comes with probability 0: any fixed order will do
+        else:  # where the distribution has fewer than k tokens, the rest comes with probability 0: any fixed order will do
             filler = tuple(t for t in range(len(row)) if t not in support)[: max(0, k - len(support))]
             outcomes = [drawn + filler for drawn in permutations(support, min(k, len(support)))]
         return outcomes[self._choose([_sequence_weight(row, seq, replace) for seq in outcomes])]
@@ -203,10 +203,10 @@ def next_script(taken: Sequence[tuple[int, int]]) -> list[int] | None:
     return None
 
 
-def branches(rows: int, watch: int = 0) -> Iterator[Scripted]:
+def branches(rows: int, watch: int = 0) -> Iterator[ScriptedRng]:
     """Every branch of row `watch` of `rows` in turn: run the code with each yielded chance, then read its `probability`."""
     script: list[int] | None = []
     while script is not None:
-        chance = Scripted(script, Seeded(0, torch.arange(rows)), watch)
-        yield chance
-        script = next_script(chance.taken)
+        rng = ScriptedRng(script, SeededRng(0, torch.arange(rows)), watch)
+        yield rng
+        script = next_script(rng.taken)

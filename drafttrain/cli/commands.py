@@ -170,7 +170,7 @@ def evaluate(
 
     resolved = _load(recipe, overrides)
     if replay_rules:
-        from drafttrain.evaluation.rule_tables import rules_terminal
+        from drafttrain.report.rule_tables import rules_terminal
 
         _print(rules_terminal(stages.compare_rules(resolved, chances)))
         return
@@ -182,7 +182,7 @@ def evaluate(
 def decision(
     recipe: RecipePath,
     overrides: Overrides = None,
-    labels: Annotated[str, typer.Option(help="`soft`: from drafter's law and state to p/q; `hard`: from law to argmax.")] = "hard",
+    labels: Annotated[str, typer.Option(help="`soft`: from drafter's distribution and state to p/q; `hard`: from distribution to argmax.")] = "hard",
     prompts: Annotated[int, typer.Option(min=2, help="Training prompts to log rounds on.")] = 200,
 ) -> None:
     """Train the model that ends drafting early (policy `decision`), from rounds that the drafter decodes.
@@ -199,7 +199,7 @@ def decision(
     fitted, folder = stages.train_decision(_load(recipe, overrides), config, prompts)
     print(
         f"learnt from {fitted.trained_on:,} drawn nodes; on {fitted.held_out:,} of other prompts AUROC {fitted.auroc:.3f} "
-        f"(the law's entropy alone: {fitted.entropy_auroc:.3f})"
+        f"(the distribution's entropy alone: {fitted.entropy_auroc:.3f})"
     )
     print(f"use it: 'runtime.policy={{name: decision, path: {folder}}}'")
 
@@ -283,7 +283,7 @@ def report(
     [dim]drafttrain report runs/quickstart[/dim]
     [dim]drafttrain report runs/quickstart --output docs/results[/dim]
     """
-    from drafttrain.evaluation.page import open_run, together, write_report
+    from drafttrain.report.page import open_run, together, write_report
 
     opened = [open_run(path) for path in runs]
     folder = output or opened[0].file.parent / "report"
@@ -301,9 +301,9 @@ def compare(
 
     [dim]drafttrain compare runs/quickstart runs/slower[/dim]
     """
-    from drafttrain.evaluation.compare import compare as compared
-    from drafttrain.evaluation.compare import side_by_side
-    from drafttrain.evaluation.page import open_run
+    from drafttrain.report.compare import compare as compared
+    from drafttrain.report.compare import side_by_side
+    from drafttrain.report.page import open_run
 
     _wide_console().print(side_by_side(compared(open_run(left), open_run(right))))
 
@@ -317,7 +317,7 @@ def inspect(
 
     [dim]drafttrain inspect runs/quickstart/data --samples 5[/dim]
     """
-    from drafttrain.inspection import inspect as inspected
+    from drafttrain.cli.inspection import inspect as inspected
 
     console = _wide_console()
     for part in inspected(path, samples):
@@ -356,8 +356,8 @@ def study(
     [dim]drafttrain study recipes/smollm2-study.yaml[/dim]
     [dim]drafttrain study my.yaml --grid 'drafter.layers=[1, 2, 4]' --grid 'runtime.shape.length=[2, 4]' study.confirm=3[/dim]
     """
-    from drafttrain import study as studying
-    from drafttrain.evaluation.frontier import cells_table
+    from drafttrain.design import study as studying
+    from drafttrain.report.frontier import cells_table
 
     resolved = _load(recipe, [*_gridded(grid or []), *(overrides or [])])
     with stopped_training_exits():
@@ -382,7 +382,7 @@ def tune(
     [dim]drafttrain tune runs/quickstart evaluation.limit=2[/dim]
     [dim]drafttrain tune runs/eagle3 --also runs/medusa --write tuned.yaml[/dim]
     """
-    from drafttrain import tune as tuning
+    from drafttrain.design import tune as tuning
     from drafttrain.recipe import write_recipe
 
     further = [_load(other, None) for other in also or []]
@@ -412,7 +412,7 @@ def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     [dim]drafttrain doctor recipes/quickstart.yaml[/dim]
     """
-    from drafttrain.doctor import Patient, examine
+    from drafttrain.cli.doctor import Patient, examine
 
     console, patient = Console(highlight=False), Patient(_load(recipe, overrides))
     failed = 0
@@ -455,7 +455,7 @@ def stopped_training_exits() -> Iterator[None]:
 
 
 def _print_table(rows: list[Row]) -> None:
-    from drafttrain.evaluation.report import terminal_table
+    from drafttrain.report.tables import terminal_table
 
     _print(terminal_table(rows))
 
@@ -502,15 +502,15 @@ def _gridded(options: Sequence[str]) -> list[str]:
 
 
 def _stream(recipe: Recipe, prompt: Any, plain: bool = False, trace: Path | None = None, **options: Any) -> None:
-    from drafttrain import terminal
+    from drafttrain.cli import terminal
+    from drafttrain.report.trace import TraceRecorder, check_writable, write_trace
     from drafttrain.runtime.decoder import SpeculativeDecoder
-    from drafttrain.trace import Recorder, check_writable, write_trace
 
     if trace is not None:
         check_writable(trace)
     folder = None if plain else recipe.folder
     decoder = SpeculativeDecoder.from_pretrained(recipe.target, folder, recipe.runtime)
-    recorder = None if trace is None else Recorder(decoder.target)
+    recorder = None if trace is None else TraceRecorder(decoder.target)
     notes = Console(stderr=True, highlight=False)
     answer = terminal.stream(decoder, prompt, Console(highlight=False), notes, on_round=recorder, **options)
     if trace is not None and recorder is not None:

@@ -19,11 +19,8 @@ from rich.progress import Progress, TaskID
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Shape
-from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
-from drafttrain.evaluation.bench import progress_bar
-from drafttrain.evaluation.forecast import (
-    Replay,
+from drafttrain.design.forecast import (
+    ReplayedLength,
     answer,
     forecast,
     midway,
@@ -32,14 +29,17 @@ from drafttrain.evaluation.forecast import (
     spread,
     typical_context,
 )
-from drafttrain.evaluation.frontier import number
-from drafttrain.evaluation.journal import Journal
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.evaluation.bench import progress_bar
+from drafttrain.evaluation.journal import ResultJournal
 from drafttrain.evaluation.machine import device_name, versions
 from drafttrain.evaluation.runners import PLAIN, shape_name
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.evaluation.throughput import Forecast, best
 from drafttrain.recipe import RESOLVED, Recipe
-from drafttrain.runtime.costs import RoundCost, ScoreCurve, prices, round_costs, score_curve
+from drafttrain.report.frontier import number
+from drafttrain.runtime.costs import RoundCost, ScoreCurve, hybrid_costs, round_costs, score_curve
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
 
@@ -48,7 +48,7 @@ TREES = ((4, 3), (8, 4), (16, 4), (32, 8), (60, 10))
 """Drafted nodes, and how many nodes a level expands into how many children."""
 DEPTHS = (2, 4, 6)
 PRICED = 2
-"""Prompts on which a hybrid's prices are measured."""
+"""Prompts on which a hybrid's costs are measured."""
 TIMED = 4
 """Prompts whose rounds are timed."""
 
@@ -89,13 +89,13 @@ class Tuned:
 
 
 @dataclass
-class Kept:
+class TuningRecord:
     """Measurements that are made once: whatever stands in the journal is read."""
 
     target: Target
     max_new_tokens: int
     where: str  # fingerprint of what all of them depend on
-    journal: Journal  # nobody else's meanwhile
+    journal: ResultJournal  # nobody else's meanwhile
     progress: Progress
     bar: TaskID
 
@@ -137,14 +137,14 @@ def tune(recipes: Sequence[Recipe]) -> Tuned:
     where = fingerprint(
         target.fingerprint, str(target.dtype), suite.hash, limit, device_name(target.device), torch.get_num_threads(), versions()
     )
-    journal = Journal(first.folder / "tune" / "journal.jsonl")
+    journal = ResultJournal(first.folder / "tune" / "journal.jsonl")
     with journal.alone(), progress_bar() as progress:
         hybrid = any(one.recipe.runtime.hybrid for one in tried)
-        kept = Kept(target, limit, where, journal, progress, progress.add_task("tune", total=3 + hybrid + len(tried)))
+        kept = TuningRecord(target, limit, where, journal, progress, progress.add_task("tune", total=3 + hybrid + len(tried)))
         answers = kept.once("answers", (), TypeAdapter(list[list[int]]), lambda: answer(target, prompts, limit))
         context, needs = typical_context(prompts, answers), frozenset().union(*(one.drafter.needs for one in tried))
         curve = kept.once("score curve", (needs,), TypeAdapter(ScoreCurve), lambda: score_curve(target, context, needs))
-        tried = priced(kept, tried, curve, spread(midway(prompts, answers), PRICED))
+        tried = with_costs(kept, tried, curve, spread(midway(prompts, answers), PRICED))
         found = forecasts(kept, tried, curve, prompts, answers)
     chosen = best(found)
     runtime = tried[chosen].recipe.runtime
@@ -161,17 +161,17 @@ def candidates(target: Target, recipe: Recipe) -> list[Candidate]:
     drafter, weights = load_drafter(folder, target.fingerprint), folder_fingerprint(folder)
     out = []
     for shape in shapes(drafter.max_depth, recipe.runtime.shape):
-        runtime = unpriced(recipe.runtime.model_copy(update={"shape": shape}))
+        runtime = unmeasured(recipe.runtime.model_copy(update={"shape": shape}))
         if fits(runtime, recipe):
             out.append(candidate(target, recipe.model_copy(update={"runtime": runtime}), drafter, weights))
     return out
 
 
-def unpriced(runtime: RuntimeConfig) -> RuntimeConfig:
+def unmeasured(runtime: RuntimeConfig) -> RuntimeConfig:
     """With numbers for prices that would be measured for each decoder: `priced` measures them, as it does all others."""
     if runtime.hybrid is None:
         return runtime
-    found = dict.fromkeys(runtime.hybrid.unpriced, 0.0)
+    found = dict.fromkeys(runtime.hybrid.unmeasured, 0.0)
     return runtime.model_copy(update={"hybrid": runtime.hybrid.model_copy(update=found)})
 
 
@@ -184,34 +184,34 @@ def candidate(target: Target, recipe: Recipe, drafter: Drafter, weights: str) ->
     return Candidate(recipe, drafter, weights, decoder, label)
 
 
-def priced(kept: Kept, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]]) -> list[Candidate]:
+def with_costs(kept: TuningRecord, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]]) -> list[Candidate]:
     """Hybrids with this device's prices for their shapes, measured behind a few prompts; the others as they are.
 
-    head_cost: what the trained drafter takes to draft this shape alone; node_cost: what its nodes add to the target's forward, shared
+    draft_cost: what the trained drafter takes to draft this shape alone; node_cost: what its nodes add to the target's forward, shared
     among them; both in forwards of one token.
     """
     alone = {place: one.under(hybrid=None) for place, one in enumerate(tried) if one.recipe.runtime.hybrid is not None}
     if not alone:
         return [*tried]
-    costs = kept.costs("prices", [*alone.values()], prompts, rounds=6)
+    costs = kept.costs("hybrid_costs", [*alone.values()], prompts, rounds=6)
     out = [*tried]
     for place, bare in alone.items():
         runtime = out[place].recipe.runtime
         assert runtime.hybrid is not None
-        found = prices(costs[bare.key].draft, costs[PLAIN].score, curve, runtime.shape.nodes)
+        found = hybrid_costs(costs[bare.key].draft, costs[PLAIN].score, curve, runtime.shape.nodes)
         out[place] = out[place].under(hybrid=runtime.hybrid.model_copy(update=found))
     return out
 
 
 def forecasts(
-    kept: Kept, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+    kept: TuningRecord, tried: Sequence[Candidate], curve: ScoreCurve, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[Forecast]:
     """Of each candidate. answers: the target's own greedy ones."""
     costs = kept.costs("rounds", tried, spread(midway(prompts, answers), TIMED), rounds=12)
     texts = cache(lambda: parted_texts(kept.target, prompts, answers, [one.drafter for one in tried]))  # none where nothing waits
 
     def foretold(one: Candidate) -> Forecast:
-        accepted = kept.once("replay", (one.key,), TypeAdapter(Replay), lambda: replay(one.decoder, *texts()))
+        accepted = kept.once("replay", (one.key,), TypeAdapter(ReplayedLength), lambda: replay(one.decoder, *texts()))
         return forecast(accepted.tau, costs[one.key], costs[PLAIN], curve, accepted.tau_not_looping)
 
     return [foretold(one) for one in tried]

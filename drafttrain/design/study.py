@@ -23,9 +23,7 @@ from drafttrain import stages
 from drafttrain.core.config import fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import INDEX, write_whole
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
-from drafttrain.evaluation import bench, plots
-from drafttrain.evaluation.forecast import (
+from drafttrain.design.forecast import (
     answer,
     forecast,
     midway,
@@ -34,13 +32,16 @@ from drafttrain.evaluation.forecast import (
     spread,
     typical_context,
 )
-from drafttrain.evaluation.frontier import Finding, Measurement, draw, page_of, write_findings
-from drafttrain.evaluation.journal import Journal
+from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.evaluation import bench
+from drafttrain.evaluation.journal import ResultJournal
 from drafttrain.evaluation.machine import device_name, versions
 from drafttrain.evaluation.rows import ALL, known_alpha
 from drafttrain.evaluation.runners import PLAIN, Contender, shape_name
 from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.recipe import Recipe, apply_override, check_recipe, stage_values
+from drafttrain.report import plots
+from drafttrain.report.frontier import Finding, Measurement, draw, page_of, write_findings
 from drafttrain.runtime.costs import RoundCost, ScoreCurve, round_costs, score_curve
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.target.adapter import Target, read_shape
@@ -176,7 +177,7 @@ class Study:
         self.where = fingerprint(TIMED, self.asked, device_name(target.device), torch.get_num_threads(), versions(), recipe.study.timed)
         weights = {path: folder_fingerprint(path) for path in drafters}
         self.keys = [fingerprint(self.asked, weights[cell.drafter], cell.recipe.runtime) for cell in made]
-        self.journal = Journal(folder / "journal.jsonl")
+        self.journal = ResultJournal(folder / "journal.jsonl")
         self.entries = [*self.journal.entries]
 
     def run(self) -> list[Finding]:

@@ -15,10 +15,10 @@ import torch
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.tree import Tree
+from drafttrain.report.trace import KEY, Node, TokenTexts, TracedRound, TraceRecorder, check_writable, drawn_with, write_trace
+from drafttrain.report.trace import _rows as rows_of_tree
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, Stream
 from drafttrain.runtime.stats import START, Clock
-from drafttrain.trace import KEY, Node, Recorder, Round, Texts, check_writable, drawn_with, write_trace
-from drafttrain.trace import _rows as rows_of_tree
 from tests.evaluation.toys import contender
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -33,15 +33,15 @@ class Traced(NamedTuple):
 
     decoder: SpeculativeDecoder
     answer: Stream
-    recorder: Recorder
-    rounds: list[Round]
+    recorder: TraceRecorder
+    rounds: list[TracedRound]
     text: str
 
 
 def traced(shape: str = "dynamic", **options: Any) -> Traced:
     inner = contender().decoder
     decoder = SpeculativeDecoder(inner.target, inner.drafter, RuntimeConfig(shape=SHAPES[shape]))
-    recorder = Recorder(decoder.target)
+    recorder = TraceRecorder(decoder.target)
     answer = decoder.stream(PROMPT, on_round=recorder, **options)
     text = "".join(piece.text for piece in answer)
     return Traced(decoder, answer, recorder, recorder.finish(answer.round_seconds, answer.statistics.tokens), text)
@@ -52,7 +52,7 @@ def traced(shape: str = "dynamic", **options: Any) -> Traced:
 def test_the_rounds_give_the_decoded_text_and_the_statistics(shape: str, temperature: float) -> None:
     decoder, answer, _, rounds, text = traced(shape, max_new_tokens=20, temperature=temperature, seed=3)
     tokens = [rounds[0].nodes[0].token, *(token for one in rounds for token in one.given[: one.kept])]
-    assert "".join(Texts(decoder.target).pieces(tokens)) == text
+    assert "".join(TokenTexts(decoder.target).pieces(tokens)) == text
     assert len(tokens) == 20
     assert (len(rounds), sum(one.kept for one in rounds)) == (answer.statistics.rounds, answer.statistics.tokens)
     assert any(node.state == "accepted" for one in rounds for node in one.nodes)
@@ -74,20 +74,20 @@ def test_p_is_the_targets_own_probability_and_the_greedy_token_is_its_likeliest(
         for node in one.nodes[1:]:
             paths.append([*paths[node.parent], len(paths)])
             above = [one.nodes[place].token for place in paths[-1][1:-1]]
-            law = decoder.target.model(torch.tensor([text + above])).logits[0, -1].softmax(-1)
-            assert node.p == pytest.approx(float(law[node.token]), abs=1e-4)
+            probs = decoder.target.model(torch.tensor([text + above])).logits[0, -1].softmax(-1)
+            assert node.p == pytest.approx(float(probs[node.token]), abs=1e-4)
             if node.state == "next":
-                assert node.token == int(law.argmax())
+                assert node.token == int(probs.argmax())
                 assert one.nodes[node.parent].likeliest == pytest.approx((node.token, node.p), abs=1e-6)
         text += one.given
 
 
-def test_q_is_the_law_a_token_was_drawn_from_and_absent_where_none_was_recorded() -> None:
-    law = torch.tensor([[[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]])
+def test_q_is_the_distribution_a_token_was_drawn_from_and_absent_where_none_was_recorded() -> None:
+    probs = torch.tensor([[[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]])
     tokens, parents = torch.tensor([[0, 2, 1, 0]]), torch.tensor([[0, 0, 0, 1]])
-    tree = Tree(tokens, parents, tokens >= 0, "iid", 2, 2, law_rows=law, law_of=torch.tensor([[0, 0, 0, 1]]))
+    tree = Tree(tokens, parents, tokens >= 0, "iid", 2, 2, draft_probs=probs, probs_row=torch.tensor([[0, 0, 0, 1]]))
     assert drawn_with(tree) == pytest.approx([0.1, 0.7, 0.2, 0.5])
-    assert drawn_with(Tree(tokens, parents, tokens >= 0, "point", 2, 2)) is None
+    assert drawn_with(Tree(tokens, parents, tokens >= 0, "deterministic", 2, 2)) is None
     *_, sampled, _ = traced("static", max_new_tokens=8, temperature=1.0)
     *_, greedy, _ = traced("static", max_new_tokens=8)
     assert all(node.q is not None for one in sampled for node in one.nodes if node.state in ("accepted", "rejected", "unreached"))

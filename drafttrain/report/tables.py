@@ -28,13 +28,13 @@ from rich.text import Text
 
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
-from drafttrain.evaluation import plots
 from drafttrain.evaluation.bench import read_rows
-from drafttrain.evaluation.frontier import NONE, number, page_of
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.rule_rows import read_rule_rows
-from drafttrain.evaluation.rule_tables import figures_table, rules_table
 from drafttrain.evaluation.runners import GENERATE, PLAIN
+from drafttrain.report import plots
+from drafttrain.report.frontier import NONE, number, page_of
+from drafttrain.report.rule_tables import figures_table, rules_table
 from drafttrain.runtime.stats import alpha_text
 
 View = Literal["summary", "brief", "tasks", "lengths"]
@@ -111,7 +111,7 @@ def table(lines: Sequence[Line], view: View = "summary") -> tuple[list[str], lis
 
 
 def columns(lines: Sequence[Line], view: View) -> list[Column]:
-    """Those of a view; baselines, qualities, prefetching and measured prices have one where any of the lines was measured so."""
+    """Those of a view; baselines, qualities, prefetching and measured costs have one where any of the lines was measured so."""
     if view == "brief":
         return [column for column in columns(lines, "summary") if column.head in BRIEF]
     measured = [line.whole.measured for line in lines]
@@ -141,8 +141,8 @@ def columns(lines: Sequence[Line], view: View) -> list[Column]:
         shared.append(Column("quality", lambda line: quality(line.whole.measured)))
     if any(one.prefetch for one in measured):
         shared.append(Column("prefetched drafts", lambda line: _prefetch(line.whole.measured)))
-    if any(one.prices for one in measured):
-        shared.append(Column("prices", lambda line: _prices(line.whole.measured), wide=True))
+    if any(one.hybrid_costs for one in measured):
+        shared.append(Column("hybrid_costs", lambda line: _hybrid_costs(line.whole.measured), wide=True))
     if view == "tasks":
         return [*named, *shared, Column("looping", lambda line: f"{line.whole.measured.looping:.0%}", wide=True)]
     return [
@@ -351,13 +351,13 @@ def _prefetch(row: Measured) -> str:
     """`hit in 41% of 732 rounds, 600 calls saved for 2,928`."""
     if not row.prefetch:
         return NONE
-    bets, calls = row.prefetch["bets"], row.prefetch["prefetch_calls"]
-    return f"hit in {row.prefetch['hits'] / bets:.0%} of {bets:,} rounds, {row.prefetch['calls_saved']:,} calls saved for {calls:,}"
+    prefetched, calls = row.prefetch["prefetched"], row.prefetch["prefetch_calls"]
+    return f"hit in {row.prefetch['hits'] / prefetched:.0%} of {prefetched:,} rounds, {row.prefetch['calls_saved']:,} calls saved for {calls:,}"
 
 
-def _prices(row: Measured) -> str:
-    """`head_cost 0.29, node_cost 0.046`, as `runtime.hybrid` has them."""
-    return ", ".join(f"{name} {price:.2g}" for name, price in (row.prices or {}).items()) or NONE
+def _hybrid_costs(row: Measured) -> str:
+    """`draft_cost 0.29, node_cost 0.046`, as `runtime.hybrid` has them."""
+    return ", ".join(f"{name} {price:.2g}" for name, price in (row.hybrid_costs or {}).items()) or NONE
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

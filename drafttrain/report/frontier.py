@@ -13,10 +13,10 @@ from pydantic import Field
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
-from drafttrain.evaluation import plots
 from drafttrain.evaluation.journal import read_lines
 from drafttrain.evaluation.rows import known_alpha
 from drafttrain.evaluation.throughput import Forecast, best, frontier
+from drafttrain.report import plots
 from drafttrain.runtime.stats import alpha_text
 
 TOLERANCE = 0.15

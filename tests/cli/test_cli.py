@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config
 from typer.testing import CliRunner, Result
 
-from drafttrain import doctor, terminal
-from drafttrain.cli import USUAL, app
+from drafttrain.cli import doctor, terminal
+from drafttrain.cli.commands import USUAL, app
 from drafttrain.core.sampling import Sampling
 from drafttrain.data import shards
 from drafttrain.data.store import Conversation, Store
@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {
     "name": "tiny",
     "target": {"model": "target", "dtype": "float32", "device": "cpu"},
     "data": {"sources": [{"kind": "jsonl", "path": "prompts.jsonl"}], "temperatures": [0.0], "max_new_tokens": 24, "batch_size": 8},
-    "drafter": {"name": "eagle3", "unroll": 2},
+    "drafter": {"name": "eagle3", "ttt_steps": 2},
     "train": {
         "steps": 8, "batch_rows": 4, "row_length": 64, "precision": "float32", "held_out": 0.2, "eval_every": 4, "save_every": 4,
         "eval_length": 2,
@@ -463,7 +463,7 @@ def test_a_target_without_an_end_writes_no_data(empty: Path) -> None:
 
 
 def test_conversations_without_a_token_to_learn_are_not_trained_on(empty: Path) -> None:
-    make_store(empty / "store", Target.load(TargetConfig(model="target", dtype="float32", device="cpu")), count=5, features=("aux", "last"))
+    make_store(empty / "store", Target.load(TargetConfig(model="target", dtype="float32", device="cpu")), count=5, features=("aux_hidden_states", "last_hidden_state"))
     _masked_away(empty)
     line = complaint("train", "tiny.yaml", "data.existing=store")
     assert "has an answer token to learn" in line
@@ -818,7 +818,7 @@ def test_inspect_shows_token_ids_where_the_tokenizer_is_gone(workplace: Path) ->
 def test_inspect_downloads_no_tokenizer(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from drafttrain.inspection import tokenizer_of
+    from drafttrain.cli.inspection import tokenizer_of
 
     asked: list[bool] = []
 
@@ -912,7 +912,7 @@ TRUSTED = "target.trust_remote_code=true"
 
 
 @pytest.mark.usefixtures("own_code")
-@pytest.mark.parametrize("drafter", ["{name: eagle3, unroll: 2}", "{name: small_lm, hidden_size: 16, layers: 1}"])
+@pytest.mark.parametrize("drafter", ["{name: eagle3, ttt_steps: 2}", "{name: small_lm, hidden_size: 16, layers: 1}"])
 def test_a_target_that_brings_its_own_code_is_served_from_data_to_export(drafter: str) -> None:
     assert "trust_remote_code" in complaint("run", "tiny.yaml")
     formats = "export.formats=[native, plain]" if "small_lm" in drafter else "export.formats=[native]"

@@ -17,7 +17,7 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
 from drafttrain.core.packed import SHARE, packs
 from drafttrain.data.collate import label_count
-from drafttrain.data.prompts import Prompt, SelfPrompts, read_prompts, tokenize
+from drafttrain.data.prompts import DataPrompt, SelfPrompts, read_prompts, tokenize
 from drafttrain.data.shards import INDEX
 from drafttrain.data.store import Conversation, Store, bytes_per_token
 from drafttrain.data.turns import frame, openings
@@ -35,7 +35,7 @@ SHOWN = 160  # tokens of the sample
 
 
 @dataclass
-class Check:
+class HealthCheck:
     """What one look at the recipe found."""
 
     name: str
@@ -63,7 +63,7 @@ class Patient:
         return new_drafter(self.recipe, self.shape)
 
     @cached_property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> list[DataPrompt]:
         """Of files and data sets; the target's own are not written yet."""
         sources = [source for source in self.recipe.data.sources if not isinstance(source, SelfPrompts)]
         return [prompt for source in sources for prompt in read_prompts(source, self.tokenizer)]
@@ -245,13 +245,13 @@ CHECKS: tuple[Callable[[Patient], str], ...] = (
 )  # fmt: skip
 
 
-def examine(patient: Patient) -> Iterator[Check]:
+def examine(patient: Patient) -> Iterator[HealthCheck]:
     """Every check in turn. One that fails does not stop the others, but what can't be looked at without the target is left out."""
     for check in CHECKS:
         try:
-            yield Check(check.__name__, True, check(patient))
+            yield HealthCheck(check.__name__, True, check(patient))
         except UserError as error:
-            yield Check(check.__name__, False, str(error))
+            yield HealthCheck(check.__name__, False, str(error))
             if check in (target, tokenizer):
                 return
 

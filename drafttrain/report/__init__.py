@@ -1,0 +1,1 @@
+"""What people read: tables, plots, pages, comparisons and the trace of a decoding, all made from result files."""
