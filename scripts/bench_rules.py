@@ -2,8 +2,8 @@
 
     python scripts/bench_rules.py RECIPE [--drafter FOLDER] [--rounds 24] [--nodes 64] [--output FILE] [section.key=value ...]
 
-A tree is drawn from the drafter, scored by the target and judged by each rule, the order turning. A rule computes the target's distribution where it
-reads it, within its own time. Medians over rounds, in ms.
+A tree is drawn from the drafter, scored by the target and judged by each rule, the order turning. A rule computes the target's distribution
+where it reads it, within its own time. Medians over rounds, in ms.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def packed(target: Target, documents: Sequence[list[int]], answers_from: Sequenc
     number = torch.tensor([[index for index, document in enumerate(documents) for _ in document]])
     position = torch.tensor([[place for document in documents for place in range(len(document))]])
     starts = torch.tensor([[start for document, start in zip(documents, answers_from, strict=True) for _ in document]])
-    return TrainingBatch(tokens, position >= starts, number, position, target.encode(tokens, position, number, {"aux_hidden_states", "last_hidden_state"}))
+    return TrainingBatch(
+        tokens, position >= starts, number, position, target.encode(tokens, position, number, {"aux_hidden_states", "last_hidden_state"})
+    )
 
 
 def greedy_text(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,14 @@ def mistakes_in_one_line() -> Iterator[None]:
         _end(f"error: cannot write ({error}); make room or choose another output folder, then run the same command to go on", BAD_INPUT)
 
 
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """A warning is one line on stderr, without the place in our code that gave it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print("note:", " ".join(str(message).split()), file=sys.stderr)
+        yield
+
+
 def cannot_write(error: Exception) -> bool:
     """Whether the disk is full or closed to us, or a file stands where a folder should."""
     if isinstance(error, OSError):
@@ -94,7 +103,7 @@ class Commands(TyperGroup):
     """All commands behind one guard."""
 
     def invoke(self, ctx: Any) -> Any:
-        with signals_raise_once(), mistakes_in_one_line():
+        with signals_raise_once(), mistakes_in_one_line(), warnings_in_one_line():
             return super().invoke(ctx)
 
 
@@ -182,7 +191,7 @@ def evaluate(
 def decision(
     recipe: RecipePath,
     overrides: Overrides = None,
-    labels: Annotated[str, typer.Option(help="`soft`: from drafter's distribution and state to p/q; `hard`: from distribution to argmax.")] = "hard",
+    labels: Annotated[str, typer.Option(help="`soft`: from the drafter's distribution and state to p/q; `hard`: to the argmax.")] = "hard",
     prompts: Annotated[int, typer.Option(min=2, help="Training prompts to log rounds on.")] = 200,
 ) -> None:
     """Train the model that ends drafting early (policy `decision`), from rounds that the drafter decodes.

@@ -41,6 +41,8 @@ def summary(statistics: Statistics, drafted: bool) -> Text:
         line.append("green", "green")
         line.append(": the drafter's tokens, plain: the target's")
     if statistics.prefetched:
-        line.append(f"; prefetch: {statistics.hits / statistics.prefetched:.0%} of {statistics.prefetched} prefetched drafts hit, ")
+        line.append(
+            f"; prefetch: {statistics.prefetch_hits / statistics.prefetched:.0%} of {statistics.prefetched} prefetched drafts hit, "
+        )
         line.append(f"{statistics.calls_saved} drafter calls saved for {statistics.prefetch_calls} prefetched")
     return line

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.renamed import current_key, current_value
 
 C = TypeVar("C", bound="Config")
 
@@ -26,12 +27,18 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    known = ", ".join(cls.model_fields)
-                    raise ValueError(f"unknown key '{key}'{nearest(str(key), cls.model_fields)}; known keys: {known}")
-        return data
+        if not isinstance(data, dict):
+            return data
+        current: dict[str, Any] = {}
+        for old in data:
+            key = current_key(str(old), cls.model_fields)
+            if key not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"unknown key '{key}'{nearest(key, cls.model_fields)}; known keys: {known}")
+            if key != old and key in data:
+                raise ValueError(f"'{old}' is the old name of '{key}', and both are given; keep '{key}'")
+            current[key] = current_value(key, data[old])
+        return current
 
 
 def parse(cls: type[C], data: Any, where: str) -> C:

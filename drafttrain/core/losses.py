@@ -1,7 +1,7 @@
 """What a drafter learns: distances between the target's distribution p and its own q, unreduced, and their sum over rows in chunks.
 
-R rows (labels), K draft steps, D hidden, V vocabulary, Vd draft vocabulary. With a reduced vocabulary p is the target's distribution restricted
-to it and renormalised; labels outside it are skipped by the label's cross entropy and count as misses.
+R rows (labels), K draft steps, D hidden, V vocabulary, Vd draft vocabulary. With a reduced vocabulary p is the target's distribution
+restricted to it and renormalised; labels outside it are skipped by the label's cross entropy and count as misses.
 """
 
 from __future__ import annotations
@@ -131,7 +131,13 @@ def forward_kl_with_gradient(logits: Tensor, teacher: Tensor, weight: Tensor) ->
 
 
 def distill_plain(
-    hidden: Sequence[Tensor], output_layers: Sequence[OutputLayer], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
+    hidden: Sequence[Tensor],
+    output_layers: Sequence[OutputLayer],
+    weight: Tensor,
+    teacher: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    mix: LossMix,
     vocab: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`distill`, with all [R, Vd] logits in memory at once and the target's anew for each step."""
@@ -146,14 +152,21 @@ def distill_plain(
 
 
 def distill(
-    hidden: Sequence[Tensor], output_layers: Sequence[OutputLayer], weight: Tensor, teacher: Tensor, head: OutputHead, labels: Tensor, mix: LossMix,
-    vocab: Tensor | None, chunk: int,
+    hidden: Sequence[Tensor],
+    output_layers: Sequence[OutputLayer],
+    weight: Tensor,
+    teacher: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    mix: LossMix,
+    vocab: Tensor | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of `mix` over K steps and R rows, and at how many rows of weight each step's likeliest token is the label ([K]).
 
     hidden: each step's states [R, D]; readouts: each step's output layer, or one for all; weight: [K, R] fp32, 0 where a step has
-    no state for a row; teacher: [R, D] the target's normed states whose distribution every step learns, computed once for them; labels: [R] the
-    tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all. Logits of `chunk` rows stand in memory
+    no state for a row; teacher: [R, D] the target's normed states whose distribution every step learns, computed once for them; labels: [R]
+    the tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all. Logits of `chunk` rows stand in memory
     at a time.
     """
     finishes = [output_layer.finish for output_layer in output_layers]

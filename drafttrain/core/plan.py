@@ -138,10 +138,10 @@ class Plan:
     over) -> [B] bool: rows that draw nothing BELOW this level. Asked once a level, in order. Where no row goes on, the next level is not
     even fed and the tree ends there: this waits for the host once a level."""
     path_prob: bool = False
-    """`deterministic` trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.path_prob`), as best-first ones always
-    do."""
+    """`deterministic` trees of fixed shapes say how likely the drafter finds the path down to each node (`Tree.path_prob`), as best-first
+    ones always do."""
     target_candidates: Tensor | None = None
-    """[B, w] tokens that the target named for the first level of a fixed shape; the drafter goes on below them (`Tree.from_target`). Where the
-    shape is wider the rest is dead, where it is narrower the first ones count."""
+    """[B, w] tokens that the target named for the first level of a fixed shape; the drafter goes on below them (`Tree.from_target`). Where
+    the shape is wider the rest is dead, where it is narrower the first ones count."""
     keep_states: bool = False
     """Trees keep the drafter's states that their distributions were read from (`Tree.draft_states`)."""

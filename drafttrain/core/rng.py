@@ -1,8 +1,8 @@
 """The only source of randomness while decoding.
 
 `SeededRng` derives every number from (seed, row, how many were asked for before): a row's text depends neither on its batch nor on the
-device. `SpreadRng` is for means over many runs. `ScriptedRng` walks every branch of the real code path, so that a test can add up the exact distribution
-of what comes out.
+device. `SpreadRng` is for means over many runs. `ScriptedRng` walks every branch of the real code path, so that a test can add up the exact
+distribution of what comes out.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class SeededRng:
 
 
 class SpreadRng(SeededRng):
-    """Streams for means over many runs of one thing: each run alone is as random as `SeededRng`, the runs of one row together cover the unit
-    interval, and the squares and cubes of their first numbers, evenly (scrambled Sobol points, shifted at random row by row: Cranley and
-    Patterson, 1976; Owen, 1997), so that their mean has far less noise and no bias."""
+    """Streams for means over many runs of one thing: each run alone is as random as `SeededRng`, the runs of one row together cover the
+    unit interval, and the squares and cubes of their first numbers, evenly (scrambled Sobol points, shifted at random row by row: Cranley
+    and Patterson, 1976; Owen, 1997), so that their mean has far less noise and no bias."""
 
     def __init__(self, seed: int, rows: Tensor, runs: Tensor, of: int) -> None:
         """rows: [B] int64, one id for all runs of a thing; runs: [B] int64, which of its `of` runs each is."""

@@ -38,7 +38,9 @@ class Skeleton:
 
     def __post_init__(self) -> None:
         probs_rows = set(zip(self.parents[1:], self.probs_row[1:], strict=True))
-        assert len(probs_rows) == len(set(self.parents[1:])), "siblings drawn from several distributions; let such a tree be of `deterministic` draws"
+        assert len(probs_rows) == len(set(self.parents[1:])), (
+            "siblings drawn from several distributions: such a tree is of `deterministic` draws"
+        )
 
     def first(self, nodes: int) -> Skeleton:
         """Of the first nodes alone, among them every parent of one."""
@@ -67,11 +69,11 @@ class Tree:
     max_depth: int  # static bound on a node's depth
     max_children: int  # static bound on a node's children
     proposer: Tensor | None = None  # [B, N] int8: which proposer (hybrids); None where there is one
-    draft_probs: Tensor | None = None  # [B, R, V] fp32: the distributions tokens were drawn from; of a `deterministic` tree (if recorded) chosen by
+    draft_probs: Tensor | None = None  # [B, R, V] fp32: what tokens were drawn from; in a `deterministic` tree (if recorded) chosen by
     probs_row: Tensor | None = None  # [B, N] int64: the row of `draft_probs` a node was DRAWN from; the root's is unused
     path_prob: Tensor | None = None  # [B, N] fp32: the proposer's guess of how likely the path down to a node is; None where it has none
     draft_states: Tensor | None = None  # [B, R, D] what the drafter read those distributions from, where `Plan.keep_states` asks for it
-    skeleton: Skeleton | None = None  # of a whole static shape, even where the tree ended early; without it `sibling_groups` waits for the host
+    skeleton: Skeleton | None = None  # of a whole static shape, even where the tree ended early; without it `sibling_groups` waits
     from_target: bool = False  # the first level is not the drafter's: the target named these tokens itself (`Plan.target_candidates`)
 
     @property

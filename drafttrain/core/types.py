@@ -1,7 +1,7 @@
 """What passes between target, drafter, rule and trainer. B rows, N nodes, V vocabulary, D depth, T time.
 
-Feature names: `last_hidden_state`, the target's hidden state after its final norm (what its output head reads), and `aux_hidden_states`, raw residual-stream states
-of several layers concatenated (`AUX_LAYERS`). A feature at position t was computed after reading token t.
+Feature names: `last_hidden_state`, the target's hidden state after its final norm (what its output head reads), and `aux_hidden_states`,
+raw residual-stream states of several layers concatenated (`AUX_LAYERS`). A feature at position t was computed after reading token t.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.renamed import FEATURES
 from drafttrain.data.origin import Origin
 from drafttrain.target.files import sha256
 
@@ -69,6 +70,9 @@ def read_index(folder: Path) -> Index:
         raise UserError(f"store '{folder}': {INDEX} is corrupt ({first_line(error)}); {MEND}") from error
     if version != FORMAT:
         raise UserError(f"store '{folder}': format {version}, but this drafttrain reads {FORMAT}; make the data again")
+    if set(data.get("features", ())) & set(FEATURES):
+        old = ", ".join(f"'{name}' (now '{FEATURES[name]}')" for name in data["features"] if name in FEATURES)
+        raise UserError(f"store '{folder}': features {old} were stored under their former names; capture them again with this drafttrain")
     return parse(Index, data, str(path))
 
 

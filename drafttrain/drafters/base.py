@@ -179,11 +179,12 @@ class Drafter(nn.Module, ABC):
         Step k at t stands for the distribution of token t + k + 2 in a round whose root is token t + 1, if everything drafted before it
         was what the text says. Raises `UserError` where a family has no such states.
         """
-        raise UserError(f"{self.config.name} drafters hand over no states, so their distributions cannot be recomputed; use another family here")
+        raise UserError(f"{self.config.name} drafters hand over no states to recompute their distributions from; use another family here")
 
     def readout(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
-        """States [..., D] of nodes at depth `level` (0 is the root's), from `teacher_forced_states` or `Tree.draft_states`, -> logits [..., Vd]."""
-        raise UserError(f"{self.config.name} drafters hand over no states, so their distributions cannot be recomputed; use another family here")
+        """States [..., D] of nodes at depth `level` (0 is the root's), from `teacher_forced_states` or `Tree.draft_states`, -> logits [...,
+        Vd]."""
+        raise UserError(f"{self.config.name} drafters hand over no states to recompute their distributions from; use another family here")
 
     @abstractmethod
     def begin(self, prompts: Tensor, lengths: Tensor, features: Features, head: TargetHead, capacity: int) -> DrafterState:

@@ -1,8 +1,8 @@
 """A drafter spoilt on purpose: drafted tokens are swapped for random ones. The control for lossy rules, which must not let them through
 (after the checks of arXiv:2501.19309 and arXiv:2505.18629).
 
-Every drafted token is swapped, with the given probability, for one drawn evenly from the target's vocabulary. The token came from no distribution
-that the tree knows: `deterministic` draws only. B rows, N nodes, V vocabulary.
+Every drafted token is swapped, with the given probability, for one drawn evenly from the target's vocabulary. The token came from no
+distribution that the tree knows: `deterministic` draws only. B rows, N nodes, V vocabulary.
 """
 
 from __future__ import annotations

@@ -283,7 +283,9 @@ class Eagle3(Drafter):
             self._run(state, prompts[:, 1:], self._fuse(features["aux_hidden_states"][:, :-1]), place, causal.expand(B, -1, -1))
         state.lengths = lengths - 1
         last = (lengths - 1)[:, None]
-        state.pending = Committed(prompts.gather(1, last), torch.ones_like(lengths), {"aux_hidden_states": gathered(features["aux_hidden_states"], last)})
+        state.pending = Committed(
+            prompts.gather(1, last), torch.ones_like(lengths), {"aux_hidden_states": gathered(features["aux_hidden_states"], last)}
+        )
         return state
 
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:

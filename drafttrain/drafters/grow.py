@@ -1,8 +1,8 @@
 """Growing a tree level by level, for every family that can give a next-token distribution at a node.
 
 B rows, W frontier nodes, F nodes fed so far, V vocabulary, Vd draft vocabulary. A drafter gives `step`; what is drawn, in which order and
-with which record of distributions is decided here, once for all families. Draws kept exact: static shapes any, dynamic ones `deterministic` only (they
-drop tokens after seeing them).
+with which record of distributions is decided here, once for all families. Draws kept exact: static shapes any, dynamic ones `deterministic`
+only (they drop tokens after seeing them).
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ Step = Callable[[Frontier], Tensor]
 
 
 class Parallel:
-    """The `Step` of drafters that give all distributions of a round in one call (parallel heads, blocks): a node's depends on its depth alone."""
+    """The `Step` of drafters that give all distributions of a round in one call (parallel heads, blocks): a node's depends on its depth
+    alone."""
 
     def __init__(self, logits: Tensor, hidden: Tensor, states: list[Tensor]) -> None:
         """logits: [B, K, Vd]; hidden: [B, K, D] what they were read from; states: see `grow`."""
@@ -89,8 +90,8 @@ def grow(
 ) -> Growth:
     """A tree below `roots` [B] as `plan` wants it.
 
-    sampling: the target's; the drafter's distribution uses `plan.temperature` where given. vocab: [Vd] ascending target ids of the draft vocabulary,
-    None where it is the target's own; size: V, read only with a draft vocabulary. states: where `step` leaves the states
+    sampling: the target's; the drafter's distribution uses `plan.temperature` where given. vocab: [Vd] ascending target ids of the draft
+    vocabulary, None where it is the target's own; size: V, read only with a draft vocabulary. states: where `step` leaves the states
     [B, W, D] that its logits were read from, call by call; `plan.keep_states` keeps them with the tree.
     """
     if isinstance(plan.shape, Dynamic):
@@ -130,7 +131,9 @@ def _static(
 ) -> Growth:
     B, device = len(roots), roots.device
     assert plan.draws == "deterministic" or not plan.path_prob, "only tokens chosen with certainty are ranked by their reach"
-    assert plan.target_candidates is None or (plan.draws == "deterministic" and not plan.path_prob), "what the target named has no distribution of the drafter's"
+    assert plan.target_candidates is None or (plan.draws == "deterministic" and not plan.path_prob), (
+        "the target's candidates have no draft distribution"
+    )
     stages, skeleton, parents, order, probs_row = _stages(shape, device)
     tokens, live = [roots[:, None]], [torch.ones(B, 1, dtype=torch.bool, device=device)]
     path_prob = [torch.zeros(B, 1, device=device)] if plan.path_prob else []  # [B, n] log probability of the paths, level by level
@@ -174,7 +177,8 @@ def _static(
 
 
 def _drawn(logits: Tensor, width: int, plan: Plan, sampling: Sampling, rng: Rng) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[B, W, Vd] -> [B, W, width] draft ids in drawn order, which of them are real, and the distribution they came from if it is recorded."""
+    """[B, W, Vd] -> [B, W, width] draft ids in drawn order, which of them are real, and the distribution they came from if it is
+    recorded."""
     if plan.draws == "deterministic":
         drawn = top(logits, min(width, logits.shape[-1]))
         real = torch.ones_like(drawn, dtype=torch.bool)
@@ -248,8 +252,15 @@ def _rerank(
     hangs = (kept - 1).clamp_min(0) // k  # from which of the fed ones; the root's is unused
     place = torch.searchsorted(kept, numbers)  # [B, F] their nodes in the tree
     tree = Tree(
-        tokens.gather(1, kept), place.gather(1, hangs).masked_fill(~live, 0), live, "deterministic", max_depth=depth, max_children=shape.top_k,
-        path_prob=score.exp(), draft_probs=torch.cat(draft_probs, 1) if draft_probs else None, probs_row=hangs if draft_probs else None,
+        tokens.gather(1, kept),
+        place.gather(1, hangs).masked_fill(~live, 0),
+        live,
+        "deterministic",
+        max_depth=depth,
+        max_children=shape.top_k,
+        path_prob=score.exp(),
+        draft_probs=torch.cat(draft_probs, 1) if draft_probs else None,
+        probs_row=hangs if draft_probs else None,
     )
     return Growth(tree, kept, numbers)
 

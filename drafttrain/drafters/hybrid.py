@@ -2,8 +2,8 @@
 
 The free proposer goes first. Where what it found is worth more than what running the trained drafter would add for its price, the trained
 one is not run; else both trees are merged, shared prefixes once. Of all nodes those stay whose chance of standing is worth their share of
-the target's forward. What each proposer is worth is learnt in every row from what was committed. All of it is `deterministic` draws, so greedy
-and recursive verification stay exact whatever is chosen here. B rows, N nodes. Choosing and merging happen on the host.
+the target's forward. What each proposer is worth is learnt in every row from what was committed. All of it is `deterministic` draws, so
+greedy and recursive verification stay exact whatever is chosen here. B rows, N nodes. Choosing and merging happen on the host.
 """
 
 from __future__ import annotations

@@ -121,7 +121,15 @@ class Medusa(Drafter):
         hidden = [block(labels.before(read, index + 2)) for index, block in enumerate(self.blocks)]
         output_layers = [self._readout(index, head) for index in range(len(self.lm_heads) if self.config.own_heads else 1)]
         return distilled(
-            batch, labels, hidden, output_layers, head, self.config.loss, self.draft_ids, self.config.loss_chunk, decay=self.config.head_decay
+            batch,
+            labels,
+            hidden,
+            output_layers,
+            head,
+            self.config.loss,
+            self.draft_ids,
+            self.config.loss_chunk,
+            decay=self.config.head_decay,
         )
 
     @torch.no_grad()

@@ -235,7 +235,9 @@ class Bench:
         waiting = [unit for unit in units if (unit[0], unit[2].id) not in done]
         if waiting:
             self.warm_up(suite)
-            if hybrid_costs := {one.label: one.decoder.hybrid_costs for one in self.runners if isinstance(one, Contender) and one.decoder.hybrid_costs}:
+            if hybrid_costs := {
+                one.label: one.decoder.hybrid_costs for one in self.runners if isinstance(one, Contender) and one.decoder.hybrid_costs
+            }:
                 entries.append({"hybrid_costs": hybrid_costs})
                 journal.append(entries[-1])
         with progress_bar() as progress:

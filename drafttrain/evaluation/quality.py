@@ -1,4 +1,5 @@
-"""Quality of decoded text, for rules that do not keep the target's distribution: how far the text is from what the target itself would write.
+"""Quality of decoded text, for rules that do not keep the target's distribution: how far the text is from what the target itself would
+write.
 
 One teacher-forced pass of the target over the text, after the clock has stopped. At every committed token x (those that rounds kept;
 the prefill's token is the target's own) the target's distribution after the text so far is known:
@@ -9,9 +10,9 @@ the prefill's token is the target's own) the target's distribution after the tex
     argmax agreement   share of committed tokens that are the argmax
     excess KL          mean of  KL(x || p) - E_{y ~ r} KL(y || p)  =  -log p(x) + sum_y r(y) log p(y),  in nats
 
-KL(x || p) is the divergence of a realised choice, all mass on x. A text alone does not tell the distribution that a lossy rule drew from, only
-what it chose. For greedy decoding the excess is log(p_max / p(x)), 0 for the argmax and positive for every other token; for sampling its
-expectation is 0 under every lossless rule, whatever the sampling options, positive where unlikely tokens stand and negative where
+KL(x || p) is the divergence of a realised choice, all mass on x. A text alone does not tell the distribution that a lossy rule drew from,
+only what it chose. For greedy decoding the excess is log(p_max / p(x)), 0 for the argmax and positive for every other token; for sampling
+its expectation is 0 under every lossless rule, whatever the sampling options, positive where unlikely tokens stand and negative where
 only likely ones do.
 
 Where an item has a checkable answer (`check.py`), the text's final answer is compared with it, and with plain decoding's.

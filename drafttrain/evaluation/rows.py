@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.renamed import current_row
 from drafttrain.evaluation.efficiency import Efficiency
 from drafttrain.evaluation.quality import JudgedText, Quality, pooled
 from drafttrain.evaluation.runners import GENERATE, PLAIN, Facts, Outcome
@@ -196,7 +197,7 @@ class Row(Setting):
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> Row:
         """Raises `UserError` where the row is of another format; `where` opens the message."""
-        data = dict(data)
+        data = current_row(data)
         if data.pop("format", None) != FORMAT:
             raise UserError(f"{where}: not a result row of format {FORMAT}; evaluate again with this drafttrain")
         try:

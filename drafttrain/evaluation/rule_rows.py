@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.renamed import current_row
 from drafttrain.evaluation.journal import read_lines
 from drafttrain.evaluation.rows import Interval
 
@@ -88,7 +89,7 @@ class RuleRow:
         """Raises `UserError` for a row of another format, or a broken one."""
         if data.get("format") != FORMAT:
             raise UserError(f"{where}: not a row of rules in format {FORMAT}; replay again with this drafttrain")
-        given = {name: value for name, value in data.items() if name != "format"}
+        given = {name: value for name, value in current_row(data).items() if name != "format"}
         try:
             if given.get("not_looping") is not None:
                 given["not_looping"] = RuleComparison(**_compared(given["not_looping"]))

@@ -122,7 +122,9 @@ def _unfit(kind: type[Rule], draws: str, topology: str, temperature: float) -> s
 
 
 @torch.inference_mode()
-def judge_rounds(log: RoundLog, logged_probs: LoggedProbs, every: Sequence[RuleOnTrial], chances: int = 16, seed: int = 0) -> list[RuleOutcome]:
+def judge_rounds(
+    log: RoundLog, logged_probs: LoggedProbs, every: Sequence[RuleOnTrial], chances: int = 16, seed: int = 0
+) -> list[RuleOutcome]:
     """The expected accepted lengths of all rounds under each judge, in the log's order."""
     info = log.info
     lengths: list[list[np.ndarray]] = [[] for _ in every]

@@ -352,7 +352,8 @@ def _prefetch(row: Measured) -> str:
     if not row.prefetch:
         return NONE
     prefetched, calls = row.prefetch["prefetched"], row.prefetch["prefetch_calls"]
-    return f"hit in {row.prefetch['hits'] / prefetched:.0%} of {prefetched:,} rounds, {row.prefetch['calls_saved']:,} calls saved for {calls:,}"
+    hits, saved = row.prefetch["prefetch_hits"], row.prefetch["calls_saved"]
+    return f"hit in {hits / prefetched:.0%} of {prefetched:,} rounds, {saved:,} calls saved for {calls:,}"
 
 
 def _hybrid_costs(row: Measured) -> str:

@@ -5,8 +5,8 @@ A small MLP that scores a node from what the drafter knows there before a child 
     hard    reads the distribution's entropy and ten largest entries;     learns whether x is the target's argmax
     soft    reads these and the drafter's state [D];             learns min(1, p(x) / q(x)) of the token x that was drawn
 
-(The paper's `soft` reads the state alone. From a thousand rounds that tells less than the entropy does; with the distribution beside it, and half of
-the state hidden at each step of training, it tells more.)
+(The paper's `soft` reads the state alone. From a thousand rounds that tells less than the entropy does; with the distribution beside it,
+and half of the state hidden at each step of training, it tells more.)
 
 The policy `decision` ends a tree where no node's score is above a threshold. `train/decision.py` trains it from logged rounds.
 """

@@ -75,14 +75,15 @@ class RuntimeConfig(Config):
     shape: Shape = Chain()
     """The tree of a round: `chain`, `static` or `dynamic`."""
     draws: Draws | Literal["auto"] = "auto"
-    """How siblings are drawn. `auto`: `deterministic` at temperature 0 and in dynamic trees, `iid` in chains, `without_replacement` in static
-    trees."""
+    """How siblings are drawn. `auto`: `deterministic` at temperature 0 and in dynamic trees, `iid` in chains, `without_replacement` in
+    static trees."""
     rule: AnyRule = "auto"
     """Verification rule: its name, or `name` with its options. `auto`: `greedy` at temperature 0, else `rejection` for chains and
     `recursive` for trees."""
     policy: AnyPolicy = "fixed"
     """What makes the plans of rounds: its name, or `name` with its options. `adaptive` decodes plainly while drafting loses: greedy texts
-    stay the same, and sampled ones keep the target's distribution, but as it goes by measured times, the same seed may give another sample."""
+    stay the same, and sampled ones keep the target's distribution, but as it goes by measured times, the same seed may give another
+    sample."""
     treat_as: Literal["deterministic"] | None = None
     """Verify as if every token had been chosen with certainty: exact for any tree, with fewer acceptances."""
     drafter_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -93,8 +94,9 @@ class RuntimeConfig(Config):
     """Share of drafted tokens that are swapped for random ones: the control that shows what a lossy rule lets through. Never of use
     otherwise."""
     prefetch: int = Field(default=0, ge=0)
-    """Prefetched drafts a row on what the target will commit, drafted on while it scores; 0 places none. Only for drafters that read nothing of the
-    target (`small_lm`). Reports hits and drafter calls saved; one process computes one thing at a time, so it is not faster for it."""
+    """Prefetched drafts a row on what the target will commit, drafted on while it scores; 0 places none. Only for drafters that read
+    nothing of the target (`small_lm`). Reports hits and drafter calls saved; one process computes one thing at a time, so it is not faster
+    for it."""
     prefill_chunk: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward."""
 
@@ -121,7 +123,7 @@ class RuntimeConfig(Config):
         if draws not in able:
             raise UserError(f"runtime.draws '{draws}': this drafter makes {' or '.join(sorted(able))} draws only; leave draws at 'auto'")
         if self.shape.shape == "dynamic" and draws != "deterministic":
-            raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them, so only 'deterministic' draws stay exact")
+            raise UserError(f"runtime.draws '{draws}': dynamic trees drop tokens after seeing them: only 'deterministic' draws stay exact")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise UserError(f"runtime.policy '{self.policy}' is unknown{nearest(self.policy, POLICIES)}; known: {', '.join(POLICIES)}")
         if not isinstance(self.policy, str):
@@ -130,7 +132,7 @@ class RuntimeConfig(Config):
         if rule.needs_draft_probs and (self.hybrid is not None or not (drafter or Drafter).gives_draft_probs):
             what = "a tree that a lookup has a part in (runtime.hybrid)" if self.hybrid is not None else "a tree of this drafter"
             raise UserError(
-                f"rule '{rule.config.name}' reads the drafter's distributions, but {what} has none; choose another rule, or a trained drafter alone"
+                f"rule '{rule.config.name}' reads draft distributions, but {what} has none; choose another rule, or a trained drafter alone"
             )
         return rule, Plan(self.shape, draws, self.drafter_temperature, record_probs=rule.needs_draft_probs)
 
@@ -246,7 +248,7 @@ class SpeculativeDecoder:
         """A `UserError` where no prefetched draft can be drafted on, or where prefetched drafts would change a text."""
         runtime, name = self.runtime, drafter.config.name
         reasons = {
-            f"a {name} drafter reads the target's features ({', '.join(sorted(drafter.needs))}) at tokens that are prefetched drafts": drafter.needs,
+            f"a {name} drafter reads the target's features ({', '.join(sorted(drafter.needs))}) at prefetched tokens": drafter.needs,
             f"a {name} drafter takes no time to save": not drafter.trainable,
             "beside a lookup (runtime.hybrid) there are no distributions to prefetched draft by": runtime.hybrid is not None,
             "swapped tokens (runtime.corrupt) have no distribution to prefetched draft by": runtime.corrupt,

@@ -202,7 +202,7 @@ class DecodingLoop:
         rows[0].seconds = self.clock.seconds()
         rows[0].target_forwards, rows[0].drafter_calls = self.calls
         rows[0].syncs = self.history.syncs
-        rows[0].prefetched, rows[0].hits = self.history.prefetched, self.history.hits
+        rows[0].prefetched, rows[0].prefetch_hits = self.history.prefetched, self.history.prefetch_hits
         rows[0].prefetch_calls, rows[0].calls_saved = self.history.prefetch_calls, self.history.calls_saved
         return rows
 
@@ -239,7 +239,7 @@ class DecodingLoop:
         self.history.syncs += 1
         going = [hit for hit, alive in zip(hits.tolist(), kept.alive.tolist(), strict=True) if alive]
         self.history.prefetched += len(going)
-        self.history.hits += sum(hit >= 0 for hit in going)
+        self.history.prefetch_hits += sum(hit >= 0 for hit in going)
         if not going or min(going) < 0:
             return False
         width = prefetched.token.shape[1]

@@ -1,4 +1,5 @@
-"""Policies make each round's plan from what is known before it. A policy changes how much is drafted, never the distribution of what comes out."""
+"""Policies make each round's plan from what is known before it. A policy changes how much is drafted, never the distribution of what comes
+out."""
 
 from __future__ import annotations
 
@@ -82,8 +83,8 @@ class ConfidentConfig(PolicyConfig):
 class Confident:
     """The exact mode of confidence-modulated speculation (see `verify/confidence.py`): only the draft's length follows the drafter.
 
-    A level's confidence is that of its most confident node. It is read from the drafter's distribution before a token is drawn from it, so every
-    lossless rule stays exact.
+    A level's confidence is that of its most confident node. It is read from the drafter's distribution before a token is drawn from it, so
+    every lossless rule stays exact.
     """
 
     Config: ClassVar[type[PolicyConfig]] = ConfidentConfig
@@ -218,8 +219,10 @@ class DecisionConfig(PolicyConfig):
 class Decided:
     """Ends a tree before a level that a trained decision model expects to be rejected (see `runtime/decision.py`).
 
-    The model reads the distribution that a level was drawn from, and only levels not drawn yet are given up: every lossless rule stays exact.
-    It waits for the host once a level. Rows drafted together end together: sampled texts then depend on their batch, their distribution does not.
+    The model reads the distribution that a level was drawn from, and only levels not drawn yet are given up: every lossless rule stays
+    exact.
+    It waits for the host once a level. Rows drafted together end together: sampled texts then depend on their batch, their distribution
+    does not.
     """
 
     Config: ClassVar[type[PolicyConfig]] = DecisionConfig

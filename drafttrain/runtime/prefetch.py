@@ -1,13 +1,14 @@
 """Prefetch: the next round's draft, made before the target has answered (Lu et al., 2024, arXiv:2409.10644, their target-initialised roots
 in a form that keeps the target's distribution).
 
-While the target scores a tree, the drafter goes on under the tokens it thinks likeliest to come out of it: a prefetched draft is a node of the tree's
-first chain where acceptance ends, and the token that follows there. If what comes out is a prefetched draft, its draft is the next round's tree and
-nothing is drafted; every other prefetched draft is thrown away. Which prefetched draft is kept depends on the target's own token alone, never on the drafts:
+While the target scores a tree, the drafter goes on under the tokens it thinks likeliest to come out of it: a prefetched draft is a node of
+the tree's first chain where acceptance ends, and the token that follows there. If what comes out is a prefetched draft, its draft is the
+next round's tree and nothing is drafted; every other prefetched draft is thrown away. Which prefetched draft is kept depends on the
+target's own token alone, never on the drafts:
 exact. (The paper drafts under several of the target's tokens and keeps the longest branch, which is not.)
 
-In one process nothing runs at the same time, so a prefetched draft costs what it costs and a hit saves the next round's drafter calls: what this
-reports is what a second device would gain. B rows, w prefetched drafts a row, K depth, V vocabulary.
+In one process nothing runs at the same time, so a prefetched draft costs what it costs and a hit saves the next round's drafter calls: what
+this reports is what a second device would gain. B rows, w prefetched drafts a row, K depth, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Prefetched:
 
 @dataclass
 class Prefetcher:
-    """Places the prefetched drafts. The drafter must read nothing of the target: its features at the tokens prefetched draft on are not known yet."""
+    """Places the prefetched drafts. The drafter must read nothing of the target: its features at the tokens prefetched draft on are not
+    known yet."""
 
     drafter: Drafter
     head: TargetHead

@@ -28,20 +28,20 @@ from drafttrain.runtime.stats import Statistics
 from drafttrain.target.head import TargetHead
 
 TeacherForced = Callable[[TrainingBatch, int], Tensor]
-"""(batch, K) -> [B, T, K] guesses, as `Drafter.walk` gives them."""
+"""(batch, K) -> [B, T, K] guesses, as `Drafter.teacher_forced_drafts` gives them."""
 Stands = Callable[[TrainingBatch, int], tuple[Tensor, Tensor]]
 """(batch, K) -> g and w, [B, T, K] each, as `stands` gives them."""
 
 
 @torch.no_grad()
-def replay(teacher_forced_drafts: TeacherForced, batches: Iterable[TrainingBatch], length: int) -> Statistics:
+def replay(drafts: TeacherForced, batches: Iterable[TrainingBatch], length: int) -> Statistics:
     """Chains of `length` over every answer in `batches`.
 
     Only texts that the target wrote greedily give the figure that greedy decoding measures; choose the conversations accordingly.
     """
     out = Statistics(attempts=[0] * length, accepts=[0] * length)
     for batch in batches:
-        runs = matching_runs(batch, teacher_forced_drafts(batch, length)).cpu().numpy()
+        runs = matching_runs(batch, drafts(batch, length)).cpu().numpy()
         for row, start, stop in answers(batch):
             _walk_answer(out, runs[row], start, stop)
     return out
@@ -147,7 +147,13 @@ def expect(standing: Stands, batches: Iterable[TrainingBatch], length: int) -> E
 
 
 def stands(
-    drafter: Drafter, batch: TrainingBatch, head: TargetHead, sampling: Sampling, length: int, temperature: float | None = None, chunk: int = 256
+    drafter: Drafter,
+    batch: TrainingBatch,
+    head: TargetHead,
+    sampling: Sampling,
+    length: int,
+    temperature: float | None = None,
+    chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """g and w, [B, T, K] each: of the token at depth k + 1 in a round whose root is token t + 1, with the text's own before it.
 

@@ -1,7 +1,7 @@
 """Rounds on disk: logged once while decoding, and read again by whatever wants to judge the same trees (rules, decision models).
 
-A log keeps tokens and hidden states, and the distributions p and q are recomputed from these through the frozen heads in fp32: the distributions
-themselves would take a hundred times the room. B rows, n rounds, N nodes, R drafter states, D hidden, V vocabulary.
+A log keeps tokens and hidden states, and the distributions p and q are recomputed from these through the frozen heads in fp32: the
+distributions themselves would take a hundred times the room. B rows, n rounds, N nodes, R drafter states, D hidden, V vocabulary.
 
     FOLDER/rounds-00000.safetensors ...    FOLDER/answers.json    what was written, prompt by prompt (token ids)
     FOLDER/index.json                      what the rounds are of; written last: without it there is no log
@@ -39,7 +39,8 @@ FORMAT = 1
 INDEX, ANSWERS = "index.json", "answers.json"
 SHARD_BYTES = 256 << 20
 FOREIGN = 0.05
-"""Recomputed distributions of the same weights differ from the logged ones by rounding, in the mean far less than this; other weights' don't."""
+"""Recomputed distributions of the same weights differ from the logged ones by rounding, in the mean far less than this; other weights'
+don't."""
 
 
 class RoundsInfo(Config):
@@ -125,14 +126,25 @@ class RoundRecorder:
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)[:, None]
         q = None
         if (self.states or tree.draws != "deterministic") and tree.draft_states is None:
-            raise UserError("this drafter hands over no states of the tokens it draws, and its rounds cannot be logged with their distributions")
+            raise UserError(
+                "this drafter hands over no states of the tokens it draws: its rounds cannot be logged with their distributions"
+            )
         if tree.draws != "deterministic":
             assert tree.draft_probs is not None and tree.probs_row is not None
             q = tree.draft_probs[row, tree.probs_row, tree.tokens]
         numbers = torch.tensor(self.batch.row_ids) + self.first_prompt
         p = scored.target_probs[row, tree.parents, tree.tokens]
         whole = LoggedRounds(
-            tree.tokens, tree.parents, tree.live, scored.features["last_hidden_state"], p, verdict.length, numbers, tree.probs_row, tree.draft_states, q
+            tree.tokens,
+            tree.parents,
+            tree.live,
+            scored.features["last_hidden_state"],
+            p,
+            verdict.length,
+            numbers,
+            tree.probs_row,
+            tree.draft_states,
+            q,
         )
         self.depth = max(self.depth, int(tree.depth.masked_fill(~tree.live, 0).max()))
         self.children = max(self.children, int((tree.children >= 0).sum(-1).max()))
@@ -304,7 +316,9 @@ class LoggedProbs:
             return bare
         assert rounds.probs_row is not None
         probs, ids = self.info.drafter_sampling.probs(self.drafter_logits(rounds)), self.drafter.draft_ids
-        return replace(bare, probs_row=rounds.probs_row.to(device), draft_probs=probs if ids is None else widen(probs, ids, self.head.vocab_size))
+        return replace(
+            bare, probs_row=rounds.probs_row.to(device), draft_probs=probs if ids is None else widen(probs, ids, self.head.vocab_size)
+        )
 
     @torch.inference_mode()
     def drafter_logits(self, rounds: LoggedRounds) -> Tensor:
@@ -332,8 +346,8 @@ class LoggedProbs:
         gap = torch.cat(gaps)[torch.cat([rounds.live[:, 1:]] * len(gaps))]
         if len(gap) and float(gap.mean()) > FOREIGN:
             raise UserError(
-                f"distributions recomputed from the logged states differ from those of the decoding by {float(gap.mean()):.2f} in the mean: the "
-                f"log was made with another drafter or target; delete it and log again"
+                f"distributions recomputed from logged states differ from those of the decoding by {float(gap.mean()):.2f} in the mean: "
+                f"the log was made with another drafter or target; delete it and log again"
             )
         return float(gap.max()) if len(gap) else 0.0
 

@@ -32,7 +32,7 @@ class Statistics:
     """Times the host waited for the device during rounds."""
     prefetched: int = 0
     """Rounds of rows for which drafts were prefetched."""
-    hits: int = 0
+    prefetch_hits: int = 0
     """Prefetched drafts that came true."""
     prefetch_calls: int = 0
     """Drafter calls that prefetching took; `drafter_calls` counts them too."""
@@ -70,7 +70,7 @@ class Statistics:
             self.drafter_calls + other.drafter_calls,
             self.syncs + other.syncs,
             self.prefetched + other.prefetched,
-            self.hits + other.hits,
+            self.prefetch_hits + other.prefetch_hits,
             self.prefetch_calls + other.prefetch_calls,
             self.calls_saved + other.calls_saved,
         )

@@ -229,7 +229,13 @@ def _part(
     if kept:
         both = [label(target, answered, found, ours, max_new_tokens, batch), spoil(target, answered, kept, batch)]
     last, good, random, question = (torch.cat([vars(made)[name] for made in both]) for name in PART_NAMES[:-1])
-    return {"last_hidden_state": last, "good": good, "random": random, "question": question + first, "counts": torch.tensor([len(solved), len(found)])}
+    return {
+        "last_hidden_state": last,
+        "good": good,
+        "random": random,
+        "question": question + first,
+        "counts": torch.tensor([len(solved), len(found)]),
+    }
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -162,12 +162,15 @@ class Learner(nn.Module):
         self.drafter = drafter
 
     def forward(
-        self, batch: TrainingBatch, head: TargetHead, teacher_forced_drafts: int = 0, sampling: Sampling | None = None
+        self, batch: TrainingBatch, head: TargetHead, draft_length: int = 0, sampling: Sampling | None = None
     ) -> Loss | Tensor | tuple[Tensor, Tensor]:
-        """The loss; or with `teacher_forced_drafts` the greedy guesses of that many steps, with `sampling` too how likely their draws stand (`stands`)."""
+        """The loss; or with `draft_length` the greedy guesses of that many steps, with `sampling` too how likely their draws stand
+        (`stands`)."""
         if sampling is not None:
-            return stands(self.drafter, batch, head, sampling, teacher_forced_drafts)
-        return self.drafter.teacher_forced_drafts(batch, head, teacher_forced_drafts) if teacher_forced_drafts else self.drafter.loss(batch, head)
+            return stands(self.drafter, batch, head, sampling, draft_length)
+        if draft_length:
+            return self.drafter.teacher_forced_drafts(batch, head, draft_length)
+        return self.drafter.loss(batch, head)
 
 
 def train(
@@ -226,7 +229,9 @@ class TrainingRun:
     ) -> None:
         self.store, self.config, self.output, self.target, self.accelerator = store, config, output, target, accelerator
         self.judged_at = Sampling(config.eval_temperature)
-        self.wanted = tuple(sorted(drafter.needs | drafter.teacher_needs | (frozenset() if self.judged_at.greedy else {"last_hidden_state"})))
+        self.wanted = tuple(
+            sorted(drafter.needs | drafter.teacher_needs | (frozenset() if self.judged_at.greedy else {"last_hidden_state"}))
+        )
         self.stored = tuple(name for name in self.wanted if name in store.feature_names)
         if set(self.stored) != set(self.wanted) and target is None:
             store.require(self.wanted)

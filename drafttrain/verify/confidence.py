@@ -1,7 +1,8 @@
 """Confidence-modulated acceptance (Sen et al., 2025, arXiv:2508.15371), the relaxed mode: the drafter's certainty sets how
 much probability a drafted token needs. LOSSY. (The exact mode is a policy, `confidence` in `runtime/policy.py`: only the length follows.)
 
-p the target's distribution, q the drafter's, V vocabulary. The paper's exact formulas could not be had; these are ours for what it describes:
+p the target's distribution, q the drafter's, V vocabulary. The paper's exact formulas could not be had; these are ours for what it
+describes:
 
     c   = w (1 - H(q) / log V) + (1 - w) (q_1 - q_2)        confidence, 0 to 1: entropy, and margin of the two likeliest tokens
     tau = clip(tau_base + gamma (1 - c), 0, 1)              a token x stands where p(x) / max p >= tau
@@ -65,7 +66,8 @@ class Confidence(Rule):
 
 
 def confidence(q: Tensor, entropy_weight: float) -> Tensor:
-    """[..., V] distributions -> [...] in [0, 1]: certain is 1. Weighted mean of 1 - H(q) / log V and of the margin between the two likeliest."""
+    """[..., V] distributions -> [...] in [0, 1]: certain is 1. Weighted mean of 1 - H(q) / log V and of the margin between the two
+    likeliest."""
     entropy = special.entr(q).sum(-1) / math.log(q.shape[-1])
     best = q.topk(2, -1).values
     return entropy_weight * (1 - entropy) + (1 - entropy_weight) * (best[..., 0] - best[..., 1])

@@ -1,11 +1,11 @@
 """The training-free baseline beside the judge (the KL threshold of arXiv:2601.04766): where target and drafter agree well enough about what
 may come next, the drafted token stands. LOSSY.
 
-p the target's distribution after a node's parent, q the drafter's that the node came from. A token stands where the inner lossless rule accepts it
-OR KL(p || q) < bound (nats): the inner rule goes first, and where it stops, the child that the target finds likeliest stands if the distributions
-are close, and the inner rule goes on from there. Both distributions are the softmax of raw logits where tokens were chosen (`deterministic`) or the target
-decodes greedily, else what the sampling options left. q is read as at least 1e-9: what a drafter cannot propose counts as a large, finite
-divergence.
+p the target's distribution after a node's parent, q the drafter's that the node came from. A token stands where the inner lossless rule
+accepts it OR KL(p || q) < bound (nats): the inner rule goes first, and where it stops, the child that the target finds likeliest stands if
+the distributions are close, and the inner rule goes on from there. Both distributions are the softmax of raw logits where tokens were
+chosen (`deterministic`) or the target decodes greedily, else what the sampling options left. q is read as at least 1e-9: what a drafter
+cannot propose counts as a large, finite divergence.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The longest branch below the target's own candidates (Lu et al., 2024, arXiv:2409.10644: target-initialised multi-candidates). LOSSY.
 (The paper's candidates as prefetched drafts, which keep the distribution, are in `runtime/prefetch.py`.)
 
-p the target's distribution at a node. The token after a round is left open: the rule names w candidates for it, the w likeliest tokens of p where
-the path ends at temperature 0, else w drawn from what is left of p there without replacement. The next tree's first level is these
+p the target's distribution at a node. The token after a round is left open: the rule names w candidates for it, the w likeliest tokens of p
+where the path ends at temperature 0, else w drawn from what is left of p there without replacement. The next tree's first level is these
 candidates, each with what the drafter drafts below it; that level stands whatever it says. Below it a node stands where the target's own
 token after its parent, the argmax or one drawn from p, is the node's. Of all branches that stand the longest is kept; of equally long
 ones the first candidate's goes before the others', then the likeliest. A round commits its path, one token at least.

@@ -44,7 +44,8 @@ def check_inner(name: Inner, topology: Topology, draws: Draws, sampling: Samplin
 
 
 def plain_probs(tree: Tree, scored: Scored, raw: bool = False) -> Tensor:
-    """[B, N, V] the target's distribution at the tree's nodes; at temperature 0, where it is one-hot, and if `raw`, the softmax of its logits."""
+    """[B, N, V] the target's distribution at the tree's nodes; at temperature 0, where it is one-hot, and if `raw`, the softmax of its
+    logits."""
     N = tree.tokens.shape[1]
     return scored.logits[:, :N].float().softmax(-1) if raw or scored.sampling.greedy else scored.target_probs[:, :N]
 

@@ -1,8 +1,8 @@
 """Multi-draft speculative sampling by canonical decomposition (Khisti et al., 2024, arXiv:2410.18234), for siblings drawn iid.
 
-Of K drafts choose one, Y, by any rule whose marginal distribution pI is known exactly; then verify Y against pI as a single draft: it stands with
-probability min(1, p(Y) / pI(Y)), else the next token comes from max(p - pI, 0). Lossless whatever chooses; the choice decides how often a
-draft stands, at most with P* = 1 + min over S of [p(S) - q(S)^K].
+Of K drafts choose one, Y, by any rule whose marginal distribution pI is known exactly; then verify Y against pI as a single draft: it
+stands with probability min(1, p(Y) / pI(Y)), else the next token comes from max(p - pI, 0). Lossless whatever chooses; the choice decides
+how often a draft stands, at most with P* = 1 + min over S of [p(S) - q(S)^K].
 
     priority    the draft of the highest priority: p / q, which a draft may give up by lot for one drawn anew (see `Priority`); all but P*
     tournament  the winner of the drafts so far, whose distribution is known, against the next draft, pair by pair
@@ -251,7 +251,8 @@ class Tournament:
         return probs
 
     def pair(self, p: Tensor, one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Distributions [B, V] of two independent drafts, and what they drew [B] -> [B] probability that the first wins, [B, V] the winner's distribution."""
+        """Distributions [B, V] of two independent drafts, and what they drew [B] -> [B] probability that the first wins, [B, V] the
+        winner's distribution."""
         order = best_first(p, one, two)
         rank = turns(order)
         tails = [probs.gather(1, order).flip(1).cumsum(1).flip(1) for probs in (one, two)]

@@ -6,8 +6,8 @@ reflect, and a copy of the draft in the same forward, and what it says at the co
 
 R the L tokens of the reflection prompt; the root's copy before the draft's is the paper's position prefix (s) of one token. In a tree R
 sees every live node, and so does the copy, whose nodes see R and the copies above them. Nodes of the first draft see nothing of what
-follows, so l_first is what it would be alone. The inner lossless rule decides, with softmax(l) as p. The distribution depends on the draft: there
-is no fixed distribution to be lossless against, and copying itself raises acceptance. B rows, N nodes, M = N + L + N.
+follows, so l_first is what it would be alone. The inner lossless rule decides, with softmax(l) as p. The distribution depends on the draft:
+there is no fixed distribution to be lossless against, and copying itself raises acceptance. B rows, N nodes, M = N + L + N.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""What is left of the target's distribution at a node while drafts fall there, one after the other; for the rules that try drafts one by one.
+"""What is left of the target's distribution at a node while drafts fall there, one after the other; for the rules that try drafts one by
+one.
 
-P the target's distribution, Q the distribution its drafts came from, both as they were. With what is left normalised, a draft that falls takes Q away and
-whatever goes below zero:
+P the target's distribution, Q the distribution its drafts came from, both as they were. With what is left normalised, a draft that falls
+takes Q away and whatever goes below zero:
 
     left <- max(w left - Q, 0) / S,  S its sum,  w <= 1 a weight that some rules put on the node.
 
 Since max(max(P - s Q, 0) - t Q, 0) = max(P - (s + t) Q, 0), all that any number of falls did is one number: left = max(P - c Q, 0) / total.
-Without replacement a token that fell leaves Q, and keeps what it then had of P; chosen with certainty (`deterministic`), it took all it had. So
-nothing of a vocabulary's size is kept, and a fall costs one pass over it. B rows, W nodes side by side, V vocabulary, F falls; scalars
-in fp64.
+Without replacement a token that fell leaves Q, and keeps what it then had of P; chosen with certainty (`deterministic`), it took all it
+had. So nothing of a vocabulary's size is kept, and a fall costs one pass over it. B rows, W nodes side by side, V vocabulary, F falls;
+scalars in fp64.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def what_is_left(P: Tensor, Q: Tensor, c: Tensor, fallen: tuple[Tensor, Tensor] 
 
 
 def _sums(Q: Tensor, tokens: Tensor) -> Tensor:
-    """[B, W, V] -> [B, W] fp64, block by block: those of `tokens` in fp64, since of a distribution that is all but certain little is left once
-    its token falls; the others in fp32, off by rounding of what they hold themselves."""
+    """[B, W, V] -> [B, W] fp64, block by block: those of `tokens` in fp64, since of a distribution that is all but certain little is left
+    once its token falls; the others in fp32, off by rounding of what they hold themselves."""
     blocks = Q.unflatten(-1, (-1, gcd(Q.shape[-1], BLOCK)))
     own = tokens // blocks.shape[-1]  # [B, W, F]
     exact = blocks.gather(-2, own[..., None].expand(*own.shape, blocks.shape[-1])).double().sum(-1)

@@ -1,11 +1,11 @@
 """Typical acceptance (Medusa: Cai et al., 2024, arXiv:2401.10774, section 2.3.1): a drafted token stands where the target finds it typical.
 
-p the target's distribution after the node's parent, H its entropy in nats. Token x stands where p(x) > min(epsilon, delta * exp(-H)): where the
-target is undecided less probability will do. Of all paths whose tokens stand the longest is kept, of equals the likeliest. LOSSY.
+p the target's distribution after the node's parent, H its entropy in nats. Token x stands where p(x) > min(epsilon, delta * exp(-H)): where
+the target is undecided less probability will do. Of all paths whose tokens stand the longest is kept, of equals the likeliest. LOSSY.
 
 The paper accepts the first token of a round unchecked, so that a round always gains one. Here that is the root: it is the `next` of the
-round before, drawn from p at the last node that stood (the argmax at temperature 0), not from a residual. At temperature 0 the distribution is
-one-hot and the rule decodes greedily.
+round before, drawn from p at the last node that stood (the argmax at temperature 0), not from a residual. At temperature 0 the distribution
+is one-hot and the rule decodes greedily.
 """
 
 from __future__ import annotations

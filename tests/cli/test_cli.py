@@ -463,7 +463,12 @@ def test_a_target_without_an_end_writes_no_data(empty: Path) -> None:
 
 
 def test_conversations_without_a_token_to_learn_are_not_trained_on(empty: Path) -> None:
-    make_store(empty / "store", Target.load(TargetConfig(model="target", dtype="float32", device="cpu")), count=5, features=("aux_hidden_states", "last_hidden_state"))
+    make_store(
+        empty / "store",
+        Target.load(TargetConfig(model="target", dtype="float32", device="cpu")),
+        count=5,
+        features=("aux_hidden_states", "last_hidden_state"),
+    )
     _masked_away(empty)
     line = complaint("train", "tiny.yaml", "data.existing=store")
     assert "has an answer token to learn" in line

@@ -1,4 +1,5 @@
-"""A target and a drafter that are tables of distributions, behind the interfaces of the real ones: every branch of the real round can be walked."""
+"""A target and a drafter that are tables of distributions, behind the interfaces of the real ones: every branch of the real round can be
+walked."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Every lossless sampling rule on 100,000 seeded rows, with temperature, top-k and top-p on: chi-square of the two tokens that come out.
 
-Enumeration walks `ScriptedRng` branches; this goes through `SeededRng`, as decoding does. Distributions that hold fewer tokens than siblings are among the
+Enumeration walks `ScriptedRng` branches; this goes through `SeededRng`, as decoding does. Distributions that hold fewer tokens than
+siblings are among the
 cases: nothing is left to draw there.
 """
 

@@ -182,7 +182,9 @@ def test_a_short_training_raises_held_out_acceptance_and_replay_counts_what_is_s
     rows = list(batches(store, held, TRAIN.batch_rows, TRAIN.row_length, ("aux_hidden_states", "last_hidden_state")))
     before, drafter = fresh(family), trained(family)
     before.start_from(demo().head, store.answer_counts(demo().vocab_size))
-    at_first, after = (replay(lambda batch, K, one=one: one.teacher_forced_drafts(batch, demo().head, K), rows, 4) for one in (before, drafter))
+    at_first, after = (
+        replay(lambda batch, K, one=one: one.teacher_forced_drafts(batch, demo().head, K), rows, 4) for one in (before, drafter)
+    )
     assert after.tau > at_first.tau
 
     few = [store[index] for index in held[:8]]

@@ -75,7 +75,9 @@ def test_a_rule_that_cannot_work_is_refused_before_decoding_and_any_other_decode
         answers = SpeculativeDecoder(target(), drafter(family), runtime).generate(PROMPTS, 14, temperature=temperature, seed=1)
         assert [len(one.tokens) for one in answers] == [14, 14]
         decoded += 1
-    needs_trained = build(config).needs_draft_probs or build(config).leaves_next_open or name == "multidraft"  # a lookup's draws are not iid
+    needs_trained = (
+        build(config).needs_draft_probs or build(config).leaves_next_open or name == "multidraft"
+    )  # a lookup's draws are not iid
     assert decoded > 0 or (needs_trained and family == "ngram")
 
 

@@ -99,7 +99,9 @@ def test_the_longest_branch_of_several_candidates_is_seen_to_be_lossy_and_of_one
     drafted = torch.tensor([2, 0, 1])[candidates]  # what stands below each of them
     tokens = torch.cat([torch.zeros_like(candidates[:, :1]), candidates, drafted], 1)
     parents = torch.tensor([0, 0, 0, 1, 2]).expand(rows, -1)
-    logits = torch.cat([distributions[:1].expand(rows, 1, -1), distributions[1 + candidates], distributions[:1].expand(rows, 2, -1)], 1).log()
+    logits = torch.cat(
+        [distributions[:1].expand(rows, 1, -1), distributions[1 + candidates], distributions[:1].expand(rows, 2, -1)], 1
+    ).log()
     for shown, bounds in ((2, (0.03, 1.0)), (1, (0.0, 0.01))):
         live = torch.tensor([True, True, shown > 1, True, shown > 1]).expand(rows, -1)
         tree = Tree(tokens, parents, live, "deterministic", 2, 2, from_target=True)

@@ -54,7 +54,8 @@ CASES = [
     for name, (rule, _) in VARIANTS.items()
     for draws in ("deterministic", "iid", "without_replacement")
     for tree, shape in TREES.items()
-    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts and (shape.shape != "dynamic" or draws == "deterministic")
+    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts
+    and (shape.shape != "dynamic" or draws == "deterministic")
 ]
 SMALL = [case for case in CASES if case.values[2] in ("2", "1-1")]
 WIDER = [case for case in CASES if case not in SMALL and case.values[0] in RULES]
@@ -140,13 +141,17 @@ def test_rule_keeps_the_distribution_of_a_row_of_a_batch_over_all_topologies(
 
 @pytest.mark.parametrize(("rule", "draws", "tree"), SMALL)
 @pytest.mark.parametrize("watch", [0, 2])
-def test_rule_keeps_the_distribution_of_each_row_of_a_batch(monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str, watch: int) -> None:
+def test_rule_keeps_the_distribution_of_each_row_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str, watch: int
+) -> None:
     sampling = Sampling() if RULES[VARIANTS[rule][0]].temperatures == "zero" else Sampling(temperature=1.0)
     assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, 2, rows=3, watch=watch)) < 1e-6
 
 
 @pytest.mark.parametrize(("rule", "draws", "tree"), [case for case in SMALL if case.values[0] != "greedy"])
-def test_rule_keeps_a_distribution_cut_by_temperature_top_k_and_top_p(monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str) -> None:
+def test_rule_keeps_a_distribution_cut_by_temperature_top_k_and_top_p(
+    monkeypatch: pytest.MonkeyPatch, rule: str, draws: str, tree: str
+) -> None:
     sampling = Sampling(temperature=0.7, top_k=2, top_p=0.9)
     assert distance(two_tokens(monkeypatch, rule, draws, TREES[tree], sampling, 3)) < 1e-6
 
@@ -224,7 +229,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str, Callable[[Tree], Tree]]] = {
     "duplicates taken out": (("recursive", "traversal", "multidraft"), "iid", "2", without_twins),
     "distribution of another temperature": (("rejection", "recursive", "traversal", "multidraft"), "iid", "1-1", of_another_temperature),
 }
-"""What a rule may be told that is not so: the rules that lose the distribution by it, how the tree was drawn, its shape, what happens to it."""
+"""What a rule may be told that is not so: the rules that lose the distribution by it, how the tree was drawn, its shape, what happens to
+it."""
 
 
 def worst(
@@ -262,7 +268,8 @@ class Wrong(Rule):
     Config, accepts = RuleConfig, frozenset({("iid", "tree")})
 
     def __init__(self, against: str = "") -> None:
-        """against: `` takes the child of the largest p as it is; `q` and `something near` verify it by a distribution that it does not have."""
+        """against: `` takes the child of the largest p as it is; `q` and `something near` verify it by a distribution that it does not
+        have."""
         super().__init__(RuleConfig(name="wrong"))
         self.against = against
 
@@ -285,7 +292,8 @@ def test_the_best_of_several_drafts_without_its_own_distribution_is_seen(monkeyp
 
 
 class Longest(Rule):
-    """Chains below roots that were drawn from the target's own distribution; the longest run of accepted tokens is kept, or the first root."""
+    """Chains below roots that were drawn from the target's own distribution; the longest run of accepted tokens is kept, or the first
+    root."""
 
     Config, accepts = RuleConfig, frozenset({("without_replacement", "tree")})
 
@@ -297,7 +305,10 @@ class Longest(Rule):
     def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         row, C = torch.arange(len(tree.tokens)), tree.max_children
         roots, tips = torch.arange(1, C + 1), torch.arange(C + 1, 2 * C + 1)  # nodes of the two levels
-        p, q = scored.target_probs[:, roots], torch.stack([tree.draft_probs_at(torch.full_like(row, int(tip))) for tip in tips], 1)  # [B, C, V]
+        p, q = (
+            scored.target_probs[:, roots],
+            torch.stack([tree.draft_probs_at(torch.full_like(row, int(tip))) for tip in tips], 1),
+        )  # [B, C, V]
         drafted = tree.tokens[:, tips, None]
         kept = rng.bernoulli((p.gather(2, drafted) / q.gather(2, drafted))[..., 0].clamp_max(1.0))  # [B, C]
         which = torch.zeros_like(row) if self.first else kept.long().argmax(1)
@@ -343,7 +354,8 @@ ONE_DRAFT = [
 
 @pytest.mark.parametrize(("name", "draws", "length"), ONE_DRAFT)
 def test_one_draft_a_level_is_speculative_sampling(name: str, draws: Draws, length: int) -> None:
-    """Chain by chain: the same distribution of accepted length and next token as `rejection`. Match-sampling is weaker where tokens were drawn."""
+    """Chain by chain: the same distribution of accepted length and next token as `rejection`. Match-sampling is weaker where tokens were
+    drawn."""
     logits, q = (2 * torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     plan = Plan(Chain(length=length), draws, record_probs=True)
     drawn = grow(lambda frontier: q[frontier.tokens], torch.arange(3).repeat(8), plan, Sampling(1.0), SeededRng(0, torch.arange(24))).tree

@@ -72,14 +72,14 @@ def given(
         for _ in range(layers)
     ]
     return {
-        "hidden": [torch.randn(ROWS, SIZE).requires_grad_() for _ in range(STEPS)], "readouts": output_layers,
+        "hidden": [torch.randn(ROWS, SIZE).requires_grad_() for _ in range(STEPS)], "output_layers": output_layers,
         "weight": torch.rand(STEPS, ROWS) * (torch.rand(STEPS, ROWS) > 0.2), "teacher": torch.randn(ROWS, SIZE), "head": Head(),
         "labels": torch.randint(0, VOCAB, (ROWS,)), "vocab": vocab,
     }  # fmt: skip
 
 
 def gradients(loss: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
-    layers = [tensor for output_layer in arguments["readouts"] for tensor in output_layer[:2] if tensor is not None]
+    layers = [tensor for output_layer in arguments["output_layers"] for tensor in output_layer[:2] if tensor is not None]
     return list(torch.autograd.grad(loss, [*arguments["hidden"], *layers]))
 
 
@@ -108,8 +108,8 @@ def test_the_target_gives_each_label_its_distribution_once_for_all_steps() -> No
 
 def test_frozen_output_matrices_get_no_gradient() -> None:
     arguments = given(None)
-    (output_layer,) = arguments["readouts"]
-    arguments["readouts"] = [OutputLayer(output_layer.weight.detach())]
+    (output_layer,) = arguments["output_layers"]
+    arguments["output_layers"] = [OutputLayer(output_layer.weight.detach())]
     distill(**arguments, mix=LossMix(), chunk=8)[0].backward()
     assert output_layer.weight.grad is None
     assert all(hidden.grad.abs().sum() > 0 for hidden in arguments["hidden"])
@@ -191,7 +191,7 @@ def test_label_cross_entropy_skips_labels_outside_the_draft_vocabulary() -> None
 def test_a_reduced_vocabulary_learns_the_target_distribution_renormalised_over_it() -> None:
     arguments = given(SUBSET)
     head, teacher = arguments["head"], arguments["teacher"]
-    arguments |= {"hidden": [teacher] * STEPS, "readouts": [OutputLayer(head.weight[SUBSET])]}  # q = p, cut and renormalised
+    arguments |= {"hidden": [teacher] * STEPS, "output_layers": [OutputLayer(head.weight[SUBSET])]}  # q = p, cut and renormalised
     assert distill(**arguments, mix=LossMix(), chunk=8)[0].abs() < 1e-4
     assert distill(**arguments, mix=LossMix(forward_kl=0, tv=1), chunk=8)[0].abs() < 1e-4
 
@@ -200,7 +200,7 @@ def test_hits_count_likeliest_tokens_that_are_the_label_and_never_labels_outside
     arguments = given(SUBSET)
     output_layers, weight = [OutputLayer(torch.eye(len(SUBSET)))], torch.ones(1, len(SUBSET))
     teacher = torch.randn(len(SUBSET), SIZE)
-    arguments |= {"hidden": [torch.eye(len(SUBSET))], "readouts": output_layers, "weight": weight, "teacher": teacher}
+    arguments |= {"hidden": [torch.eye(len(SUBSET))], "output_layers": output_layers, "weight": weight, "teacher": teacher}
     for labels, expected in ((SUBSET, 10), (torch.arange(10), 1), (torch.tensor([0, 3, 4, 9, 1, 2, 5, 6, 7, 8]), 4)):
         assert distill(**{**arguments, "labels": labels}, mix=LossMix(), chunk=3)[1] == expected
 

@@ -141,7 +141,9 @@ def test_text_does_not_depend_on_the_batch_size(tmp_path: Path, target: Target) 
 
 def test_features_of_the_writing_pass_equal_a_captured_pass(tmp_path: Path, target: Target) -> None:
     written = regenerate(target, config(tmp_path, capture=("last_hidden_state", "aux_hidden_states")), tmp_path / "a")
-    captured = capture(target, regenerate(target, config(tmp_path), tmp_path / "b"), tmp_path / "c", ("last_hidden_state", "aux_hidden_states"), 2, 48)
+    captured = capture(
+        target, regenerate(target, config(tmp_path), tmp_path / "b"), tmp_path / "c", ("last_hidden_state", "aux_hidden_states"), 2, 48
+    )
     assert content(written) == content(captured)
     for i in range(len(written)):
         for name, value in captured.features(i, ("last_hidden_state", "aux_hidden_states")).items():
@@ -237,7 +239,12 @@ def test_killed_at_any_moment_and_resumed_gives_the_uninterrupted_store(tmp_path
     assert content(resumed) == content(whole)
     for i in range(len(whole)):
         # fp32: a resumed answer was computed in another batch
-        torch.testing.assert_close(resumed.features(i, ("last_hidden_state",))["last_hidden_state"], whole.features(i, ("last_hidden_state",))["last_hidden_state"], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            resumed.features(i, ("last_hidden_state",))["last_hidden_state"],
+            whole.features(i, ("last_hidden_state",))["last_hidden_state"],
+            atol=2e-5,
+            rtol=1e-4,
+        )
 
 
 def test_capture_goes_on_where_it_stopped(tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +264,12 @@ def test_capture_goes_on_where_it_stopped(tmp_path: Path, target: Target, monkey
     assert 0 < len(Store.open(tmp_path / "s")) < len(whole)
     again = capture(target, source, tmp_path / "s", ("last_hidden_state",), 1, 64)
     assert content(again) == content(whole)
-    assert all(torch.equal(again.features(i, ("last_hidden_state",))["last_hidden_state"], whole.features(i, ("last_hidden_state",))["last_hidden_state"]) for i in range(len(whole)))
+    assert all(
+        torch.equal(
+            again.features(i, ("last_hidden_state",))["last_hidden_state"], whole.features(i, ("last_hidden_state",))["last_hidden_state"]
+        )
+        for i in range(len(whole))
+    )
 
 
 def test_capture_refuses_another_targets_conversations(tmp_path: Path, target: Target) -> None:

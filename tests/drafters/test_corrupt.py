@@ -25,7 +25,11 @@ def tokens(probability: float, rows: int = 200) -> tuple[torch.Tensor, torch.Ten
     out = []
     for drafter in (DRAFTER, Corrupt(probability, DRAFTER)):
         state = drafter.begin(prompt, length, read.features, TARGET.head, 32)
-        out.append(drafter.propose(state, prompt[:, -1], Plan(Chain(length=4), "deterministic"), Sampling(), SeededRng(0, torch.arange(rows))).tokens)
+        out.append(
+            drafter.propose(
+                state, prompt[:, -1], Plan(Chain(length=4), "deterministic"), Sampling(), SeededRng(0, torch.arange(rows))
+            ).tokens
+        )
     return out[0], out[1]
 
 

@@ -99,7 +99,9 @@ def test_slices_of_a_fixed_shapes_mask_are_the_masks_built_level_by_level(name: 
 def test_tokens_that_the_target_named_are_the_first_level_whatever_a_policy_thinks_of_it() -> None:
     first = torch.tensor([[9, 3], [0, 1], [2, 2]])
     shape, calls = Static(children=(3, 2)), list[int]()
-    plan = Plan(shape, target_candidates=first, stop=lambda level, logits: torch.ones(B, dtype=torch.bool) if level == 0 else torch.zeros(B).bool())
+    plan = Plan(
+        shape, target_candidates=first, stop=lambda level, logits: torch.ones(B, dtype=torch.bool) if level == 0 else torch.zeros(B).bool()
+    )
 
     def step(frontier: Frontier) -> Tensor:
         calls.append(frontier.level)

@@ -44,7 +44,7 @@ def begun(target: Target, drafter: Medusa, rows: Sequence[list[int]]) -> MedusaS
     lengths = torch.tensor([len(row) for row in rows])
     prompts = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     position = torch.arange(prompts.shape[1]).expand_as(prompts)
-    features = target.encode(prompts, position, torch.zeros_like(prompts), {"last"})
+    features = target.encode(prompts, position, torch.zeros_like(prompts), {"last_hidden_state"})
     return drafter.begin(prompts, lengths, features, target.head, 64)
 
 
@@ -59,7 +59,7 @@ def proposed(drafter: Medusa, state: MedusaState, shape: Shape, *roots: int) -> 
 
 def fresh_loss(target: Target, batch: TrainingBatch, heads: int, decay: float) -> Tensor:
     """Sum of losses where every head at p says what the target's own head says there."""
-    probs = target.head.logits(batch.features["last"]).log_softmax(-1)[0]
+    probs = target.head.logits(batch.features["last_hidden_state"]).log_softmax(-1)[0]
     total, weights = torch.zeros(()), [decay**head for head in range(heads)]
     for head, weight in enumerate(weights):
         for p in batch.ahead(head + 2)[1][0].nonzero()[:, 0].tolist():
@@ -116,7 +116,7 @@ def test_heads_learn_random_tokens_from_states_that_foretell_them_only_at_the_ri
     output = torch.cat([torch.eye(vocab), torch.zeros(vocab, heads * vocab)], 1)
     target = tiny_target(vocab_size=vocab, hidden_size=vocab * (heads + 1))
     head = TargetHead(output, output, None, None, target.config)
-    batch = TrainingBatch(tokens[:, :T], torch.ones(1, T).bool(), torch.zeros(1, T).long(), torch.arange(T)[None], {"last": last})
+    batch = TrainingBatch(tokens[:, :T], torch.ones(1, T).bool(), torch.zeros(1, T).long(), torch.arange(T)[None], {"last_hidden_state": last})
     drafter = Medusa(MedusaConfig(heads=heads), target.shape)
     loss = taught(drafter, batch, head, 150, torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0))
     assert loss.sum / loss.count < 0.05  # log(8) = 2.08 where the offset is wrong: the tokens are random
@@ -134,7 +134,7 @@ def test_only_heads_that_read_the_root_draft_what_follows_from_a_token_that_nobo
     target = tiny_target(vocab_size=vocab, hidden_size=vocab)
     head = TargetHead(torch.eye(vocab), torch.eye(vocab), None, None, target.config)
     answer, document, position = torch.ones(1, 2 * T - 2).bool(), torch.zeros(1, 2 * T - 2).long(), torch.arange(2 * T - 2)[None]
-    batch = TrainingBatch(tokens[None, :-2], answer, document, position, {"last": last[None]})
+    batch = TrainingBatch(tokens[None, :-2], answer, document, position, {"last_hidden_state": last[None]})
     found = {}
     for root in (False, True):
         drafter = Medusa(MedusaConfig(heads=1, root=root), target.shape)
@@ -148,8 +148,8 @@ def test_labels_are_answer_tokens_after_the_first_and_head_i_stands_2_plus_i_bef
     batch = packed(target, texts(7, 4), [3, 1])  # answers: tokens 3..6 and 8..10; the first of each comes from the prefill
     rows = [{2, 3, 4, 7, 8}, {1, 2, 3, 7}, {0, 1, 2}]  # of head 0, 1, 2
     for heads in (1, 2, 3):
-        last = batch.features["last"].detach().requires_grad_()
-        batch.features["last"] = last
+        last = batch.features["last_hidden_state"].detach().requires_grad_()
+        batch.features["last_hidden_state"] = last
         loss = medusa(target, heads=heads).loss(batch, target.head)
         loss.sum.backward()
         assert last.grad is not None
@@ -206,13 +206,13 @@ def test_rows_of_different_lengths_draft_what_each_drafts_alone(shape: Shape, ro
         assert proposed(drafter, begun(target, drafter, rows[row : row + 1]), shape, row).tokens[0, 1:].equal(first.tokens[row, 1:])
     counts = torch.tensor([3, 0, 1])
     last = torch.randn(3, 3, 32)
-    drafter.observe(together, Committed(torch.tensor(more), counts, {"last": last}))
+    drafter.observe(together, Committed(torch.tensor(more), counts, {"last_hidden_state": last}))
     tree = proposed(drafter, together, shape)
     for row in range(3):
         alone = begun(target, drafter, rows[row : row + 1])
         if counts[row]:
             tokens = torch.tensor([more[row][: counts[row]]])
-            drafter.observe(alone, Committed(tokens, counts[row : row + 1], {"last": last[row : row + 1, : counts[row]]}))
+            drafter.observe(alone, Committed(tokens, counts[row : row + 1], {"last_hidden_state": last[row : row + 1, : counts[row]]}))
         assert proposed(drafter, alone, shape, row).tokens[0, 1:].equal(tree.tokens[row, 1:])
         assert proposed(drafter, together.select(torch.tensor([row])), shape, row).tokens[0, 1:].equal(tree.tokens[row, 1:])
 

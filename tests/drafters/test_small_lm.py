@@ -112,10 +112,10 @@ def test_a_drafter_of_all_the_target_layers_has_no_loss_and_guesses_the_target_n
     assert loss.count == (12 - 4) + (9 - 3)  # the first token of an answer is never drafted
     assert abs(loss.sum / loss.count) < 1e-5  # KL(p || q) = 0 needs the same rows, positions, masks, scales, caps and biases
     likeliest = target.head.logits(batch.features["last_hidden_state"]).argmax(-1)[0]
-    teacher_forced_drafts = drafter.teacher_forced_drafts(batch, target.head, 3)[0]
+    guesses = drafter.teacher_forced_drafts(batch, target.head, 3)[0]
     for at in range(20 - 3):
-        assert teacher_forced_drafts[at].tolist() == likeliest[at + 1 : at + 4].tolist()
-    assert teacher_forced_drafts[19].tolist() == [int(likeliest[20]), -1, -1]  # the row ends: nothing is guessed there
+        assert guesses[at].tolist() == likeliest[at + 1 : at + 4].tolist()
+    assert guesses[19].tolist() == [int(likeliest[20]), -1, -1]  # the row ends: nothing is guessed there
 
 
 @torch.no_grad()

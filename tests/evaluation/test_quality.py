@@ -71,7 +71,12 @@ def test_an_answer_of_the_prefills_token_alone_has_no_committed_tokens() -> None
 
 
 def test_shares_are_pooled_over_tokens_and_over_the_answers_that_could_be_checked() -> None:
-    judged = [JudgedText(10, 10, 0.0, True, True), JudgedText(30, 20, 8.0, False, True), JudgedText(40, 40, 0.0), JudgedText(20, 20, 2.0, False, None)]
+    judged = [
+        JudgedText(10, 10, 0.0, True, True),
+        JudgedText(30, 20, 8.0, False, True),
+        JudgedText(40, 40, 0.0),
+        JudgedText(20, 20, 2.0, False, None),
+    ]
     assert pooled(judged) == {
         "tokens": 100, "argmax_agreement": 0.9, "excess_kl": 0.1, "checked": 3, "right": 1 / 3, "compared": 2, "same_answer": 1.0,
     }  # fmt: skip

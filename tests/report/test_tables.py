@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from drafttrain.core.errors import UserError
-from drafttrain.evaluation import frontier, plots
 from drafttrain.evaluation.journal import append_whole
 from drafttrain.evaluation.rows import ALL, Difference, Row
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 from drafttrain.evaluation.throughput import Forecast
+from drafttrain.report import frontier, plots
 from drafttrain.report.frontier import Finding, Measurement
 from drafttrain.report.page import is_stale, open_run, renew, together, write_report
 from drafttrain.report.plots import PLOTS

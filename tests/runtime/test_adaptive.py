@@ -38,7 +38,9 @@ def random_drafter(family: str, target: Target) -> Drafter:
     return drafter.eval()
 
 
-def run(target: Target, drafter: Drafter, prompts: list[list[int]], new_tokens: int, shape: Any, call: float) -> tuple[DecodingLoop, list[bool]]:
+def run(
+    target: Target, drafter: Drafter, prompts: list[list[int]], new_tokens: int, shape: Any, call: float
+) -> tuple[DecodingLoop, list[bool]]:
     """Decodes with the adaptive policy under counted time; also says in which rounds the drafter proposed.
 
     call: what a drafter's call takes, in target forwards.

@@ -45,16 +45,16 @@ def test_texts_and_trees_are_those_of_decoding_without_prefetching(shape: Any, t
     assert [one.tokens for one in ours] == [one.tokens for one in plain]
     assert [tree.tokens.tolist() for tree in ours_trees] == [tree.tokens.tolist() for tree in trees]
     assert counts.drafter_calls - counts.prefetch_calls + counts.calls_saved == without.drafter_calls
-    assert (without.prefetched, without.hits, without.prefetch_calls, without.calls_saved) == (0, 0, 0, 0)
-    assert 0 < counts.hits < counts.prefetched
+    assert (without.prefetched, without.prefetch_hits, without.prefetch_calls, without.calls_saved) == (0, 0, 0, 0)
+    assert 0 < counts.prefetch_hits < counts.prefetched
     if batch == 1:
-        assert counts.calls_saved == shape.depth * counts.hits
+        assert counts.calls_saved == shape.depth * counts.prefetch_hits
     if temperature == 0:
         assert [one.tokens for one in ours] == [greedy_text(target().model, prompt, NEW) for prompt in PROMPTS]
 
 
 def test_every_bet_on_a_row_is_tried_and_wider_ones_hit_more() -> None:
-    shares = [stats.hits / stats.prefetched for _, _, stats in (decoded(Chain(length=3), width, 0.0) for width in (1, 4, 64))]
+    shares = [stats.prefetch_hits / stats.prefetched for _, _, stats in (decoded(Chain(length=3), width, 0.0) for width in (1, 4, 64))]
     assert shares[0] <= shares[1] < shares[2]
 
 
@@ -158,7 +158,7 @@ def test_a_row_that_ends_throws_its_bets_away() -> None:
 
 
 def test_a_drafter_that_reads_the_target_cannot_bet() -> None:
-    with pytest.raises(UserError, match=r"runtime.prefetch 2: a eagle3 drafter reads the target's features \(aux\)"):
+    with pytest.raises(UserError, match=r"runtime.prefetch 2: a eagle3 drafter reads the target's features \(aux_hidden_states\)"):
         SpeculativeDecoder(target(), drafter("eagle3"), RuntimeConfig(shape=Chain(length=2), prefetch=2))
 
 

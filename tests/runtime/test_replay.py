@@ -83,7 +83,9 @@ def test_expected_rounds_are_those_of_every_way_the_coins_can_fall() -> None:
         tokens, rounds, attempts, accepts, gained = _expect_answer(g, w, 2, 2 + length)
         expected = np.zeros(2 + 2 * depth)
 
-        def teacher_forced_drafts(root: int, weight: float, g: Any = g, w: Any = w, end: int = 1 + length, depth: int = depth, out: Any = expected) -> None:
+        def follow(
+            root: int, weight: float, g: Any = g, w: Any = w, end: int = 1 + length, depth: int = depth, out: Any = expected
+        ) -> None:
             """From `root`: one round, then whatever root follows."""
             if root >= end or weight == 0:
                 return
@@ -94,11 +96,11 @@ def test_expected_rounds_are_those_of_every_way_the_coins_can_fall() -> None:
                 out[1 + level] += weight
                 out[1 + depth + level] += weight * g[root - 1, level]
                 out[-1] += weight * g[root - 1, level] * (root + level + 1 < end)
-                teacher_forced_drafts(root + level + 1, weight * (1 - w[root - 1, level]))
+                follow(root + level + 1, weight * (1 - w[root - 1, level]))
                 weight *= w[root - 1, level]
-            teacher_forced_drafts(root + depth + 1, weight)
+            follow(root + depth + 1, weight)
 
-        teacher_forced_drafts(2, 1.0)
+        follow(2, 1.0)
         assert tokens == length - 1
         np.testing.assert_allclose([rounds, *attempts, *accepts, gained], expected, atol=1e-12)
 

@@ -99,7 +99,7 @@ def test_distributions_recomputed_from_logged_states_are_those_the_rounds_used(
     name: str, shape: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spies: list[Spy] = []
-    monkeypatch.setattr(logging, "Recorder", lambda *given: spies.append(Spy(*given)) or spies[-1])
+    monkeypatch.setattr(logging, "RoundRecorder", lambda *given: spies.append(Spy(*given)) or spies[-1])
     log = log_rounds(decoder(name, shape, drafter_temperature=1.3), PROMPTS, HOT, 12, tmp_path / "log", "d", batch_size=3)
     logged_probs = LoggedProbs(log.info, drafter(name), target().head)
     logged = joined(list(log.parts()))

@@ -244,7 +244,9 @@ def test_replayed_accepted_length_is_what_decoding_measures(family: str, tmp_pat
     store = tiny_store(target, tmp_path / "data")
     torch.manual_seed(0)
     drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
-    trainer = TrainingRun(drafter, store, TrainConfig(**{**OPTIONS, "steps": 30}), target.head, tmp_path / "run", target, accelerator(tmp_path))
+    trainer = TrainingRun(
+        drafter, store, TrainConfig(**{**OPTIONS, "steps": 30}), target.head, tmp_path / "run", target, accelerator(tmp_path)
+    )
     trainer.run()
     drafter.eval()
     batches = list(trainer._ready(trainer._packed(list(range(len(store))), 0, 1).batches(0)))

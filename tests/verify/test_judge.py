@@ -77,7 +77,9 @@ def test_on_a_chain_a_token_stands_iff_it_is_the_argmax_or_the_state_at_the_toke
         tree, scored = logged.tree, logged.scored
         generator = torch.Generator().manual_seed(number)
         state = torch.randn(*tree.tokens.shape, 1, generator=generator)
-        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last_hidden_state": state})).judged(judge(reading_first_number()))
+        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last_hidden_state": state})).judged(
+            judge(reading_first_number())
+        )
         for row in range(len(tree.tokens)):
             standard = tree.tokens[row, 1:] == scored.top[row, :-1]
             liked = state[row, 1:, 0] > 0
@@ -93,7 +95,9 @@ def test_in_a_tree_the_child_that_the_judge_likes_best_stands_where_the_inner_ru
     for logged in rounds("static", COLD):
         tree, scored = logged.tree, logged.scored
         state = torch.randn(*tree.tokens.shape, 1, generator=torch.Generator().manual_seed(3))
-        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last_hidden_state": state})).judged(judge(reading_first_number()))
+        got = replace(logged, scored=Scored(scored.logits, scored.sampling, {"last_hidden_state": state})).judged(
+            judge(reading_first_number())
+        )
         for row in range(len(tree.tokens)):
             node, path = 0, []
             while True:

@@ -147,7 +147,8 @@ CASES = [
     for variant, (rule, _) in VARIANTS.items()
     for draws in ("deterministic", "iid", "without_replacement")
     for name, shape in TREES.items()
-    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts and (shape.shape != "dynamic" or draws == "deterministic")
+    if (draws, "chain" if shape.shape == "chain" else "tree") in RULES[rule].accepts
+    and (shape.shape != "dynamic" or draws == "deterministic")
 ]
 
 

@@ -93,7 +93,8 @@ def test_on_a_chain_the_expected_length_is_that_of_block_verification() -> None:
 
 
 def by_the_paper(tree: Tree, p: Tensor, mistake: str = "") -> Tensor:
-    """[B, N, V] the distribution of the last node that stands and the token after it: node by node, leaves first. One parent table for all rows."""
+    """[B, N, V] the distribution of the last node that stands and the token after it: node by node, leaves first. One parent table for all
+    rows."""
     B, N, V = p.shape
     row, parent = torch.arange(B), tree.parents[0].tolist()
     P, Q = p.double().clone(), torch.stack([tree.draft_probs_at(torch.full((B,), node)).double() for node in range(N)], 1)
