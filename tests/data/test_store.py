@@ -142,7 +142,7 @@ def test_a_head_behind_unnormed_states_is_refused(tmp_path: Path, target: Target
 def test_a_missing_feature_is_named(tmp_path: Path, target: Target) -> None:
     store = make_store(tmp_path / "s", target, features=("last_hidden_state",))
     store.require(("last_hidden_state",))
-    with pytest.raises(UserError, match=r"no feature aux \(it holds last\)"):
+    with pytest.raises(UserError, match=r"no feature aux_hidden_states \(it holds last_hidden_state\)"):
         store.require(("last_hidden_state", "aux_hidden_states"))
 
 

@@ -275,7 +275,7 @@ def test_tune_measures_a_hybrids_prices_for_every_shape_and_writes_them(workplac
         return [RoundCost(10.0 - nodes if hybrid else 0.5 * depth, 0.0, (1,), score=4.0) for hybrid, depth, nodes in depths]
 
     monkeypatch.setattr(tuning, "round_costs", round_costs)
-    monkeypatch.setattr(decoder_module, "measured_prices", lambda *_: pytest.fail("`tune` measures all prices itself"))
+    monkeypatch.setattr(decoder_module, "measured_hybrid_costs", lambda *_: pytest.fail("`tune` measures all prices itself"))
     run = tunable(workplace)
     assert drafttrain("tune", run, "runtime.hybrid={draft_gain: 1.5, node_cost: auto}", "runtime.shape.length=2").exit_code == 0
     tuned = load_recipe(run).runtime
