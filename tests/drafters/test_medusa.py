@@ -116,7 +116,9 @@ def test_heads_learn_random_tokens_from_states_that_foretell_them_only_at_the_ri
     output = torch.cat([torch.eye(vocab), torch.zeros(vocab, heads * vocab)], 1)
     target = tiny_target(vocab_size=vocab, hidden_size=vocab * (heads + 1))
     head = TargetHead(output, output, None, None, target.config)
-    batch = TrainingBatch(tokens[:, :T], torch.ones(1, T).bool(), torch.zeros(1, T).long(), torch.arange(T)[None], {"last_hidden_state": last})
+    batch = TrainingBatch(
+        tokens[:, :T], torch.ones(1, T).bool(), torch.zeros(1, T).long(), torch.arange(T)[None], {"last_hidden_state": last}
+    )
     drafter = Medusa(MedusaConfig(heads=heads), target.shape)
     loss = taught(drafter, batch, head, 150, torch.optim.AdamW(drafter.parameters(), lr=0.02, weight_decay=0))
     assert loss.sum / loss.count < 0.05  # log(8) = 2.08 where the offset is wrong: the tokens are random
