@@ -1,52 +1,90 @@
-"""Drafters as others read them. `FORMATS` is the whole list: a new format adds its line here."""
+"""Drafters as others read and write them. `FORMATS` and `IMPORTS` are the whole lists: a new format adds its line to each."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import nearest
-from drafttrain.drafters.files import replace_folder
-from drafttrain.export.native import export_native
-from drafttrain.export.plain import export_plain
-from drafttrain.target.files import TargetConfig
+from drafttrain.drafters.base import DrafterConfig
+from drafttrain.drafters.files import load_drafter, replace_folder
+from drafttrain.export.base import FormatConfig, Source
+from drafttrain.export.causal_lm import CausalLM
+from drafttrain.export.gguf import GGUF
+from drafttrain.export.medusa import MedusaFormat
+from drafttrain.export.native import Native
+from drafttrain.export.openvino import OpenVINO
+from drafttrain.export.sglang import SGLang
+from drafttrain.export.speculators import Speculators
+from drafttrain.target.files import TargetConfig, TargetShape, resolve, target_fingerprint
 
-FORMATS: dict[str, Callable[[Path, Path, TargetConfig], None]] = {"native": export_native, "plain": export_plain}
-"""(trained drafter's folder, empty folder to fill, target) by name."""
+FORMATS: dict[str, type[FormatConfig]] = {
+    "native": Native, "causal_lm": CausalLM, "speculators": Speculators, "sglang": SGLang, "gguf": GGUF, "openvino": OpenVINO,
+    "medusa": MedusaFormat,
+}  # fmt: skip
+RENAMED = {"plain": "causal_lm"}
+"""Names of earlier versions."""
+
+if TYPE_CHECKING:
+    AnyFormat = FormatConfig | str
+else:
+    AnyFormat = Literal[tuple(FORMATS)] | Annotated[reduce(or_, FORMATS.values()), Field(discriminator="name")]
 
 
 class ExportConfig(Config):
     """What `drafttrain export` writes."""
 
-    formats: tuple[str, ...] = Field(default=("native",), min_length=1)
-    """`native`: what this package loads. `plain`: an ordinary causal LM with its tokenizer (small_lm only)."""
+    formats: tuple[AnyFormat, ...] = Field(default=("native",), min_length=1)
+    """Each a name, or `name` with the format's options: native, causal_lm, speculators, sglang, gguf, openvino, medusa."""
     folder: str | None = None
     """Where each format gets a folder of its own name; by default OUTPUT/export."""
 
-    @field_validator("formats")
+    @field_validator("formats", mode="before")
     @classmethod
-    def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
-        for name in formats:
-            if name not in FORMATS:
-                raise ValueError(f"format '{name}' is unknown{nearest(name, FORMATS)}; known: {', '.join(FORMATS)}")
-        return formats
+    def _known(cls, formats: Any) -> Any:
+        if not isinstance(formats, (list, tuple)):
+            return formats
+        renamed = [RENAMED.get(form, form) if isinstance(form, str) else form for form in formats]
+        for form in renamed:
+            if isinstance(form, str) and form not in FORMATS:
+                raise ValueError(f"format '{form}' is unknown{nearest(form, FORMATS)}; known: {', '.join(FORMATS)}")
+        return renamed
+
+    @property
+    def configs(self) -> list[FormatConfig]:
+        """The formats with their options."""
+        return [FORMATS[form](name=form) if isinstance(form, str) else form for form in self.formats]
+
+    def check(self, drafter: DrafterConfig, target: TargetShape) -> None:
+        """A `UserError` where a format cannot say this drafter."""
+        for form in self.configs:
+            form.check(drafter, target)
 
 
 def export(drafter: Path, target: TargetConfig, config: ExportConfig, folder: Path) -> list[Path]:
-    """The trained drafter in every format of `config`, each below `folder`; an older export stays until the new one is complete."""
-    return [_export_one(name, drafter, target, Path(config.folder or folder) / name) for name in config.formats]
+    """The trained drafter in every format of `config`, each below `folder`; an older export stays until the new one is complete.
+
+    Raises `UserError` for a drafter that a format cannot say, and for one of another target.
+    """
+    home = resolve(target)
+    source = Source(load_drafter(drafter, target_fingerprint(home)), drafter, home, target)
+    config.check(source.drafter.config, source.drafter.target)
+    return [write_format(form, source, Path(config.folder or folder) / form.name) for form in config.configs]
 
 
-def _export_one(name: str, drafter: Path, target: TargetConfig, folder: Path) -> Path:
+def write_format(form: FormatConfig, source: Source, folder: Path) -> Path:
+    """One format's folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        FORMATS[name](drafter, partial, target)
+        form.write(source, partial)
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
