@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drafttrain.core.errors import UserError
     from drafttrain.core.plan import Chain, Dynamic, Static
-    from drafttrain.drafters.files import load_drafter, save_drafter
+    from drafttrain.drafters.files import save_drafter
+    from drafttrain.export.load import load_drafter
     from drafttrain.recipe import Recipe, load_recipe
     from drafttrain.runtime.decoder import Generation, Piece, RuntimeConfig, SpeculativeDecoder
     from drafttrain.runtime.stats import Statistics
@@ -22,7 +23,7 @@ PUBLIC = {
     "Chain": "drafttrain.core.plan",
     "Dynamic": "drafttrain.core.plan",
     "Static": "drafttrain.core.plan",
-    "load_drafter": "drafttrain.drafters.files",
+    "load_drafter": "drafttrain.export.load",
     "save_drafter": "drafttrain.drafters.files",
     "Recipe": "drafttrain.recipe",
     "load_recipe": "drafttrain.recipe",

@@ -38,8 +38,8 @@ from drafttrain.evaluation.rules import replay_rules
 from drafttrain.evaluation.runners import Runner
 from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.export import export as export_drafter
-from drafttrain.export.card import Story, write_card
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
+from drafttrain.report.card import Story, write_card
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.rounds import LoggedProbs, log_rounds
 from drafttrain.runtime.stats import alpha_text
@@ -311,9 +311,9 @@ def export(recipe: Recipe) -> dict[str, Any]:
     source = recipe.folder / "drafter"
     folders = export_drafter(source, recipe.target, recipe.export, recipe.folder / "export")
     story = Story(recipe.name, recipe.target, _told(recipe), results(recipe), versions()["drafttrain"])
-    for format, folder in zip(recipe.export.formats, folders, strict=True):
+    for form, folder in zip(recipe.export.configs, folders, strict=True):
         write_resolved(recipe, folder)
-        write_card(folder, format, source, story)
+        write_card(folder, form, source, story)
         console.print(f"exported to {folder}")
     return {"folders": [str(folder) for folder in folders]}
 

@@ -274,7 +274,7 @@ def generate(
 def export(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Write the trained drafter in other formats.
 
-    [dim]drafttrain export runs/small 'export.formats=[native, plain]'[/dim]
+    [dim]drafttrain export runs/small 'export.formats=[native, causal_lm]'[/dim]
     """
     from drafttrain import stages
 

@@ -23,7 +23,6 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters import build
 from drafttrain.drafters.base import DrafterConfig
-from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import AnyFree
 from drafttrain.evaluation.efficiency import Efficiency, measure
 from drafttrain.evaluation.execute import can_execute
@@ -35,6 +34,7 @@ from drafttrain.evaluation.quality import judge
 from drafttrain.evaluation.rows import Difference, Row, Sample, Setting, make_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN, Contender, Facts, Runner, shape_name
 from drafttrain.evaluation.suites import Item, Suite
+from drafttrain.export.load import load_drafter
 from drafttrain.runtime.costs import in_turn
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder, find_drafter
 from drafttrain.target.adapter import Target
@@ -119,7 +119,7 @@ def contenders(target: Target, drafter: Path, runtime: RuntimeConfig, config: Ev
 
 
 def _contender(target: Target, label: str | None, which: Path | DrafterConfig, how: RuntimeConfig) -> Contender:
-    drafter = build(which, target.shape) if isinstance(which, DrafterConfig) else load_drafter(find_drafter(which), target.fingerprint)
+    drafter = build(which, target.shape) if isinstance(which, DrafterConfig) else load_drafter(find_drafter(which), target=target)
     decoder = SpeculativeDecoder(target, drafter, how)
     assert decoder.drafter is not None
     return Contender(label or f"{decoder.drafter.config.name} {shape_name(how.shape)}", decoder)

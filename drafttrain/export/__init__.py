@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from functools import reduce
 from operator import or_
@@ -51,7 +52,7 @@ class ExportConfig(Config):
     def _known(cls, formats: Any) -> Any:
         if not isinstance(formats, (list, tuple)):
             return formats
-        renamed = [RENAMED.get(form, form) if isinstance(form, str) else form for form in formats]
+        renamed = [_new_name(form) if isinstance(form, str) else form for form in formats]
         for form in renamed:
             if isinstance(form, str) and form not in FORMATS:
                 raise ValueError(f"format '{form}' is unknown{nearest(form, FORMATS)}; known: {', '.join(FORMATS)}")
@@ -66,6 +67,12 @@ class ExportConfig(Config):
         """A `UserError` where a format cannot say this drafter."""
         for form in self.configs:
             form.check(drafter, target)
+
+
+def _new_name(form: str) -> str:
+    if form in RENAMED:
+        print(f"notice: export format '{form}' is called '{RENAMED[form]}' now", file=sys.stderr)
+    return RENAMED.get(form, form)
 
 
 def export(drafter: Path, target: TargetConfig, config: ExportConfig, folder: Path) -> list[Path]:

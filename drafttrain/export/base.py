@@ -65,7 +65,7 @@ class FormatConfig(Config):
     def only(self, drafter: DrafterConfig, families: Sequence[str], why: str) -> None:
         """A `UserError` for a drafter of another family."""
         if drafter.name not in families:
-            raise self.refuse(f"it holds {' and '.join(families)} drafters, and this is a {drafter.name} ({why})", "use 'native'")
+            raise self.refuse(f"it holds {' and '.join(families)} drafters, not {drafter.name} ones ({why})", "use 'native'")
 
 
 def shell(*commands: str) -> str:

@@ -25,6 +25,7 @@ from drafttrain.target.rope import rope_parameters
 
 TOP_IDS = "eagle_aux_hidden_state_layer_ids"
 """HS ids at the top of a configuration (vLLM, speculators, llama.cpp), HS ids - 1 inside `eagle_config` (SGLang, SpecForge)."""
+OFFSETS = "offsets (target id = i + d2t[i])"
 ENGINE_LAYERS = 3
 """Captured layers that llama.cpp and OpenVINO read: exactly these many."""
 
@@ -179,15 +180,17 @@ def _check_layer(layer: Values, drafter: Eagle3) -> None:
 def _draft_ids(weights: Weights, size: int, vocab_size: int) -> Tensor:
     """[Vd] target ids in the file's order. Raises `UserError` for a map that is missing, or names a token twice or outside."""
     if size > vocab_size:
-        raise UserError(f"'{weights.path}': a draft vocabulary of {size} for a target of {vocab_size} tokens; this is another target's drafter")
+        raise UserError(
+            f"'{weights.path}': a draft vocabulary of {size} for a target of {vocab_size} tokens; give the drafter's own target"
+        )
     if size == vocab_size and "d2t" not in weights.tensors:
         weights.skip("t2d")
         return torch.arange(size)
     ids = weights.take_ids("d2t", size) + torch.arange(size)
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise UserError(f"'{weights.path}': tensor 'd2t' names tokens outside of 0..{vocab_size - 1}; offsets (target id = i + d2t[i]) expected")
+        raise UserError(f"'{weights.path}': tensor 'd2t' names tokens outside of 0..{vocab_size - 1}; expected {OFFSETS}")
     if len(ids.unique()) != size:
-        raise UserError(f"'{weights.path}': tensor 'd2t' names a token twice; offsets (target id = i + d2t[i]) expected")
+        raise UserError(f"'{weights.path}': tensor 'd2t' names a token twice; expected {OFFSETS}")
     mask = weights.tensors.pop("t2d", None)
     if mask is not None and not torch.equal(mask.bool(), t2d(ids.sort().values, vocab_size)):
         raise UserError(f"'{weights.path}': tensor 't2d' is not the mask of the tokens that 'd2t' names; the folder is damaged")

@@ -22,7 +22,6 @@ from drafttrain.export.gguf_file import (
     add_tokenizer,
     add_weight,
     finish,
-    head_size,
     layer_sizes,
     llama3_factors,
     new_writer,
@@ -38,6 +37,11 @@ from drafttrain.target.head import SafetensorsFolder
 from drafttrain.target.rope import rope_parameters
 
 DRAFTER_FILE, TARGET_FILE = "drafter.gguf", "target.gguf"
+FIELDS = (
+    "target_layers", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.layer_norm_rms_epsilon", "block_count", "norm_before_residual", "norm_before_fc",
+)  # fmt: skip
+"""What is read of an EAGLE-3 file, behind `eagle3.`."""
 OWN_KEYS = {"fc.weight": "fc.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 
 
@@ -134,10 +138,7 @@ def _field(file: Any, key: str) -> Any:
 
 
 def _read_eagle3(path: Path, file: Any, target: ImportTarget) -> Drafter:
-    fields = {key: _field(file, f"eagle3.{key}") for key in (
-        "target_layers", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-        "attention.layer_norm_rms_epsilon", "context_length", "block_count", "norm_before_residual", "norm_before_fc",
-    )}  # fmt: skip
+    fields = {key: _field(file, f"eagle3.{key}") for key in FIELDS}
     found = Values(path, {key: value for key, value in fields.items() if value is not None})
     for key in ("norm_before_residual", "norm_before_fc"):
         if found.flag(key, False):
@@ -159,6 +160,7 @@ def _read_eagle3(path: Path, file: Any, target: ImportTarget) -> Drafter:
 def _as_config(found: Values, file: Any, tensors: dict[str, Tensor], target: ImportTarget, draft_size: int) -> dict[str, Any]:
     """GGUF's fields under the names of config.json."""
     heads = found.number("attention.head_count")
+    head_dim = found.number("attention.key_length", found.number("embedding_length") // heads)
     config = {
         TOP_IDS: list(found.numbers("target_layers") or ()),
         "vocab_size": target.shape.vocab_size,
@@ -167,11 +169,11 @@ def _as_config(found: Values, file: Any, tensors: dict[str, Tensor], target: Imp
         "intermediate_size": found.number("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": found.number("attention.head_count_kv", heads),
-        "head_dim": found.number("attention.key_length", found.number("embedding_length") // heads),
+        "head_dim": head_dim,
         "rms_norm_eps": _as_written(found.real("attention.layer_norm_rms_epsilon"), target),
         "num_hidden_layers": found.number("block_count"),
     }
-    return config | _rope(found, file, tensors, target, config["head_dim"])
+    return config | _rope(found, file, tensors, target, head_dim)
 
 
 def _as_written(eps: float, target: ImportTarget) -> float:
@@ -188,7 +190,7 @@ def _rope(found: Values, file: Any, tensors: dict[str, Tensor], target: ImportTa
         raise UserError(f"'{found.path}': key 'eagle3.rope.freq_base' is {base}, expected the target's {own['rope_theta']}; {MEND}")
     kind = _field(file, "eagle3.rope.scaling.type") or ("llama3" if "rope_freqs.weight" in tensors else "default")
     if kind != (own["rope_type"] or "default"):
-        raise UserError(f"'{found.path}': rotary scaling is '{kind}', the target's is '{own['rope_type'] or 'default'}', which ours follows")
+        raise UserError(f"'{found.path}': rotary scaling is '{kind}', expected the target's, '{own['rope_type'] or 'default'}'")
     factors = tensors.pop("rope_freqs.weight", None)
     if factors is not None and not torch.allclose(factors, llama3_factors(own, head_dim), rtol=1e-5):
         raise UserError(f"'{found.path}': tensor 'rope_freqs.weight' is not the target's llama3 scaling, which ours follows")

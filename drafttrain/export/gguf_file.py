@@ -141,7 +141,8 @@ def write_causal_lm(
     """
     kind = config["model_type"]
     if kind not in PAIRED:
-        raise UserError(f"export format 'gguf': a '{kind}' model is not written here ({', '.join(PAIRED)} are); use llama.cpp's own converter")
+        known = ", ".join(PAIRED)
+        raise UserError(f"export format 'gguf': a '{kind}' model is not written here ({known} are); use llama.cpp's own converter")
     writer = new_writer(path, kind, quantization)
     layer_sizes(writer, config, config["num_hidden_layers"])
     add_rope(writer, config)

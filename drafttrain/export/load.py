@@ -73,7 +73,7 @@ def fetched(path: str | Path, revision: str | None) -> Path:
     if local.exists():
         return local
     if isinstance(path, Path) or str(path).count("/") != 1:
-        raise UserError(f"drafter '{path}': no such folder, and no Hub id (user/name)")
+        return local  # the reader says what is missing
     from huggingface_hub import snapshot_download
 
     try:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.errors import UserError
 from drafttrain.drafters.base import Drafter, DrafterConfig
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
 from drafttrain.export.base import FormatConfig, Source
 from drafttrain.export.eagle3 import check_eagle3, check_three_layers
 from drafttrain.export.environments import engine_python
 from drafttrain.export.reading import ImportTarget
-from drafttrain.export.sglang import LAYER, SGLang
-from drafttrain.export.tensors import MEND, Values, Weights, read_config
+from drafttrain.export.sglang import SGLang
 from drafttrain.target.files import TargetShape
 
 MODEL, SETTINGS = "openvino_model.xml", "sglang_config.json"
@@ -51,12 +45,13 @@ class OpenVINO(FormatConfig):
         write_layers(folder / MODEL, drafter.target.aux_layers)
 
     def use(self, target: str) -> str:
+        drafting = f"num_assistant_tokens={self.draft_length}, assistant_confidence_threshold=0"
         return f"""```python
 import openvino_genai as ov
 
 draft = ov.draft_model("PATH/OF/THIS/FOLDER", "CPU")
 pipeline = ov.LLMPipeline("TARGET_IR", "CPU", scheduler_config=ov.SchedulerConfig(), draft_model=draft)  # {target} as an IR
-print(pipeline.generate("Why is the sky blue?", max_new_tokens=128, num_assistant_tokens={self.draft_length}, assistant_confidence_threshold=0))
+print(pipeline.generate("Why is the sky blue?", max_new_tokens=128, {drafting}))
 ```"""
 
 

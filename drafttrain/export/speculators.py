@@ -12,7 +12,7 @@ from drafttrain.export.base import FormatConfig, Precision, Source, shell
 from drafttrain.export.eagle3 import TOP_IDS, check_eagle3, layer_config, own_weights, read_eagle3, vocabulary_maps
 from drafttrain.export.reading import EMBEDDING, ImportTarget
 from drafttrain.export.tensors import Values, Weights, in_dtype, read_tensors, write_folder
-from drafttrain.target.files import TargetConfig, TargetShape, load_config, resolve
+from drafttrain.target.files import TargetShape, load_config
 
 LAYER = "layers.0"
 VERSION = "0.9.0"

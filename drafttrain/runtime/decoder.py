@@ -25,8 +25,8 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.corrupt import Corrupt
-from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
+from drafttrain.export.load import load_drafter
 from drafttrain.runtime.costs import measured_hybrid_costs
 from drafttrain.runtime.generate import DecodingLoop, Emission, Request, RoundHook
 from drafttrain.runtime.policy import POLICIES, Fixed, Policy, PolicyConfig
@@ -265,10 +265,10 @@ class SpeculativeDecoder:
     ) -> SpeculativeDecoder:
         """Loads both.
 
-        target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter or of the
-        run that trained it. runtime: by default what the recipe of that run says. options: fields of `TargetConfig`, such as
-        `dtype="float32"`, which go before the configuration's own; without `aux_layers`, the target hands over the layers that the drafter
-        was trained on. Raises `UserError` for unknown options, and where the drafter was trained on another target, or on other layers.
+        target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter, of the
+        run that trained it, or a published head (a folder, a GGUF file, a Hub id: see `load_drafter`). runtime: by default what the
+        recipe of that run says. options: fields of `TargetConfig`, such as `dtype="float32"`, which go before the configuration's own;
+        without `aux_layers`, the target hands over the layers that the drafter was trained on. Raises `UserError` for unknown options, and where the drafter was trained on another target, or on other layers.
         """
         if runtime is None and drafter is not None:
             runtime = runtime_of(Path(drafter))
@@ -279,7 +279,7 @@ class SpeculativeDecoder:
         elif options:
             raise UserError(f"option '{next(iter(options))}' beside a target that is loaded already: it is of loading; give it there")
         loaded = Target.load(target) if isinstance(target, TargetConfig) else target
-        made = None if drafter is None else load_drafter(find_drafter(Path(drafter)), loaded.fingerprint)
+        made = None if drafter is None else load_drafter(found_drafter(drafter), target=loaded)
         if made is not None and isinstance(target, TargetConfig) and target.aux_layers is None:
             loaded.aux_layers = made.target.aux_layers
         return cls(loaded, made, runtime)
@@ -429,6 +429,11 @@ class SpeculativeDecoder:
     def _stop_at(text: str, stop: tuple[str, ...]) -> int:
         """Where the earliest stop string begins; -1 for nowhere."""
         return min((at for at in (text.find(word) for word in stop) if at >= 0), default=-1)
+
+
+def found_drafter(drafter: str | Path) -> str | Path:
+    """A folder, or what may be a Hub id as it is."""
+    return find_drafter(Path(drafter)) if Path(drafter).exists() else drafter
 
 
 def find_drafter(folder: Path) -> Path:

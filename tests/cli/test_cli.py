@@ -920,7 +920,7 @@ TRUSTED = "target.trust_remote_code=true"
 @pytest.mark.parametrize("drafter", ["{name: eagle3, ttt_steps: 2}", "{name: small_lm, hidden_size: 16, layers: 1}"])
 def test_a_target_that_brings_its_own_code_is_served_from_data_to_export(drafter: str) -> None:
     assert "trust_remote_code" in complaint("run", "tiny.yaml")
-    formats = "export.formats=[native, plain]" if "small_lm" in drafter else "export.formats=[native]"
+    formats = "export.formats=[native, causal_lm]" if "small_lm" in drafter else "export.formats=[native]"
     assert drafttrain("doctor", "tiny.yaml", TRUSTED, f"drafter={drafter}").exit_code == 0
     for command in ("run", "export"):
         result = drafttrain(command, "tiny.yaml", TRUSTED, f"drafter={drafter}", formats)

@@ -16,7 +16,9 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig
 from drafttrain.export import FORMATS, ExportConfig, export
-from drafttrain.export.card import USE, Story, card
+from drafttrain.export.causal_lm import CausalLM
+from drafttrain.export.native import Native
+from drafttrain.report.card import Story, card
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
 from drafttrain.train.loop import TrainConfig
@@ -51,7 +53,7 @@ def drafted(drafter: SmallLM, target: Target) -> list[int]:
 
 
 @pytest.mark.parametrize("options", [{"layers": 2}, {"layers": 1, "hidden_size": 16}], ids=["borrows", "own"])
-def test_the_plain_directory_writes_what_the_small_lm_drafts(tmp_path: Path, target: Target, options: dict[str, int]) -> None:
+def test_the_causal_lm_directory_writes_what_the_small_lm_drafts(tmp_path: Path, target: Target, options: dict[str, int]) -> None:
     torch.manual_seed(3)
     drafter = SmallLM(SmallLMConfig(**options), target.shape).eval()
     with torch.no_grad():
@@ -59,7 +61,7 @@ def test_the_plain_directory_writes_what_the_small_lm_drafts(tmp_path: Path, tar
             if weight.dim() == 2 and "embed" not in name:
                 weight.mul_(30.0)  # layers that say something, so that the text is not one token over and over
     save_drafter(drafter, tmp_path / "drafter")
-    (folder,) = export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("plain",)), tmp_path / "export")
+    (folder,) = export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("causal_lm",)), tmp_path / "export")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     wanted = drafted(drafter, target)
     tokens = list(PROMPT)
@@ -78,28 +80,35 @@ def test_the_native_directory_is_the_drafter(tmp_path: Path, target: Target) -> 
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in drafter.state_dict().items())
 
 
-def test_plain_is_refused_for_a_drafter_that_is_no_language_model_and_leaves_nothing_behind(tmp_path: Path, target: Target) -> None:
+def test_causal_lm_is_refused_for_a_drafter_that_is_no_language_model_and_leaves_nothing_behind(tmp_path: Path, target: Target) -> None:
     save_drafter(tiny_eagle3(target), tmp_path / "drafter")
-    with pytest.raises(UserError, match="eagle3 drafter reads its target's hidden states"):
-        export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("plain",)), tmp_path / "export")
-    assert list((tmp_path / "export").iterdir()) == []
+    with pytest.raises(UserError, match=r"not eagle3 ones.*reads its target's hidden states"):
+        export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("causal_lm",)), tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
-def test_plain_is_refused_for_another_target(tmp_path: Path, target: Target) -> None:
+def test_causal_lm_is_refused_for_another_target(tmp_path: Path, target: Target) -> None:
     save_drafter(SmallLM(SmallLMConfig(layers=1), make_target(1, "another").shape), tmp_path / "drafter")
     with pytest.raises(UserError, match="was trained for target another"):
-        export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("plain",)), tmp_path / "export")
+        export(tmp_path / "drafter", config(tmp_path), ExportConfig(formats=("causal_lm",)), tmp_path / "export")
 
 
-def test_every_format_says_how_it_is_used() -> None:
-    assert USE.keys() == FORMATS.keys()
+def test_every_format_says_how_it_is_used_and_names_the_target() -> None:
+    for name, form in FORMATS.items():
+        text = form(name=name).use("someone/model")
+        assert "```" in text and (name in ("gguf", "medusa") or "someone/model" in text)
+
+
+def test_the_old_name_of_causal_lm_is_read_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [type(form) for form in ExportConfig(formats=("native", "plain")).configs] == [Native, CausalLM]
+    assert "'plain' is called 'causal_lm' now" in capsys.readouterr().err
 
 
 def test_a_card_names_target_and_options_and_says_where_nothing_was_measured(tmp_path: Path, target: Target) -> None:
     notes = {"step": 1200, "tokens": 34000, "train": TrainConfig(steps=1200).model_dump(mode="json"), "held_out_tau": 1.234, "length": 2}
     save_drafter(tiny_eagle3(target, ttt_steps=3), tmp_path / "drafter", {**notes, "held_out_alpha": [0.2, 0.1]})
     hub = TargetConfig(model="someone/model")
-    text = card("native", tmp_path / "drafter", Story("mine", hub, "3 conversations", tmp_path / "results.jsonl", "0.1"))
+    text = card(Native(), tmp_path / "drafter", Story("mine", hub, "3 conversations", tmp_path / "results.jsonl", "0.1"))
     for said in (
         "# mine", "base_model: someone/model", target.fingerprint, "1,200 steps over 34,000 tokens",
         "a chain of 2 has accepted length 1.23", "alpha 0.20 0.10", "3 conversations", "- `ttt_steps`: 3", "Not measured yet",

@@ -12,29 +12,12 @@ from drafttrain.core.errors import UserError
 from drafttrain.data.shards import write_whole
 from drafttrain.drafters.files import folder_fingerprint, load_drafter
 from drafttrain.evaluation.bench import read_rows
+from drafttrain.export.base import FormatConfig
 from drafttrain.report.tables import results_table
 from drafttrain.runtime.stats import alpha_text
 from drafttrain.target.files import DEMO, TargetConfig
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("card.md")
-USE = {
-    "native": """```python
-from drafttrain import SpeculativeDecoder
-
-decoder = SpeculativeDecoder.from_pretrained("{target}", "PATH/OF/THIS/FOLDER")
-print(decoder.generate("Why is the sky blue?", max_new_tokens=128)[0].text)
-```""",
-    "plain": """An ordinary causal LM with the target's tokenizer; whatever loads one can draft with it.
-
-```python
-from transformers import AutoModelForCausalLM
-
-drafter = AutoModelForCausalLM.from_pretrained("PATH/OF/THIS/FOLDER")
-# target: `{target}`, loaded as usual
-target.generate(**inputs, assistant_model=drafter)
-```""",
-}
-"""How the folder of each export format is used."""
 TOLD = ("batch_rows", "row_length", "accumulate", "lr", "schedule", "weight_decay", "precision", "seed")
 """Options of training that stand in a card; all of them are in the recipe beside it."""
 
@@ -50,14 +33,14 @@ class Story:
     version: str  # of this package
 
 
-def write_card(folder: Path, format: str, drafter: Path, story: Story) -> Path:
-    """Puts the card of the trained drafter in `drafter` into `folder`, which holds it in `format`."""
-    text = card(format, drafter, story)
+def write_card(folder: Path, form: FormatConfig, drafter: Path, story: Story) -> Path:
+    """Puts the card of the trained drafter in `drafter` into `folder`, which holds it in the format `form`."""
+    text = card(form, drafter, story)
     write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
     return folder / CARD
 
 
-def card(format: str, drafter: Path, story: Story) -> str:
+def card(form: FormatConfig, drafter: Path, story: Story) -> str:
     """The card's text. Raises `UserError` where the drafter or the results are damaged."""
     made = load_drafter(drafter)
     notes: dict[str, Any] = json.loads((drafter / "config.json").read_text(encoding="utf-8"))["notes"]
@@ -66,7 +49,7 @@ def card(format: str, drafter: Path, story: Story) -> str:
         name=story.name, family=made.config.name, target=model, fingerprint=made.target.fingerprint, dtype=story.target.dtype,
         base=f"base_model: {model}\n" if model != DEMO and not Path(model).is_dir() else "",
         parameters=f"{sum(weight.numel() for weight in made.parameters()):,}", version=story.version,
-        use=USE[format].format(target=model), results=_results(drafter, story.results), training=_training(notes), data=story.data,
+        use=form.use(model), results=_results(drafter, story.results), training=_training(notes), data=story.data,
         options=_listed(made.config.model_dump(mode="json")),
     )  # fmt: skip
 
