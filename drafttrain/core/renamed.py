@@ -27,7 +27,10 @@ DRAWS = {"point": "deterministic"}
 FEATURES = {"aux": "aux_hidden_states", "last": "last_hidden_state"}
 """Names of captured features."""
 
-_VALUES = {"draws": DRAWS, "treat_as": DRAWS, "capture": FEATURES}
+FORMATS = {"plain": "causal_lm"}
+"""Export formats."""
+
+_VALUES = {"draws": DRAWS, "treat_as": DRAWS, "capture": FEATURES, "formats": FORMATS}
 
 
 class Renamed(UserWarning):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from functools import reduce
 from operator import or_
@@ -30,8 +29,6 @@ FORMATS: dict[str, type[FormatConfig]] = {
     "native": Native, "causal_lm": CausalLM, "speculators": Speculators, "sglang": SGLang, "gguf": GGUF, "openvino": OpenVINO,
     "medusa": MedusaFormat,
 }  # fmt: skip
-RENAMED = {"plain": "causal_lm"}
-"""Names of earlier versions."""
 
 if TYPE_CHECKING:
     AnyFormat = FormatConfig | str
@@ -52,11 +49,10 @@ class ExportConfig(Config):
     def _known(cls, formats: Any) -> Any:
         if not isinstance(formats, (list, tuple)):
             return formats
-        renamed = [_new_name(form) if isinstance(form, str) else form for form in formats]
-        for form in renamed:
+        for form in formats:
             if isinstance(form, str) and form not in FORMATS:
                 raise ValueError(f"format '{form}' is unknown{nearest(form, FORMATS)}; known: {', '.join(FORMATS)}")
-        return renamed
+        return formats
 
     @property
     def configs(self) -> list[FormatConfig]:
@@ -67,12 +63,6 @@ class ExportConfig(Config):
         """A `UserError` where a format cannot say this drafter."""
         for form in self.configs:
             form.check(drafter, target)
-
-
-def _new_name(form: str) -> str:
-    if form in RENAMED:
-        print(f"notice: export format '{form}' is called '{RENAMED[form]}' now", file=sys.stderr)
-    return RENAMED.get(form, form)
 
 
 def export(drafter: Path, target: TargetConfig, config: ExportConfig, folder: Path) -> list[Path]:

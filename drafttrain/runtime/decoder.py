@@ -268,7 +268,8 @@ class SpeculativeDecoder:
         target: a Hub id, a folder, `smollm2-demo`, a configuration, or a loaded target. drafter: the folder of a trained drafter, of the
         run that trained it, or a published head (a folder, a GGUF file, a Hub id: see `load_drafter`). runtime: by default what the
         recipe of that run says. options: fields of `TargetConfig`, such as `dtype="float32"`, which go before the configuration's own;
-        without `aux_layers`, the target hands over the layers that the drafter was trained on. Raises `UserError` for unknown options, and where the drafter was trained on another target, or on other layers.
+        without `aux_layers`, the target hands over the layers that the drafter was trained on. Raises `UserError` for unknown options, and
+        where the drafter was trained on another target, or on other layers.
         """
         if runtime is None and drafter is not None:
             runtime = runtime_of(Path(drafter))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Plan
+from drafttrain.core.renamed import Renamed
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.files import load_drafter, save_drafter
@@ -99,9 +100,10 @@ def test_every_format_says_how_it_is_used_and_names_the_target() -> None:
         assert "```" in text and (name in ("gguf", "medusa") or "someone/model" in text)
 
 
-def test_the_old_name_of_causal_lm_is_read_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [type(form) for form in ExportConfig(formats=("native", "plain")).configs] == [Native, CausalLM]
-    assert "'plain' is called 'causal_lm' now" in capsys.readouterr().err
+def test_the_old_name_of_causal_lm_is_read_with_a_notice() -> None:
+    with pytest.warns(Renamed, match="'plain' is called 'causal_lm' now"):
+        formats = ExportConfig(formats=("native", "plain")).configs
+    assert [type(form) for form in formats] == [Native, CausalLM]
 
 
 def test_a_card_names_target_and_options_and_says_where_nothing_was_measured(tmp_path: Path, target: Target) -> None:
