@@ -226,19 +226,22 @@ def make_rows(
 ) -> list[Row]:
     """A row for each runner, task (and all of them together) and kind of outputs; none where no prompt is left."""
     tasks = [*dict.fromkeys(sample.task for sample in samples), ALL]
-    decoded = {name: {one.key: one for one in samples if one.label == name} for name in BASELINES if name in facts}
-    plain = decoded[PLAIN]
+    by_key = {label: {sample.key: sample for sample in samples if sample.label == label} for label in BASELINES if label in facts}
     rows = []
-    for label, known in facts.items():
+    for label, runner_facts in facts.items():
         exact = setting.temperature == 0 and label != PLAIN
+        costs = (hybrid_costs or {}).get(label)
         for task in tasks:
-            own = [sample for sample in samples if sample.label == label and task in (ALL, sample.task)]
-            for outputs, chosen in _kinds(own, plain):
+            task_samples = [sample for sample in samples if sample.label == label and task in (ALL, sample.task)]
+            for outputs, chosen in _kinds(task_samples, by_key[PLAIN]):
+                if not chosen:
+                    continue
+                # efficiency was measured once, over everything
                 efficiency = efficiencies.get(label) if task == ALL and outputs == "all" else None
-                if chosen:
-                    pairs = {name: [found[sample.key] for sample in chosen] for name, found in decoded.items()}
-                    measured = summarise(chosen, pairs.pop(PLAIN), known, label, task, outputs, efficiency, exact, pairs)
-                    rows.append(Row(**asdict(setting), measured=replace(measured, hybrid_costs=(hybrid_costs or {}).get(label))))
+                baselines = {name: [found[sample.key] for sample in chosen] for name, found in by_key.items()}
+                plain = baselines.pop(PLAIN)
+                measured = summarise(chosen, plain, runner_facts, label, task, outputs, efficiency, exact, baselines)
+                rows.append(Row(**asdict(setting), measured=replace(measured, hybrid_costs=costs)))
     return rows
 
 

@@ -6,7 +6,7 @@ prompts say otherwise. What both measured in the same way is also looked at as o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -31,6 +31,9 @@ MEASURED_ON = ("device", "threads", "dtype", "versions", "repeats")
 WAY = ("drafter", "drafter_fingerprint", "rule", "draws", "shape", "options", "policy")
 """Where these agree, two contenders drafted and verified alike."""
 STEADY = 0.05  # plain decoding's speed may differ by this share before it is pointed out
+
+
+OUTPUTS: tuple[Outputs, ...] = get_args(Outputs)
 
 
 @dataclass(frozen=True)
@@ -98,35 +101,78 @@ class Again:
 def compare(left: ReportedRun, right: ReportedRun) -> RunComparison:
     """The newest evaluations of the two that asked the same, or the newest two of one file that did. Raises `UserError` where target, suite
     or sampling differ, a lossy rule's quality was not measured, or no contender has a counterpart."""
-    names = left.name, right.name
-    if left.file.resolve() == right.file.resolve():
-        names = f"{left.name}, before", f"{left.name}, last"
-    ours, theirs = newest_alike(left, right)
-    for row in (*ours, *theirs):
+    left_rows, right_rows = newest_alike(left, right)
+    for row in (*left_rows, *right_rows):
         refuse_unmeasured_quality(row)
-    for field, named in ASKED.items():
-        a, b = vars(ours[0])[field], vars(theirs[0])[field]
-        if a != b:
-            told = [f"'{vars(rows[0])[named]}' {value}" if named else str(value) for rows, value in ((ours, a), (theirs, b))]
-            said = f"their {named or field} differs ({told[0]} and {told[1]})"
-            raise UserError(f"'{left.name}' and '{right.name}' cannot be compared: {said}; evaluate both alike")
-    found, unlooped = ([_by_contender(rows, outputs) for rows in (ours, theirs)] for outputs in get_args(Outputs))
-    labels = [[label for label, task in known if task == ALL] for known in found]
-    mates = counterparts(*labels)
-    pairs = [
-        Pair(
-            a if a == b else f"{a} | {b}", one, found[1][b, task],
-            (unlooped[0][a, task], unlooped[1][b, task]) if (a, task) in unlooped[0] and (b, task) in unlooped[1] else None,
-        ) for a, b in mates for (label, task), one in found[0].items() if label == a and (b, task) in found[1]
-    ]  # fmt: skip
+    _refuse_other_questions(left, right, left_rows[0], right_rows[0])
+    left_labels = _contender_labels(left_rows)
+    right_labels = _contender_labels(right_rows)
+    mates = counterparts(left_labels, right_labels)
+    pairs = _paired_rows(mates, left_rows, right_rows)
     if not any(pair.label != PLAIN for pair in pairs):
         raise UserError(f"'{left.name}' and '{right.name}' have no contender in common; give their contenders the same labels")
-    paired = {label for mate in mates for label in mate}
-    alone = [f"{run.name}: {label}" for run, known in zip((left, right), labels, strict=True) for label in known if label not in paired]
     again = measured_again(pairs)
-    told = [*warnings(ours[0], theirs[0]), *unsteady(pairs)]
-    told += unequal(again) if ours[0].temperature == 0 and ours[0].dtype == theirs[0].dtype == "float32" else []
-    return RunComparison(names, pairs, alone, told, again)
+    notes = [*warnings(left_rows[0], right_rows[0]), *unsteady(pairs)]
+    # only greedy decoding in fp32 leaves nothing to rounding, so only there must equal drafters give equal counts
+    if left_rows[0].temperature == 0 and left_rows[0].dtype == right_rows[0].dtype == "float32":
+        notes += unequal(again)
+    return RunComparison(_names(left, right), pairs, _without_mate(left, right, left_labels, right_labels, mates), notes, again)
+
+
+def _names(left: ReportedRun, right: ReportedRun) -> tuple[str, str]:
+    if left.file.resolve() == right.file.resolve():
+        return f"{left.name}, before", f"{left.name}, last"
+    return left.name, right.name
+
+
+def _refuse_other_questions(left: ReportedRun, right: ReportedRun, left_row: Row, right_row: Row) -> None:
+    """A `UserError` where the two evaluations did not ask the same of the target."""
+    for field, shown_field in ASKED.items():
+        left_value = vars(left_row)[field]
+        right_value = vars(right_row)[field]
+        if left_value == right_value:
+            continue
+        left_text, right_text = str(left_value), str(right_value)
+        if shown_field:
+            left_text = f"'{vars(left_row)[shown_field]}' {left_value}"
+            right_text = f"'{vars(right_row)[shown_field]}' {right_value}"
+        raise UserError(
+            f"'{left.name}' and '{right.name}' cannot be compared: their {shown_field or field} differs ({left_text} and {right_text}); "
+            f"evaluate both alike"
+        )
+
+
+def _contender_labels(rows: Iterable[Row]) -> list[str]:
+    """Labels in the order of the file, of what was measured over all tasks."""
+    return [row.measured.label for row in rows if row.measured.task == ALL and row.measured.outputs == OUTPUTS[0]]
+
+
+def _paired_rows(mates: Iterable[tuple[str, str]], left_rows: Sequence[Row], right_rows: Sequence[Row]) -> list[Pair]:
+    """The tasks that both of a pair of contenders were measured on, pair by pair."""
+    all_outputs, not_looping = OUTPUTS
+    left_all, right_all = _by_contender(left_rows, all_outputs), _by_contender(right_rows, all_outputs)
+    left_steady, right_steady = _by_contender(left_rows, not_looping), _by_contender(right_rows, not_looping)
+    pairs = []
+    for left_label, right_label in mates:
+        label = left_label if left_label == right_label else f"{left_label} | {right_label}"
+        for (row_label, task), measured in left_all.items():
+            if row_label != left_label or (right_label, task) not in right_all:
+                continue
+            steady = None
+            if (left_label, task) in left_steady and (right_label, task) in right_steady:
+                steady = left_steady[left_label, task], right_steady[right_label, task]
+            pairs.append(Pair(label, measured, right_all[right_label, task], steady))
+    return pairs
+
+
+def _without_mate(
+    left: ReportedRun, right: ReportedRun, left_labels: Iterable[str], right_labels: Iterable[str], mates: Iterable[tuple[str, str]]
+) -> list[str]:
+    """`RUN: LABEL` of every contender that has no counterpart."""
+    paired_labels = {label for mate in mates for label in mate}
+    alone = [f"{left.name}: {label}" for label in left_labels if label not in paired_labels]
+    alone += [f"{right.name}: {label}" for label in right_labels if label not in paired_labels]
+    return alone
 
 
 def _by_contender(rows: Iterable[Row], outputs: Outputs) -> dict[tuple[str, str], Measured]:

@@ -124,30 +124,15 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
     """Accepted length against time per round: lines through plain decoding's point are equal speed-ups."""
     labels = contenders(rows)
     plain = next(row for row in rows if row.label == PLAIN and row.task == ALL)
-    unit = 1e3 * plain.seconds_per_round
-    shown = [row for row in rows if row.label in labels and row.rounds]
-    right = 1.3 * max([unit, *(1e3 * row.seconds_per_round for row in shown)])
-    top = 1.12 * max([1.0, *(row.tau for row in shown)])
-    axes.scatter(unit, 1.0, s=MARKER, marker="s", color=GREY, zorder=5, label=PLAIN)
-    drawn = [(unit / right, 1 / top)]
-    for row in shown:
-        whole, (x, y) = row.task == ALL, (1e3 * row.seconds_per_round, row.tau)
-        if whole or len(labels) <= FEW:
-            beneath = sum(math.dist(other, (x / right, y / top)) < TOUCHING for other in drawn) if whole else 0
-            axes.scatter(
-                x, y, s=MARKER / 2.5**beneath if whole else 34, color=labels[row.label], alpha=1.0 if whole else 0.55,
-                edgecolors="white", linewidths=1.0, label=name_of(row) if whole else None, zorder=5 if whole else 4,
-            )  # fmt: skip
-        if whole:
-            drawn.append((x / right, y / top))
-    reached = [row.tau * unit / (1e3 * row.seconds_per_round) for row in shown]
-    for ratio in ratios_near(reached):
-        end = min(right, top * unit / ratio)
-        axes.plot([0, end], [0, ratio * end / unit], color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-        axes.text(
-            0.96 * end, 0.96 * ratio * end / unit, f"{ratio:g}x", color=GREY, fontsize=9, ha="center", va="center", zorder=3,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )  # fmt: skip
+    plain_time = _milliseconds(plain)
+    shown_rows = [row for row in rows if row.label in labels and row.rounds]
+    right = 1.3 * max([plain_time, *map(_milliseconds, shown_rows)])
+    top = 1.12 * max([1.0, *(row.tau for row in shown_rows)])
+    axes.scatter(plain_time, 1.0, s=MARKER, marker="s", color=GREY, zorder=5, label=PLAIN)
+    _scatter_rounds(axes, shown_rows, labels, right, top, plain_time)
+    speedups = [row.tau * plain_time / _milliseconds(row) for row in shown_rows]
+    for speedup in ratios_near(speedups):
+        _draw_equal_speedup(axes, speedup, plain_time, right, top)
     axes.set_xlim(0, right)
     axes.set_ylim(0, top)
     axes.set_xlabel("time per round (ms)")
@@ -156,8 +141,43 @@ def draw_tau_time(axes: Axes, rows: Sequence[Measured]) -> None:
     legend: Any = axes.get_legend()
     for handle in legend.legend_handles:
         handle.set_sizes([MARKER])
-    tasks = [row for row in shown if row.task != ALL and len(labels) == 1]
-    place_labels(axes, {row.task: (1e3 * row.seconds_per_round, row.tau) for row in tasks}, fontsize=8, color=GREY)
+    # the points of several contenders' tasks lie too close to be named
+    if len(labels) == 1:
+        task_points = {row.task: (_milliseconds(row), row.tau) for row in shown_rows if row.task != ALL}
+        place_labels(axes, task_points, fontsize=8, color=GREY)
+
+
+def _milliseconds(row: Measured) -> float:
+    return 1e3 * row.seconds_per_round
+
+
+def _scatter_rounds(
+    axes: Axes, rows: Sequence[Measured], labels: Mapping[str, str], right: float, top: float, plain_time: float
+) -> None:
+    """A large marker a contender; small ones for its tasks where there are few contenders. Markers that lie on each other shrink."""
+    large_points = [(plain_time / right, 1 / top)]
+    for row in rows:
+        time, tau = _milliseconds(row), row.tau
+        colour = labels[row.label]
+        if row.task != ALL:
+            if len(labels) <= FEW:
+                axes.scatter(time, tau, s=34, color=colour, alpha=0.55, edgecolors="white", linewidths=1.0, zorder=4)
+            continue
+        point = (time / right, tau / top)
+        beneath = sum(math.dist(other, point) < TOUCHING for other in large_points)
+        size = MARKER / 2.5**beneath
+        axes.scatter(time, tau, s=size, color=colour, edgecolors="white", linewidths=1.0, label=name_of(row), zorder=5)
+        large_points.append(point)
+
+
+def _draw_equal_speedup(axes: Axes, speedup: float, plain_time: float, right: float, top: float) -> None:
+    """The dotted line of all rounds that are `speedup` times as fast as plain decoding."""
+    end = min(right, top * plain_time / speedup)
+    axes.plot([0, end], [0, speedup * end / plain_time], color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
+    axes.text(
+        0.96 * end, 0.96 * speedup * end / plain_time, f"{speedup:g}x", color=GREY, fontsize=9, ha="center", va="center", zorder=3,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )  # fmt: skip
 
 
 def ratios_near(reached: Sequence[float]) -> list[float]:
