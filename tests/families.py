@@ -1,4 +1,4 @@
-"""Options with which tests build each family tiny. A new family adds its line here, and every contract test runs over it."""
+"""THE table of options with which tests build each family tiny. A new family adds one line, and every test that runs over families has it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,36 @@ TINY: dict[str, dict[str, Any]] = {
     "small_lm": {"layers": 1},
     "ngram": {"branches": 2},
 }
+FAMILIES = sorted(DRAFTERS)
 TRAINABLE = sorted(name for name, family in DRAFTERS.items() if family.trainable)
+GIVES_STATES = sorted(name for name, family in DRAFTERS.items() if family.readout is not Drafter.readout)
+"""Families whose distributions can be computed again from states."""
+DEMO_VOCAB = 4096
+"""Tokens of a reduced draft vocabulary on the demo target."""
 
 
 def tiny_drafter(family: str, target: Target, seed: int = 0, **options: Any) -> Drafter:
     """A fresh one that starts from the target, in eval mode."""
-    torch.manual_seed(seed)
-    drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **{**TINY[family], **options}), target.shape)
+    return started({**TINY[family], **options}, family, target, seed)
+
+
+def demo_drafter(family: str, target: Target) -> Drafter:
+    """The same for the demo target, whose vocabulary is larger."""
+    reduced = {"draft_vocab_size": DEMO_VOCAB} if "draft_vocab_size" in TINY[family] else {}
+    return started({**TINY[family], **reduced}, family, target, 0)
+
+
+def started(options: dict[str, Any], family: str, target: Target, seed: int) -> Drafter:
+    drafter = bare_drafter(family, target, seed, **options)
     if drafter.trainable:
         drafter.start_from(target.head, torch.arange(target.vocab_size))
     return drafter.eval()
+
+
+def bare_drafter(family: str, target: Target, seed: int = 0, **options: Any) -> Drafter:
+    """A random one, before training begins."""
+    torch.manual_seed(seed)
+    return DRAFTERS[family](DRAFTERS[family].Config(name=family, **options), target.shape)
 
 
 def trained_drafter(family: str, target: Target, prompts: list[list[int]], new_tokens: int = 24, steps: int = 40) -> Drafter:

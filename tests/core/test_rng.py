@@ -47,3 +47,12 @@ def test_a_run_does_not_depend_on_which_others_are_taken_beside_it() -> None:
     whole = SpreadRng(1, rows, runs, RUNS).uniform(2, 2)
     some = torch.tensor([3, 40, 777])
     assert torch.equal(SpreadRng(1, rows[some], runs[some], RUNS).uniform(2, 2), whole[some])
+
+
+def test_streams_of_different_turns_share_no_number_however_many_are_drawn() -> None:
+    """A turn's numbers begin far from those of the next: a wide tree over a large vocabulary draws thousands."""
+    rng, drawn = SeededRng(7, torch.tensor([3])), []
+    for number in range(8):
+        rng.substream(number)
+        drawn.append(rng.uniform(3000)[0])
+    assert len(torch.cat(drawn).unique()) == 8 * 3000

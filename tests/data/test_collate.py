@@ -154,3 +154,17 @@ def test_masks_without_any_label_are_an_error(tmp_path: Path, target: Target) ->
 def test_an_uncaptured_feature_is_an_error_before_any_batch(tmp_path: Path, target: Target) -> None:
     with pytest.raises(UserError, match="no feature last"):
         PackedRows(make_store(tmp_path / "s", target), range(24), 1, 16, ("last_hidden_state",))
+
+
+@pytest.mark.parametrize(("answer_from", "kept"), [(14, [0]), (15, []), (20, [])])
+def test_an_answer_that_a_row_cuts_off_before_its_second_token_has_no_label_and_is_left_out(
+    answer_from: int, kept: list[int], tmp_path: Path, target: Target
+) -> None:
+    """Of 24 tokens a row takes 16: what lies behind them is no label, however much of it there is."""
+    writer = StoreWriter(tmp_path / "s", Origin.of_target(target))
+    writer.append(Conversation.answered([6] * 24, answer_from, {}, 0))
+    writer.append(Conversation.answered([6, 7, 8, 9], 2, {}, 1))
+    packed = PackedRows(writer.finish(), [0, 1], 1, 16)
+    assert sorted(index for row in packed.rows for index in row) == [*kept, 1]
+    assert packed.dropped == 1 - len(kept)
+    assert sum(int(batch.labels().tokens.numel()) for batch in packed.batches(0)) == 1 + len(kept)

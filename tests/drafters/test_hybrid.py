@@ -46,6 +46,28 @@ def test_nodes_stay_while_their_chance_is_worth_their_cost_and_never_without_the
     assert drafter.worth(kept, False, 2).tokens == [1, 3]  # the budget
 
 
+def test_a_node_stays_just_above_its_cost_and_goes_just_below_it() -> None:
+    """The second node, of chance c, adds c tokens to 1.9 and 0.1 to a cost of 1.1: it is worth it from 0.1 * 1.9 / 1.1 on."""
+    drafter, edge = hybrid(tiny_target(), node_cost=0.1), 0.1 * 1.9 / 1.1
+    for rng, stays in ((edge + 1e-3, 2), (edge - 1e-3, 1)):
+        nodes = Nodes([1, 2], [0, 0], [0.9, rng], [FREE] * 2)
+        assert len(drafter.worth(nodes, False, 8).tokens) == stays
+
+
+def test_the_trained_drafter_is_run_just_above_its_cost_and_not_just_below_it() -> None:
+    """Nothing is found: its tokens a cost of 1 + 0.4 + 8 / 2 nodes of 0.05 must be more than 1."""
+    drafter, edge = hybrid(tiny_target(), draft_cost=0.4, node_cost=0.05), 0.6
+    for gain, runs in ((edge + 1e-3, True), (edge - 1e-3, False)):
+        assert drafter.wants_head(chain([], [], FREE), gain, budget=8) is runs
+
+
+def test_the_trained_drafter_is_run_just_below_what_was_found_costs_and_not_just_above_it() -> None:
+    """A node of chance .5 at .05 gives 1.5 / 1.05 alone, and (1.5 + gain / 2) / 1.625 beside the drafter."""
+    drafter, edge = hybrid(tiny_target(), draft_cost=0.4, node_cost=0.05), 2 * (1.5 / 1.05 * 1.625 - 1.5)
+    for gain, runs in ((edge + 1e-3, True), (edge - 1e-3, False)):
+        assert drafter.wants_head(chain([1], [0.5], FREE), gain, budget=8) is runs
+
+
 def test_the_trained_drafter_is_run_where_nothing_is_found_and_not_where_the_lookup_is_sure() -> None:
     drafter = hybrid(tiny_target(), draft_cost=0.4, node_cost=0.01)
     sure, nothing = chain([1] * 8, [0.95**k for k in range(1, 9)], FREE), chain([], [], FREE)

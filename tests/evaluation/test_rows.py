@@ -105,6 +105,15 @@ def test_prompts_are_resampled_within_their_tasks() -> None:
     assert width(ratio_interval(together, [replace(one, task="math") for one in plain])) > 0.3
 
 
+def test_every_task_weighs_in_the_interval_as_in_the_value_however_few_prompts_it_has() -> None:
+    """Tasks whose prompts are all alike have no spread: what is resampled is the value itself."""
+    few = [sample(f"few-{n}", "mine", 1.0, 40, 10, task="few") for n in range(2)]
+    many = [sample(f"many-{n}", "mine", 1.0, 40, 40, task="many") for n in range(10)]
+    got = tau_interval([*few, *many])
+    assert got.value == pytest.approx(12 * 40 / (2 * 10 + 10 * 40))
+    assert (got.low, got.high) == pytest.approx((got.value, got.value))
+
+
 def test_the_interval_within_tasks_is_as_wide_as_theory_says_however_few_prompts_a_task_has() -> None:
     rng = np.random.default_rng(3)
     for prompts, tasks in ((40, 20), (60, 6)):

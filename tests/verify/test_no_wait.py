@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafttrain.core import rng, sampling, tree, types
 from drafttrain.core.plan import Plan
@@ -29,6 +27,7 @@ from drafttrain.drafters.grow import grow
 from drafttrain.verify import RULES, base, residual
 from drafttrain.verify.base import Rule
 from tests.contract.test_rules import TREES, VARIANTS, made
+from tests.waiting import Waited, refused_waits
 
 PROGRAMS = ("multidraft truncated", "multidraft optimal")
 EXEMPT = {
@@ -93,37 +92,6 @@ def test_a_read_is_seen_in_the_source(line: str) -> None:
     assert waits(f"def rule(p, q):\n    return {line}\n", {"rule"}) == []
 
 
-METHODS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "__array__"}
-OPERATIONS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "equal"}
-
-
-class Waits(Exception):  # noqa: N818 - what the code does
-    """Something asked the device for a value."""
-
-
-class Methods(TorchFunctionMode):
-    """Refuses the methods that hand a tensor's values to Python."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ in METHODS:
-            raise Waits(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-class Operations(TorchDispatchMode):
-    """Refuses operations whose result, or its size, the host must know; indexing by a mask is one."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in OPERATIONS:
-            raise Waits(name)
-        if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            raise Waits(f"{name} by a mask")
-        if name == "repeat_interleave" and kwargs is not None and kwargs.get("output_size") is None and len(args) < 3:
-            raise Waits(name)
-        return func(*args, **(kwargs or {}))
-
-
 def proposal(draws: Draws, name: str, sampling: Sampling, vocab: int = 30, device: str = "cpu") -> tuple[Tree, Scored, SeededRng]:
     """Three rows of a tree of this shape, the target's answer to it, not read yet, and their chance."""
     generator = torch.Generator().manual_seed(1)
@@ -137,7 +105,7 @@ def proposal(draws: Draws, name: str, sampling: Sampling, vocab: int = 30, devic
 
 
 def watched(rule: Rule, given: tuple[Tree, Scored, SeededRng]) -> None:
-    with Operations(), Methods():
+    with refused_waits():
         verdict = rule(*given)
     assert verdict.length.shape == (3,)
 
@@ -163,7 +131,7 @@ def test_a_lossless_rule_runs_without_waiting(variant: str, draws: Draws, name: 
 
 @pytest.mark.parametrize("variant", PROGRAMS)
 def test_a_program_is_seen_waiting(variant: str) -> None:
-    with pytest.raises(Waits):
+    with pytest.raises(Waited):
         watched(made(variant), proposal("iid", "2", Sampling(1.0), vocab=5))
 
 
@@ -176,7 +144,7 @@ def test_a_nucleus_does_not_wait_either(rule: str, monkeypatch: pytest.MonkeyPat
 def test_only_a_tree_that_did_not_come_from_grow_is_read_for_its_skeleton() -> None:
     tree, scored, rng = proposal("iid", "2-1", Sampling(0.8))
     foreign = replace(tree, skeleton=None)
-    with pytest.raises(Waits) as caught:
+    with pytest.raises(Waited) as caught:
         watched(made("traversal"), (foreign, scored, rng))
     assert any(entry.name == "_read_skeleton" for entry in caught.traceback)
     both = [[(one.parents, one.probs_rows, one.children) for one in known.sibling_groups] for known in (foreign, tree)]
@@ -194,7 +162,7 @@ SYNCS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("how", SYNCS)
 def test_a_wait_is_seen_at_run_time(how: str) -> None:
-    with pytest.raises(Waits), Operations(), Methods():
+    with pytest.raises(Waited), refused_waits():
         SYNCS[how](torch.tensor([0.5, -1.0, 2.0]))
 
 
