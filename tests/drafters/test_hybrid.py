@@ -49,8 +49,8 @@ def test_nodes_stay_while_their_chance_is_worth_their_cost_and_never_without_the
 def test_a_node_stays_just_above_its_cost_and_goes_just_below_it() -> None:
     """The second node, of chance c, adds c tokens to 1.9 and 0.1 to a cost of 1.1: it is worth it from 0.1 * 1.9 / 1.1 on."""
     drafter, edge = hybrid(tiny_target(), node_cost=0.1), 0.1 * 1.9 / 1.1
-    for rng, stays in ((edge + 1e-3, 2), (edge - 1e-3, 1)):
-        nodes = Nodes([1, 2], [0, 0], [0.9, rng], [FREE] * 2)
+    for path_prob, stays in ((edge + 1e-3, 2), (edge - 1e-3, 1)):
+        nodes = Nodes([1, 2], [0, 0], [0.9, path_prob], [FREE] * 2)
         assert len(drafter.worth(nodes, False, 8).tokens) == stays
 
 
