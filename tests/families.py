@@ -1,4 +1,4 @@
-"""THE table of options with which tests build each family tiny. A new family adds one line, and every test that runs over families has it."""
+"""THE table of options with which tests build each family tiny: a new family adds one line here, and no other file of tests names it."""
 
 from __future__ import annotations
 
