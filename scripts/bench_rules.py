@@ -22,13 +22,13 @@ import torch
 from drafttrain.core.plan import Static
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored, Verdict
+from drafttrain.core.types import Scored
 from drafttrain.evaluation.machine import commit, device_name, versions
 from drafttrain.evaluation.suites import load_suite
 from drafttrain.recipe import load_recipe
 from drafttrain.runtime.decoder import SpeculativeDecoder
-from drafttrain.runtime.generate import Request
+from drafttrain.runtime.generate import RoundRecord
+from drafttrain.runtime.rows import Request
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES
 
@@ -86,7 +86,8 @@ def measure(decoder: SpeculativeDecoder, sampling: Sampling, draws: Any, rounds:
     }
     took: dict[str, list[float]] = defaultdict(list)
 
-    def watch(tree: Tree, scored: Scored, verdict: Verdict) -> None:
+    def watch(record: RoundRecord) -> None:
+        tree, scored = record.tree, record.scored
         turn = len(took[next(iter(rules))])
         order = [*rules][turn % len(rules) :] + [*rules][: turn % len(rules)]
         for name in order:

@@ -8,9 +8,11 @@ distribution of what comes out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import permutations, product
-from typing import Protocol
+from math import prod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +29,20 @@ class Rng(Protocol):
         """[B, W, V] distributions -> [B, W, k] token ids in the order they were drawn."""
         ...
 
-    def substream(self, number: int) -> None:
-        """What follows is drawn from numbers set apart for turn `number`, however many the turns before took."""
+    def substream(self, number: int | Tensor) -> None:
+        """What follows is drawn from numbers set apart for turn `number` ([B] where rows differ), however many the turns before took."""
+        ...
+
+
+class RowRng(Rng, Protocol):
+    """Streams that rows take with them when they leave a batch or enter one."""
+
+    def select(self, rows: Tensor) -> RowRng:
+        """The streams of these rows ([R] int64), where they stand now; the own ones stay where they are."""
+        ...
+
+    def join(self, other: Any) -> RowRng:
+        """These streams followed by the other's."""
         ...
 
 
@@ -57,8 +71,8 @@ class SeededRng:
         both.key, both.count = torch.cat([self.key, other.key]), torch.cat([self.count, other.count])
         return both
 
-    def substream(self, number: int) -> None:
-        self.count = torch.full_like(self.count, number << 32)
+    def substream(self, number: int | Tensor) -> None:
+        self.count = torch.zeros_like(self.count) + (number << 32)
 
     def uniform(self, *shape: int) -> Tensor:
         """[B, *shape] fp64 in [0, 1), 53 bits."""
@@ -138,14 +152,25 @@ class ScriptedRng:
     def __init__(self, script: list[int], others: SeededRng, watch: int = 0) -> None:
         self.script, self.others, self.watch = script, others, watch
         self.taken: list[tuple[int, int]] = []  # (outcome, the next possible one or -1) of each choice so far
-        self.probability = 1.0
+        self.weights: list[float] = []  # their probabilities
+
+    @property
+    def probability(self) -> float:
+        """Of all choices so far."""
+        return prod(self.weights)
 
     def select(self, rows: Tensor) -> ScriptedRng:
-        """Goes on with these rows; once the watched one is left behind, only `others` is asked."""
-        kept = rows.tolist()
-        self.watch = kept.index(self.watch) if self.watch in kept else -1
-        self.others = self.others.select(rows)
-        return self
+        """These rows, on the same script; where the watched one is left behind, only `others` is asked."""
+        row_list = rows.tolist()
+        part = copy(self)  # the record of choices stays one
+        part.watch = row_list.index(self.watch) if self.watch in row_list else -1
+        part.others = self.others.select(rows)
+        return part
+
+    def join(self, other: ScriptedRng) -> ScriptedRng:
+        both = copy(self)
+        both.others = self.others.join(other.others)
+        return both
 
     def bernoulli(self, p: Tensor) -> Tensor:
         out = self.others.bernoulli(p)
@@ -165,7 +190,7 @@ class ScriptedRng:
         out[self.watch] = torch.tensor(drawn).view(*probs.shape[1:-1], k)
         return out
 
-    def substream(self, number: int) -> None:
+    def substream(self, number: int | Tensor) -> None:
         self.others.substream(number)
 
     def _draw_one(self, row: list[float], k: int, replace: bool) -> tuple[int, ...]:
@@ -182,7 +207,7 @@ class ScriptedRng:
         outcome = self.script[step] if step < len(self.script) else next(i for i, w in enumerate(weights) if w > 0)
         following = [i for i, w in enumerate(weights) if w > 0 and i > outcome]
         self.taken.append((outcome, following[0] if following else -1))
-        self.probability *= weights[outcome]
+        self.weights.append(weights[outcome])
         return outcome
 
 

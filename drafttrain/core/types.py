@@ -6,6 +6,7 @@ raw residual-stream states of several layers concatenated (`AUX_LAYERS`). A feat
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -72,10 +73,34 @@ class Committed:
     features: Features = field(default_factory=dict)  # name -> [B, T, ...], the target's, at these tokens
     nodes: Tensor | None = None  # [B, T] where they stood in the tree the drafter proposed; None if it proposed none
 
+    def only(self, names: Iterable[str]) -> Committed:
+        """The same with these features alone: what one drafter reads, where rules or others read more."""
+        return Committed(self.tokens, self.count, {name: self.features[name] for name in names}, self.nodes)
+
     def then(self, later: Committed) -> Committed:
         """These tokens followed by the later ones, row by row; where they stood in trees is forgotten."""
         features = {name: appended(value, self.count, later.features[name]) for name, value in self.features.items()}
         return Committed(appended(self.tokens, self.count, later.tokens), self.count + later.count, features)
+
+
+@dataclass
+class Groups:
+    """Which rows are samples of the same prompt, and what all of these have written: finished ones too, whose rows have left the batch.
+
+    A drafter that reads siblings keeps it in its state (`DrafterState.set_groups`).
+    """
+
+    group: list[int]  # [B] number of each row's group
+    texts: dict[int, dict[int, list[int]]]  # group -> request -> its new tokens so far; the loop appends to them
+
+    def select(self, rows: Tensor) -> Groups:
+        """Of these rows; all texts stay readable."""
+        return Groups([self.group[row] for row in rows.tolist()], self.texts)
+
+    def join(self, other: Groups) -> Groups:
+        """Of these rows and the other's; both must be of one loop."""
+        assert self.texts is other.texts
+        return Groups(self.group + other.group, self.texts)
 
 
 def gathered(values: Tensor, places: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from drafttrain.core.plan import Plan
 from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Committed, Features, Labels, TrainingBatch
+from drafttrain.core.types import Committed, Features, Groups, Labels, TrainingBatch
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
@@ -82,6 +82,10 @@ class DrafterState(ABC):
     def set_lengths(self, lengths: list[int]) -> None:  # noqa: B027
         """What the host has learnt of the rows' committed lengths; states with a cache bound their reads by it."""
 
+    def set_groups(self, groups: Groups) -> None:  # noqa: B027
+        """Said once, after `begin`: which rows are samples of one prompt. States of drafters that read siblings keep it, and `select` and
+        `join` it as they do their rows."""
+
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -123,6 +127,7 @@ class Drafter(nn.Module, ABC):
     draws: ClassVar[frozenset[str]] = frozenset({"deterministic", "iid", "without_replacement"})  # how it can draw siblings
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
     origin: str | None = None  # an existing model (folder or Hub id) that it begins as, which must have the target's tokenizer
+    weight_version = 0  # whoever changes the weights while decoding counts it up: the records of rounds name it
     files: Path | None = None  # the folder it was loaded from; `drafters.files.folder_fingerprint` tells drafters apart by it
 
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:

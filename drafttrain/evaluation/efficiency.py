@@ -19,7 +19,7 @@ from torch import nn
 
 from drafttrain.core.sampling import Sampling
 from drafttrain.runtime.decoder import SpeculativeDecoder
-from drafttrain.runtime.generate import Request
+from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import now
 
 TIMES = 3

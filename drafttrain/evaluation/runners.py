@@ -7,7 +7,6 @@ with the same three members.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,11 +16,10 @@ from torch import Tensor
 from drafttrain.core.config import fingerprint
 from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.files import folder_fingerprint
 from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.generate import RoundRecord
 from drafttrain.runtime.stats import Statistics
 
 PLAIN = "plain"
@@ -86,11 +84,11 @@ class Contender:
 
     def run(self, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Outcome:
         live: list[Tensor] = []
-        verdicts: list[Verdict] = []
+        kept: list[Tensor] = []
 
-        def watch(tree: Tree, scored: Scored, verdict: Verdict) -> None:
-            live.append(tree.live)  # kept, and counted when the clock has stopped
-            verdicts.append(verdict)
+        def watch(record: RoundRecord) -> None:
+            live.append(record.tree.live)  # kept, and counted when the clock has stopped
+            kept.append(record.kept)
 
         memory = PeakMemory(self.decoder.target.device)
         start = time.perf_counter()
@@ -99,8 +97,7 @@ class Contender:
         statistics = generation.statistics
         statistics.seconds["other"] += wall - sum(statistics.seconds.values())
         drafted = sum(int(nodes.sum()) - 1 for nodes in live)
-        kept = kept_tokens(verdicts, statistics.tokens)
-        return Outcome(generation.tokens, generation.text, statistics, wall, drafted, memory.read(), kept)
+        return Outcome(generation.tokens, generation.text, statistics, wall, drafted, memory.read(), [int(count) for count in kept])
 
     def facts(self, sampling: Sampling) -> Facts:
         drafter, runtime = self.decoder.drafter, self.decoder.runtime
@@ -125,12 +122,6 @@ class Contender:
         if drafter.files is not None:
             return folder_fingerprint(drafter.files)
         return "in-memory" if drafter.trainable else fingerprint(drafter.config)
-
-
-def kept_tokens(verdicts: Sequence[Verdict], total: int) -> list[int]:
-    """Tokens that each round of one row kept, `total` together: only the last one may have been cut."""
-    written = [int(verdict.length[0]) + (verdict.next is not None) for verdict in verdicts]
-    return [*written[:-1], total - sum(written[:-1])] if written else []
 
 
 def shape_name(shape: Shape) -> str:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored, Verdict
 from drafttrain.data.shards import write_whole
 from drafttrain.report.page import document
 from drafttrain.report.plots import PHASE_COLOURS
 from drafttrain.runtime.decoder import Prompt, SpeculativeDecoder, Stream
+from drafttrain.runtime.generate import RoundRecord
 from drafttrain.runtime.stats import Statistics, alpha_text
 from drafttrain.target.adapter import Target
 
@@ -72,7 +72,8 @@ class TraceRecorder:
         self.target = target
         self.rounds: list[TracedRound] = []
 
-    def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
+    def __call__(self, record: RoundRecord) -> None:
+        tree, scored, verdict = record.tree, record.scored, record.verdict
         assert len(tree.tokens) == 1, f"{len(tree.tokens)} rows; a trace shows one"
         tokens, parents, depth = tree.tokens[0].tolist(), tree.parents[0].tolist(), tree.depth[0].tolist()
         live = [place for place, real in enumerate(tree.live[0].tolist()) if real]
@@ -93,14 +94,12 @@ class TraceRecorder:
         if verdict.next is not None:
             token = int(verdict.next[0])
             nodes.append(Node(token, order[path[-1]], length + 1, "next", float(probs[path[-1], token])))
-        self.rounds.append(TracedRound(nodes))
+        self.rounds.append(TracedRound(nodes, kept=int(record.kept[0])))
 
-    def finish(self, seconds: Sequence[dict[str, float]], tokens: int) -> list[TracedRound]:
-        """The rounds with their times. tokens: kept in all of them together; only the last round can have been cut."""
-        for one, spent in zip(self.rounds, seconds, strict=True):
-            one.seconds, one.kept = spent, len(one.given)
-        if self.rounds:
-            self.rounds[-1].kept = tokens - sum(one.kept for one in self.rounds[:-1])
+    def finish(self, seconds: Sequence[dict[str, float]]) -> list[TracedRound]:
+        """The rounds with their times."""
+        for seen, spent in zip(self.rounds, seconds, strict=True):
+            seen.seconds = spent
         return self.rounds
 
 
@@ -132,7 +131,7 @@ def write_trace(
     path: Path, decoder: SpeculativeDecoder, answer: Stream, recorder: TraceRecorder, prompt: Prompt, options: dict[str, Any]
 ) -> None:
     """One self-contained page of an answer that `decoder` has streamed to its end, with `recorder` as its hook."""
-    rounds = recorder.finish(answer.round_seconds, answer.statistics.tokens)
+    rounds = recorder.finish(answer.round_seconds)
     html = render(rounds, TokenTexts(recorder.target), header(decoder, answer.statistics, prompt, options))
     write_whole(path, lambda partial: partial.write_text(html, encoding="utf-8"))
 

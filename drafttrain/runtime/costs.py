@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Layout, Tree
-from drafttrain.core.types import Scored, Verdict
-from drafttrain.runtime.generate import Request
+from drafttrain.core.tree import Layout
+from drafttrain.runtime.generate import RoundRecord
+from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import now
 from drafttrain.target.adapter import Target
 
@@ -111,8 +111,8 @@ def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, r
     """The first `rounds` rounds."""
     drafter, nodes = decoder.drafter, [0]
 
-    def look(tree: Tree, scored: Scored, verdict: Verdict) -> None:
-        nodes[0] = int(tree.live.sum()) - 1
+    def look(record: RoundRecord) -> None:
+        nodes[0] = int(record.tree.live.sum()) - 1
 
     batch = decoder.batch(Sampling(), on_round=look)
     batch.start([Request(prompt, 0, min(max_new_tokens, decoder.target.max_context - len(prompt)))])

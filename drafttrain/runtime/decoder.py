@@ -28,8 +28,10 @@ from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
 from drafttrain.export.load import load_drafter
 from drafttrain.runtime.costs import measured_hybrid_costs
-from drafttrain.runtime.generate import DecodingLoop, Emission, Request, RoundHook
+from drafttrain.runtime.generate import DecodingLoop, RoundHook, served
 from drafttrain.runtime.policy import POLICIES, Fixed, Policy, PolicyConfig
+from drafttrain.runtime.proposer import Drafting, Plain, Prefetching, Proposer
+from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
@@ -189,8 +191,8 @@ class Piece:
 class Stream(Iterator[Piece]):
     """One answer as it is written, piece by piece, and what it took so far."""
 
-    def __init__(self, pieces: Iterator[Piece], batch: DecodingLoop) -> None:
-        self._pieces, self._batch = pieces, batch
+    def __init__(self, pieces: Iterator[Piece], loop: DecodingLoop) -> None:
+        self._pieces, self._loop = pieces, loop
 
     def __next__(self) -> Piece:
         return next(self._pieces)
@@ -198,12 +200,12 @@ class Stream(Iterator[Piece]):
     @property
     def statistics(self) -> Statistics:
         """Of the rounds so far (waits for the device)."""
-        return self._batch.statistics()[0]
+        return self._loop.statistics()[0]
 
     @property
     def round_seconds(self) -> list[dict[str, float]]:
         """Each round's seconds a phase."""
-        return self._batch.clock.runs()[1:]
+        return self._loop.clock.runs()[1:]
 
 
 class SpeculativeDecoder:
@@ -291,24 +293,21 @@ class SpeculativeDecoder:
     ) -> list[Generation]:
         """`n` samples of each prompt, prompt after prompt.
 
-        The same seed gives the same texts, whatever the batch size. stop: a string, or several, that end a text, themselves left out.
-        Raises `UserError` for an empty or too long prompt, for options out of range, and for options that no rule can honour exactly.
+        The same seed gives the same texts, whatever the batch size. batch_size: rows decoded at a time; a finished one makes room for the
+        next prompt, and the samples of one prompt are decoded together, even where they are more. stop: a string, or several, that end a
+        text, themselves left out. Raises `UserError` for an empty or too long prompt, for options out of range, and for options that no
+        rule can honour exactly.
         """
         _refuse(refused)
         _check_count("batch_size", batch_size, "at least one row is decoded at a time")
         stops = self._stops(stop)
         requests = self._requests(_as_list(prompts), max_new_tokens, n)
-        out: list[Generation] = []
-        for start in range(0, len(requests), batch_size):
-            group = requests[start : start + batch_size]
-            batch = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
-            origins: list[list[int]] = [[] for _ in group]
-            for emissions in _run(batch, group):
-                for gained in emissions:
-                    origins[gained.row] += gained.origins
-            for written, origin, statistics in zip(batch.written, origins, batch.statistics(), strict=True):
-                out.append(self._generation(written, origin, stops, max_new_tokens, statistics))
-        return out
+        loop = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
+        origins: list[list[int]] = [[] for _ in requests]
+        for gained in chain.from_iterable(served(loop, requests, batch_size)):
+            origins[gained.row] += gained.origins
+        finished = zip(loop.written, origins, loop.statistics(), strict=True)
+        return [self._generation(written, origin, stops, max_new_tokens, counts) for written, origin, counts in finished]
 
     def stream(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
@@ -317,14 +316,14 @@ class SpeculativeDecoder:
         """One sample as it is written: what may yet become a stop string, or half a character, waits."""
         _refuse(refused)
         stops, request = self._stops(stop), self._requests([prompt], max_new_tokens, 1)
-        batch = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
-        return Stream(self._written(batch, request, stops), batch)
+        loop = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
+        return Stream(self._written(loop, request, stops), loop)
 
-    def _written(self, batch: DecodingLoop, request: list[Request], stops: tuple[str, ...]) -> Iterator[Piece]:
+    def _written(self, loop: DecodingLoop, request: list[Request], stops: tuple[str, ...]) -> Iterator[Piece]:
         tokens: list[int] = []
         origins: list[int] = []  # of each whole character
         text = shown = ""
-        for gained in chain.from_iterable(_run(batch, request)):
+        for gained in chain.from_iterable(served(loop, request, 1)):
             for token, origin in zip(gained.tokens, gained.origins, strict=True):
                 tokens.append(token)
                 text = self._text(tokens, stops)
@@ -358,7 +357,10 @@ class SpeculativeDecoder:
                     f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the target's context of "
                     f"{self.target.max_context}; shorten the prompt or lower max_new_tokens"
                 )
-        return [Request(prompt, index * n + sample, max_new_tokens) for index, prompt in enumerate(tokenized) for sample in range(n)]
+        requests = []
+        for index, prompt in enumerate(tokenized):
+            requests += [Request(prompt, index * n + sample, max_new_tokens, index) for sample in range(n)]
+        return requests
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """The ids that stand in the cache before the first new token."""
@@ -388,7 +390,7 @@ class SpeculativeDecoder:
         if not (_is_whole(seed) and 0 <= seed < 2**63):
             raise UserError(f"seed {seed!r}: expected a whole number from 0 to 2^63 - 1; take another one")
         if not (on_round is None or callable(on_round)):
-            raise UserError(f"on_round {on_round!r}: expected a function of a tree, what the target scored, and the verdict")
+            raise UserError(f"on_round {on_round!r}: expected a function of a `RoundRecord`")
         rule, plan = self.runtime.fitted(sampling.check(), self.drafter)
         if self.drafter is None:  # a lone root is a chain of deterministic draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="deterministic", rule="auto" if sampling.greedy else "recursive")
@@ -397,9 +399,17 @@ class SpeculativeDecoder:
             self._policies[plan] = Fixed(plan) if self.drafter is None else self.runtime.planner(plan)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         return DecodingLoop(
-            self.target, self.drafter, rule, self._policies[plan], sampling, seed, self.runtime.treat_as, stopper, on_round,
-            self.runtime.prefill_chunk, self.runtime.prefetch,
+            self.target, self._proposer(rule), rule, self._policies[plan], sampling, seed, stopper, on_round, self.runtime.prefill_chunk
         )
+
+    def _proposer(self, rule: Rule) -> Proposer:
+        """Who drafts for one loop."""
+        runtime, drafter = self.runtime, self.drafter
+        if drafter is None:
+            return Plain()
+        if runtime.prefetch:
+            return Prefetching(drafter, self.target.head, runtime.prefetch, runtime.treat_as)
+        return Drafting(drafter, runtime.treat_as, rule.leaves_next_open)
 
     def _keep(self, tokens: list[int], stop: tuple[str, ...]) -> int:
         """The fewest tokens whose text holds a stop string, or all."""
@@ -461,12 +471,6 @@ def _refuse(options: dict[str, Any]) -> None:
         raise UserError(
             f"option '{name}' is refused: {REFUSED[name]}" if name in REFUSED else f"unknown option '{name}' (refused by name: {known})"
         )
-
-
-def _run(batch: DecodingLoop, requests: list[Request]) -> Iterator[list[Emission]]:
-    yield batch.start(requests)
-    while not batch.done:
-        yield batch.step()
 
 
 def _undecided(text: str, stops: tuple[str, ...]) -> int:

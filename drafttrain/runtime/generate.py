@@ -1,346 +1,287 @@
-"""The round: propose, score, verify, cut, commit, observe. Everything else in this project serves these lines.
+"""The round: propose, score, verify, commit, observe. Everything else in this project serves these lines.
 
-B rows, N nodes, D depth, V vocabulary. A round waits for the host once, to hand out tokens and learn which rows are done.
+Rows and cutting are in `rows.py`, drafting in `proposer.py`, counting in `accounting.py`. B rows, V vocabulary. A round waits for the host
+once, to hand out tokens and learn which rows are done.
 """
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from drafttrain.core.plan import Plan
-from drafttrain.core.rng import SeededRng, draw_one
+from drafttrain.core.rng import RowRng, SeededRng, draw_one
 from drafttrain.core.sampling import Sampling, likeliest
-from drafttrain.core.tree import Draws, Tree, root_only
-from drafttrain.core.types import Scored, Verdict
-from drafttrain.drafters.base import Drafter, DrafterState
+from drafttrain.core.tree import Tree
+from drafttrain.core.types import Features, Groups, Scored, Verdict
+from drafttrain.drafters.base import Drafter
+from drafttrain.runtime.accounting import Accounting
 from drafttrain.runtime.policy import Policy
-from drafttrain.runtime.prefetch import Prefetched, Prefetcher
-from drafttrain.runtime.stats import Clock, History, PastRound, Statistics, Tally
+from drafttrain.runtime.proposer import Prompts, Proposer, proposer_of
+from drafttrain.runtime.rows import CutVerdict, Emission, Request, Rows, Stopper
+from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
+from drafttrain.target.cache import TreeCache
 from drafttrain.verify.base import Rule
 
 
-@dataclass
-class Request:
-    """One row to decode."""
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round as `on_round` sees it, before its tokens are committed."""
 
-    prompt: list[int]
-    stream: int  # number of its random stream: equal requests with equal streams get equal texts
-    max_new_tokens: int
-
-
-@dataclass
-class CutVerdict:
-    """A verdict after EOS and the length limit cut it."""
-
-    verdict: Verdict
-    tokens: Tensor  # [B, D + 1] the row's new tokens, padded
-    count: Tensor  # [B] how many are real; 0 for finished rows
-    alive: Tensor  # [B] bool: the row goes on
-
-
-@dataclass
-class Emission:
-    """What one row gained in a round."""
-
-    row: int  # index of the request
-    tokens: list[int]  # none where the row was finished before
-    accepted: int  # the first so many are nodes of the tree, the rest is the target's
-    done: bool
-    from_target: int = 0  # the first so many are nodes that the target named itself (`Tree.from_target`)
+    tree: Tree
+    scored: Scored
+    verdict: Verdict  # as the rule gave it
+    kept: Tensor  # [B] tokens that each row keeps, once end tokens, stop strings and the limit have cut the verdict
+    rows: tuple[int, ...]  # [B] number of the request that each row decodes
+    alive: Tensor  # [B] bool: rows that were not finished when the round began
+    arms: tuple[int, ...]  # [B] which drafter proposed; 0 where there is one
+    weight_versions: tuple[int, ...]  # of each drafter (`Drafter.weight_version`)
 
     @property
-    def origins(self) -> list[int]:
-        """Of each token: 1 the drafter's, 0 the target's."""
-        drafted = range(self.from_target, self.accepted)
-        return [int(place in drafted) for place in range(len(self.tokens))]
+    def features(self) -> Features:
+        """The target's features at the tree's nodes: those that drafters and rule read, and those the hook asked for."""
+        return self.scored.features
 
 
-RoundHook = Callable[[Tree, Scored, Verdict], None]
-"""Called after each round's verdict, before anything is cut."""
-
-Stopper = Callable[[int, list[int]], int]
-"""(request, its tokens so far) -> how many of them to keep, for stop strings."""
+RoundHook = Callable[[RoundRecord], None]
+"""Called in each round, once it is known what is kept and before it is committed."""
 
 
 class DecodingLoop:
-    """Rows being decoded together."""
+    """Rows being decoded together; `admit` lets further ones in while they run."""
 
     def __init__(
-        self, target: Target, drafter: Drafter | None, rule: Rule, policy: Policy, sampling: Sampling, seed: int,
-        treat_as: Draws | None = None, stopper: Stopper | None = None, on_round: RoundHook | None = None, prefill_chunk: int = 512,
-        prefetch: int = 0,
+        self, target: Target, drafter: Drafter | Proposer | None, rule: Rule, policy: Policy, sampling: Sampling, seed: int,
+        stopper: Stopper | None = None, on_round: RoundHook | None = None, prefill_chunk: int = 512, features: frozenset[str] = frozenset(),
     ) -> None:
-        """drafter: None decodes plainly, by the same loop. stopper: see `Stopper`; it moves the round's wait before the commit.
-        prefetch: prefetched drafts a row on what a round commits (see `runtime/prefetch.py`); they add a wait a round."""
-        self.target, self.drafter, self.rule, self.policy, self.sampling = target, drafter, rule, policy, sampling
-        self.seed, self.treat_as, self.stopper, self.on_round, self.prefill_chunk = seed, treat_as, stopper, on_round, prefill_chunk
-        self.needs = rule.needs | (drafter.needs if drafter else frozenset())
+        """drafter: None decodes plainly, by the same loop. stopper: see `Stopper`; it moves the round's wait before the commit. features:
+        of the target, that `on_round` reads."""
+        self.target, self.rule, self.policy, self.sampling, self.seed = target, rule, policy, sampling, seed
+        self.proposer = proposer_of(drafter, rule.leaves_next_open)
+        self.stopper, self.on_round, self.prefill_chunk = stopper, on_round, prefill_chunk
+        self.needs = rule.needs | self.proposer.needs | features
+        self.accounts = Accounting(target, self.proposer)
+        self.clock, self.history = self.accounts.clock, self.accounts.history
         self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
-        self.prefetcher = Prefetcher(drafter, target.head, prefetch) if prefetch and drafter else None
-        self.ready: Tree | None = None  # the next round's tree, where it was prefetched
-        self.target_candidates: Tensor | None = None  # [B, w] the target's, for its first level, where the rule left the last round open
-        self.history, self.clock = History(), Clock(target.device)
-        self.now: Callable[[], float] = time.perf_counter  # what policies are told of time
-        self.calls = [0, 0]  # of target and drafter, by this batch alone
+        self.written: list[list[int]] = []  # new tokens of every request so far
+        self.rows: Rows | None = None  # None where none runs
+        self.texts: dict[int, dict[int, list[int]]] = {}  # see `Groups`
+        self.slots: int | None = None  # positions that a round takes behind a row's text, at most
+        self.cache: TreeCache
         rule.prepare(target)
 
-    @torch.inference_mode()
-    def start(self, requests: Sequence[Request]) -> list[Emission]:
-        """Reads the prompts (equal ones once) and draws each row's first token."""
-        with self._counting():
-            return self._start(requests)
+    @property
+    def done(self) -> bool:
+        return self.rows is None
+
+    @property
+    def vacant(self) -> int:
+        """Rows of the batch that are finished."""
+        return 0 if self.rows is None else self.rows.going.count(False)
+
+    @property
+    def running(self) -> int:
+        """Rows that go on."""
+        return 0 if self.rows is None else self.rows.going.count(True)
 
     @torch.inference_mode()
     def step(self) -> list[Emission]:
         """One round for every row that is not done."""
-        with self._counting():
-            return self._step()
+        rows = self.rows
+        assert rows is not None, "every row is done"
+        with self.accounts.counting():
+            begun = self.accounts.now()
+            self.clock.start()
+            plan = self.policy.plan(self.history)
 
-    @contextmanager
-    def _counting(self) -> Iterator[None]:
-        before = self._calls_of_all()
-        try:
-            yield
-        finally:
-            self.calls = [mine + now - then for mine, now, then in zip(self.calls, self._calls_of_all(), before, strict=True)]
+            rows.rng.substream(2 * rows.rounds + 1)
+            tree = self.proposer.propose(rows, plan, self.sampling)
+            self.clock.lap("draft")
+            scored = self.target.score(self.cache, self.rule.layout(tree), self.sampling, self.needs)  # the round's ONE forward
+            self.clock.lap("score")
+            rows.rng.substream(2 * rows.rounds + 2)
+            verdict = self.rule(tree, scored, rows.rng)
+            cut = rows.cut(tree, verdict)
+            self.clock.lap("verify")
+            cut, gained = self._looked_at(tree, scored, verdict, cut)
+            committed = self.target.commit(self.cache, tree, scored, cut.verdict, cut.count > 0)
+            self.proposer.observe(committed, cut, scored, tree)
+            self.accounts.count(rows, tree, cut)
+            self.clock.lap("commit")
 
-    def _calls_of_all(self) -> tuple[int, int]:
-        return self.target.forwards, self.drafter.calls if self.drafter else 0
+            gained = gained or self._fetch(cut, tree.from_target)
+            rows.rounds = rows.rounds + 1
+            out = self._hand_out(cut, gained, stored=int(verdict.next is not None))
+            self.accounts.remember(rows, plan, gained, begun)
+            self._drop_finished()
+            self.clock.lap("other")
+            return out
 
-    def _start(self, requests: Sequence[Request]) -> list[Emission]:
-        self.clock.start()
-        device = self.target.device
+    def _looked_at(self, tree: Tree, scored: Scored, verdict: Verdict, cut: CutVerdict) -> tuple[CutVerdict, list[Emission] | None]:
+        """What must see a round before it is committed: stop strings, which cut it further and need the host, and the hook."""
+        rows, gained = self.rows, None
+        assert rows is not None
+        if self.stopper:
+            gained = self._fetch(cut, tree.from_target)
+            cut = rows.stop(cut, gained, self.written, self.stopper)
+            self.clock.lap("verify")
+        if self.on_round:
+            versions = tuple(drafter.weight_version for drafter in self.proposer.drafters)
+            self.on_round(RoundRecord(tree, scored, verdict, cut.count, tuple(rows.numbers), rows.alive, tuple(rows.arms), versions))
+            self.clock.pause()  # whoever looks on pays for it
+        return cut, gained
+
+    # -- rows that enter --------------------------------------------------------------------------------------------------------------
+
+    def start(self, requests: Sequence[Request]) -> list[Emission]:
+        """The first rows."""
+        assert self.done, "rows are running: let further ones in with `admit`"
+        return self.admit(requests)
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[Request]) -> list[Emission]:
+        """Reads the prompts (equal ones once) and draws each row's first token; the rows join those that run."""
+        with self.accounts.counting():
+            self.clock.start()
+            self._drop_finished(always=True)
+            running, held, proposer = self.rows, None if self.done else self.cache, self.proposer
+            assert running is None or proposer.joins, "this proposer takes in no rows while others run"
+            self.rows, prompts, logits = self._read(requests)
+            self.proposer = proposer if running is None else proposer.fresh()
+            self.proposer.begin(prompts)
+            cut = self.rows.opened(self._first(logits))
+            gained = self._fetch(cut)
+            if self.stopper:
+                cut = self.rows.stop(cut, gained, self.written, self.stopper)
+            out = self._hand_out(cut, gained, stored=0)
+            if running is not None and held is not None:
+                newcomers, self.proposer = self.proposer, proposer
+                self.rows, self.cache = running.join(self.rows), held.join(self.cache)
+                self.proposer.join(newcomers)
+                self._set_lengths()
+            self._drop_finished()
+            self.clock.lap("prefill")
+            return out
+
+    def _read(self, requests: Sequence[Request]) -> tuple[Rows, Prompts, Tensor]:
+        """Prefills a cache: the fresh rows, what a drafter begins with, and logits [B, V] after the prompts."""
+        device, number = self.target.device, len(self.written)
         distinct, copies = _distinct([request.prompt for request in requests])
         prompts = pad_sequence([torch.tensor(prompt, device=device) for prompt in distinct], batch_first=True)
         lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        shape = self.policy.plan(self.history).shape
-        capacity = longest + shape.slots + self.rule.slots(shape) + 1
-        capacity += shape.depth + 1 if self.prefetcher else 0  # prefetched drafts may run past a row's end
+        capacity = max(len(request.prompt) + request.max_new_tokens for request in requests) + self._slots()
         self.cache = self.target.new_cache(len(distinct), capacity)
         read = self.target.prefill(self.cache, prompts, lengths, self.needs, self.prefill_chunk)
+        copied = torch.tensor(copies, device=device)
+        self.cache = self.cache.select(copied) if len(distinct) < len(requests) else self.cache
+        self.written += [[] for _ in requests]
+        self.accounts.tally.grow(len(requests))
+        streams = [request.stream for request in requests]
+        rng: RowRng = SeededRng(self.seed, torch.tensor(streams, device=device))
+        rows = Rows.of(requests, number, self.ends, rng)
+        features = {name: value[copied] for name, value in read.features.items()}
+        groups = self._groups(requests, number)
+        begun = Prompts(prompts[copied], lengths[copied], features, self.target.head, capacity, groups, streams)
+        return rows, begun, read.logits[copied]
 
-        rows = torch.tensor(copies, device=device)
-        self.cache = self.cache.select(rows) if len(distinct) < len(requests) else self.cache
-        self.row_ids = list(range(len(requests)))  # [B] the request each row decodes
-        self.written: list[list[int]] = [[] for _ in requests]
-        self.lengths = [len(request.prompt) for request in requests]  # [B] committed tokens, as the host knows them
-        self.cache.set_lengths(self.lengths)
-        self.left = torch.tensor([request.max_new_tokens for request in requests], device=device)
-        self.alive = torch.ones(len(requests), dtype=torch.bool, device=device)
-        self.tally, self.request_of = Tally(len(requests), device), torch.arange(len(requests), device=device)
-        self.rng = SeededRng(self.seed, torch.tensor([request.stream for request in requests], device=device))
-        self.rounds = 0
-        self.roots = self._first(read.logits[rows])
-        self.state: DrafterState | None = None
-        if self.drafter:
-            features = {name: value[rows] for name, value in read.features.items()}
-            self.state = self.drafter.begin(prompts[rows], lengths[rows], features, self.target.head, capacity)
-        nothing = torch.zeros_like(self.roots)
-        kept = self._limit(Verdict(nothing[:, None], nothing, self.roots), torch.stack([self.roots, nothing], 1))
-        gained = self._fetch(kept)
-        if self.stopper:
-            kept = self._stop(kept, gained)
-        out = self._hand_out(kept, gained)
-        self._drop_finished()
-        self.clock.lap("prefill")
-        return out
+    def _slots(self) -> int:
+        """Positions behind a row's text that a round may take. Asked once: policies count how often they are asked."""
+        if self.slots is None:
+            shape = self.policy.plan(self.history).shape
+            self.slots = shape.slots + self.rule.slots(shape) + 1 + self.proposer.slots(shape)
+        return self.slots
 
-    def _step(self) -> list[Emission]:
-        begun = self.now()
-        self.clock.start()
-        plan = self.policy.plan(self.history)
-        self.rng.substream(2 * self.rounds + 1)
-        tree = self._propose(plan)
-        prefetched = self._prefetch(tree, plan)
-        self.clock.lap("draft")
-        scored = self.target.score(self.cache, self.rule.layout(tree), self.sampling, self.needs)
-        self.clock.lap("score")
-        self.rng.substream(2 * self.rounds + 2)
-        verdict = self.rule(tree, scored, self.rng)
-        if self.on_round:
-            self.clock.lap("verify")
-            self.on_round(tree, scored, verdict)
-            self.clock.pause()  # whoever looks on pays for it
-        kept = self._cut(tree, verdict)
-        self.clock.lap("verify")
-        gained = self._fetch(kept, tree.from_target) if self.stopper else None  # stop strings need the host before the commit
-        if gained:
-            kept = self._stop(kept, gained)
-        committed = self.target.commit(self.cache, tree, scored, kept.verdict, kept.count > 0)
-        if self.drafter and self.state and not (prefetched and self._take_prefetched(prefetched, kept)):
-            self.drafter.observe(self.state, committed)
-        self._count(tree, kept)
-        self.target_candidates = verdict.target_candidates
-        self.clock.lap("commit")
-        gained = gained or self._fetch(kept, tree.from_target)
-        root = int(kept.verdict.next is not None)  # it stays in the cache, even if a draft behind it ended the row
-        self.lengths = [length + (one.accepted + root if one.tokens else 0) for length, one in zip(self.lengths, gained, strict=True)]
-        self._set_lengths()
-        out = self._hand_out(kept, gained)
-        self._remember(plan, gained, begun)
-        self._drop_finished()
-        self.rounds += 1
-        self.clock.lap("other")
-        return out
-
-    @property
-    def done(self) -> bool:
-        return not self.row_ids
-
-    def statistics(self) -> list[Statistics]:
-        """Each request's counts; times and calls, which rows share, stand with the first."""
-        rows = [self.tally.row(index) for index in range(len(self.written))]
-        rows[0].seconds = self.clock.seconds()
-        rows[0].target_forwards, rows[0].drafter_calls = self.calls
-        rows[0].syncs = self.history.syncs
-        rows[0].prefetched, rows[0].prefetch_hits = self.history.prefetched, self.history.prefetch_hits
-        rows[0].prefetch_calls, rows[0].calls_saved = self.history.prefetch_calls, self.history.calls_saved
-        return rows
+    def _groups(self, requests: Sequence[Request], number: int) -> Groups:
+        groups = []
+        for offset, request in enumerate(requests, number):
+            group = -1 - offset if request.group is None else request.group  # alone: a number that no group has
+            self.texts.setdefault(group, {})[offset] = self.written[offset]
+            groups.append(group)
+        return Groups(groups, self.texts)
 
     def _first(self, logits: Tensor) -> Tensor:
         """[B, V] after the prompts -> [B] the token the prefill gives."""
+        assert self.rows is not None
         if self.sampling.greedy:
             return likeliest(logits)
-        return draw_one(self.rng, self.sampling.probs(logits))
+        return draw_one(self.rows.rng, self.sampling.probs(logits))
 
-    def _propose(self, plan: Plan) -> Tree:
-        if self.drafter is None or self.state is None or not plan.draft:
-            return root_only(self.roots, self.target_candidates)
-        tree, self.ready = self.ready, None
-        if tree is None:
-            plan = replace(plan, keep_states=plan.keep_states or self.prefetcher is not None, target_candidates=self.target_candidates)
-            tree = self.drafter.propose(self.state, self.roots, plan, self.sampling, self.rng)
-        return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
+    # -- rows that go on, and those that leave ----------------------------------------------------------------------------------------
 
-    def _prefetch(self, tree: Tree, plan: Plan) -> Prefetched | None:
-        """Drafts for the next round, made before this one is scored."""
-        if self.prefetcher is None or self.state is None or self.drafter is None:
-            return None
-        before = self.drafter.calls
-        rows = torch.arange(len(self.roots), device=self.roots.device).repeat_interleave(self.prefetcher.width)
-        rng = self.rng.select(rows)
-        rng.substream(2 * self.rounds + 3)
-        prefetched = self.prefetcher.draft(self.state, tree, replace(plan, keep_states=True), self.sampling, rng)
-        self.history.prefetch_calls += self.drafter.calls - before
-        return prefetched
-
-    def _take_prefetched(self, prefetched: Prefetched, kept: CutVerdict) -> bool:
-        """Takes the drafts of the prefetched drafts that came true, where every row that goes on has one."""
-        hits = prefetched.hits(kept.verdict)
+    def _fetch(self, cut: CutVerdict, from_target: bool = False) -> list[Emission]:
+        assert self.rows is not None
         self.history.syncs += 1
-        going = [hit for hit, alive in zip(hits.tolist(), kept.alive.tolist(), strict=True) if alive]
-        self.history.prefetched += len(going)
-        self.history.prefetch_hits += sum(hit >= 0 for hit in going)
-        if not going or min(going) < 0:
-            return False
-        width = prefetched.token.shape[1]
-        rows = torch.arange(len(hits), device=hits.device) * width + hits.clamp_min(0)
-        self.state, self.ready = prefetched.state.select(rows), prefetched.tree.select(rows)
-        self.history.calls_saved += prefetched.saved
-        return True
+        return self.rows.fetch(cut, from_target)
 
-    def _cut(self, tree: Tree, verdict: Verdict) -> CutVerdict:
-        """The round's new tokens up to the first EOS and the row's limit."""
-        drafted = tree.tokens.gather(1, verdict.path)  # [B, D]
-        tokens = torch.cat([drafted, torch.zeros_like(self.roots)[:, None]], 1)
-        if verdict.next is not None:
-            tokens = tokens.scatter(1, verdict.length[:, None], verdict.next[:, None])
-        return self._limit(verdict, tokens)
-
-    def _limit(self, verdict: Verdict, tokens: Tensor) -> CutVerdict:
-        written = verdict.length + int(verdict.next is not None)
-        count = torch.where(self.alive, torch.minimum(written, self.left), 0)
-        order = torch.arange(tokens.shape[1], device=tokens.device)
-        ends = torch.isin(tokens, self.ends) & (order < count[:, None])  # [B, D + 1]
-        ended = ends.any(1)
-        count = torch.where(ended, ends.long().argmax(1) + 1, count)
-        alive = self.alive & ~ended & (self.left > count)
-        return CutVerdict(replace(verdict, length=torch.minimum(verdict.length, count)), tokens, count, alive)
-
-    def _fetch(self, kept: CutVerdict, from_target: bool = False) -> list[Emission]:
-        """The round's one wait for the device: what every row gained, finished ones too. named: see `Tree.from_target`."""
-        self.history.syncs += 1
-        marks = torch.stack([kept.count, kept.verdict.length, kept.alive.long()], 1)
-        rows = torch.cat([kept.tokens, marks], 1).tolist()
-        return [
-            Emission(request, tokens[:count], accepted, not alive, int(from_target and accepted > 0))
-            for request, (*tokens, count, accepted, alive) in zip(self.row_ids, rows, strict=True)
-        ]
-
-    def _stop(self, kept: CutVerdict, gained: list[Emission]) -> CutVerdict:
-        """Cuts at stop strings, which only the host can read; `gained` is cut in place."""
-        assert self.stopper is not None
-        for one in gained:
-            before = self.written[one.row]
-            allowed = max(0, self.stopper(one.row, before + one.tokens) - len(before)) if one.tokens else 0
-            one.done = one.done or allowed < len(one.tokens)
-            one.tokens, one.accepted = one.tokens[:allowed], min(one.accepted, allowed)
-        cut = torch.tensor([[len(one.tokens), one.accepted, not one.done] for one in gained], device=kept.count.device)
-        count, length, alive = cut.unbind(1)
-        return replace(kept, count=count, alive=alive.bool(), verdict=replace(kept.verdict, length=length))
-
-    def _count(self, tree: Tree, kept: CutVerdict) -> None:
-        """alpha's attempts: every depth reached, and one more where the last node had a child that could have stood."""
-        accepted = kept.verdict.length
-        tip = kept.verdict.path.gather(1, (accepted - 1).clamp_min(0)[:, None])
-        tip = torch.where(accepted[:, None] > 0, tip, 0)
-        below = (tree.parents == tip) & tree.live
-        below[:, 0] = False
-        uncut = kept.count > accepted if kept.verdict.next is not None else kept.alive
-        tried = accepted + (below.any(1) & uncut)
-        self.tally.add(self.request_of, self.alive, kept.count, accepted, tried, tree.max_depth, tree.from_target)
-
-    def _hand_out(self, kept: CutVerdict, gained: list[Emission]) -> list[Emission]:
+    def _hand_out(self, cut: CutVerdict, gained: Sequence[Emission], stored: int) -> list[Emission]:
         """Moves the rows on; what they gained, and that finished ones are done."""
-        last = (kept.count - 1).clamp_min(0)[:, None]
-        self.roots = torch.where(kept.count > 0, kept.tokens.gather(1, last)[:, 0], self.roots)
-        self.left, self.alive = self.left - kept.count, kept.alive
-        for one in gained:
-            self.written[one.row] += one.tokens
-        self.running = [not one.done for one in gained]
-        return [one for one in gained if one.tokens or one.done]
-
-    def _remember(self, plan: Plan, gained: list[Emission], begun: float) -> None:
-        """What the next plan may be made from."""
-        going = sum(bool(one.tokens) or not one.done for one in gained)
-        tokens, drafted = sum(len(one.tokens) for one in gained), plan.draft and self.drafter is not None
-        self.history.add(PastRound(len(gained), going, tokens, drafted, self.now() - begun))
+        assert self.rows is not None
+        self.rows.advance(cut, gained, stored)
+        self._set_lengths()
+        for emission in gained:
+            self.written[emission.row] += emission.tokens
+        return [emission for emission in gained if emission.tokens or emission.done]
 
     def _set_lengths(self) -> None:
-        self.cache.set_lengths(self.lengths)
-        if self.state:
-            self.state.set_lengths(self.lengths)
+        assert self.rows is not None
+        self.cache.set_lengths(self.rows.lengths)
+        self.proposer.set_lengths(self.rows.lengths)
 
-    def _drop_finished(self) -> None:
+    def _drop_finished(self, always: bool = False) -> None:
         """Leaves finished rows behind once they are half of the batch: what goes on gets smaller at most log2(B) times."""
-        going = [place for place, runs in enumerate(self.running) if runs]
-        if len(going) * 2 > len(self.row_ids):
+        if self.rows is None:
             return
-        self.row_ids = [self.row_ids[place] for place in going]
-        if not going:
-            return
-        rows = torch.tensor(going, device=self.roots.device)
-        self.lengths = [self.lengths[place] for place in going]
-        self.cache = self.cache.select(rows)
-        self.state = self.state.select(rows) if self.state else None
-        self.ready = self.ready.select(rows) if self.ready else None
-        self.target_candidates = None if self.target_candidates is None else self.target_candidates[rows]
-        self._set_lengths()
-        self.rng, self.request_of = self.rng.select(rows), self.request_of[rows]
-        self.roots, self.left, self.alive = self.roots[rows], self.left[rows], self.alive[rows]
+        kept = [row for row, goes_on in enumerate(self.rows.going) if goes_on]
+        if not kept:
+            self.rows = None
+        elif len(kept) * 2 <= len(self.rows) or (always and len(kept) < len(self.rows)):
+            index = torch.tensor(kept, device=self.rows.roots.device)
+            self.rows, self.cache = self.rows.select(kept), self.cache.select(index)
+            self.proposer.select(index)
+            self._set_lengths()
+
+    def statistics(self) -> list[Statistics]:
+        """Each request's counts; times and calls, which rows share, stand with the first (waits for the device)."""
+        return self.accounts.statistics()
+
+
+def served(loop: DecodingLoop, requests: Sequence[Request], batch_size: int) -> Iterator[list[Emission]]:
+    """Decodes all requests, in their order, about `batch_size` rows at a time: finished rows make room for the next requests.
+
+    Samples of one prompt enter together, even where they are more than `batch_size`. Prompts are read once a quarter of the rows is vacant,
+    so that one pass reads several.
+    """
+    waiting = deque(_families(requests))
+    while waiting or not loop.done:
+        room = batch_size - loop.running
+        entering: list[Request] = []
+        if loop.done or (loop.proposer.joins and 4 * room >= batch_size):
+            while waiting and (len(entering) + len(waiting[0]) <= room or not (entering or loop.running)):
+                entering += waiting.popleft()
+        if entering:
+            yield loop.admit(entering)
+        else:
+            yield loop.step()
+
+
+def _families(requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests that enter together: neighbours of one group."""
+    out: list[list[Request]] = []
+    for request in requests:
+        if out and request.group is not None and request.group == out[-1][-1].group:
+            out[-1].append(request)
+        else:
+            out.append([request])
+    return out
 
 
 def _distinct(prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
     """The different prompts in order, and for each prompt which of them it is."""
-    place: dict[tuple[int, ...], int] = {}
-    copies = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
-    return [list(prompt) for prompt in place], copies
+    number: dict[tuple[int, ...], int] = {}
+    copies = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    return [list(prompt) for prompt in number], copies

@@ -114,5 +114,5 @@ class _NoChance:
     def draw(self, probs: Tensor, k: int, replace: bool) -> Tensor:
         raise AssertionError("deterministic draws need no chance")
 
-    def substream(self, number: int) -> None:
+    def substream(self, number: int | Tensor) -> None:
         raise AssertionError("deterministic draws need no chance")

@@ -26,13 +26,14 @@ from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Tree
-from drafttrain.core.types import Scored, Verdict
 from drafttrain.data.shards import write_whole, writing
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.grow import widen
 from drafttrain.runtime.decoder import SpeculativeDecoder
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop, RoundRecord, served
 from drafttrain.runtime.policy import Fixed
+from drafttrain.runtime.proposer import Drafting
+from drafttrain.runtime.rows import Request
 from drafttrain.target.head import TargetHead
 
 FORMAT = 1
@@ -115,14 +116,16 @@ class LoggedRounds:
 class RoundRecorder:
     """An `on_round` hook that keeps what a log needs of the rows that go on."""
 
-    def __init__(self, first_prompt: int, states: bool = False) -> None:
-        """first_prompt: the number of the batch's first request; states: of `deterministic` trees too."""
-        self.first_prompt, self.states, self.parts = first_prompt, states, list[LoggedRounds]()
-        self.depth = self.children = 1  # the most that a tree had
-        self.batch: DecodingLoop | None = None  # set by whoever made both
+    needs = frozenset({"last_hidden_state"})
+    """Features that it reads: the loop is asked for them."""
 
-    def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
-        assert self.batch is not None
+    def __init__(self, states: bool = False) -> None:
+        """states: of `deterministic` trees too."""
+        self.states, self.parts = states, list[LoggedRounds]()
+        self.depth = self.children = 1  # the most that a tree had
+
+    def __call__(self, record: RoundRecord) -> None:
+        tree = record.tree
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)[:, None]
         q = None
         if (self.states or tree.draws != "deterministic") and tree.draft_states is None:
@@ -132,23 +135,22 @@ class RoundRecorder:
         if tree.draws != "deterministic":
             assert tree.draft_probs is not None and tree.probs_row is not None
             q = tree.draft_probs[row, tree.probs_row, tree.tokens]
-        numbers = torch.tensor(self.batch.row_ids) + self.first_prompt
-        p = scored.target_probs[row, tree.parents, tree.tokens]
+        p = record.scored.target_probs[row, tree.parents, tree.tokens]
         whole = LoggedRounds(
             tree.tokens,
             tree.parents,
             tree.live,
-            scored.features["last_hidden_state"],
+            record.features["last_hidden_state"],
             p,
-            verdict.length,
-            numbers,
+            record.verdict.length,
+            torch.tensor(record.rows),
             tree.probs_row,
             tree.draft_states,
             q,
         )
         self.depth = max(self.depth, int(tree.depth.masked_fill(~tree.live, 0).max()))
         self.children = max(self.children, int((tree.children >= 0).sum(-1).max()))
-        alive = self.batch.alive.cpu()
+        alive = record.alive.cpu()
         self.parts.append(LoggedRounds(**{name: value.cpu()[alive] for name, value in whole.tensors().items()}))
 
     def take(self) -> LoggedRounds:
@@ -181,24 +183,17 @@ def log_rounds(
             return held
     writer = RoundWriter(folder)
     policy = Fixed(replace(plan, keep_states=info.states))
-    answers: list[list[int]] = []
-    depth = children = 1  # as the trees have them: a lookup's may be deeper and wider than the plan's shape
-    for start in range(0, len(prompts), batch_size):
-        recorder = RoundRecorder(start, info.states)
-        batch = DecodingLoop(
-            decoder.target, decoder.drafter, rule, policy, sampling, seed, decoder.runtime.treat_as, None, recorder,
-            decoder.runtime.prefill_chunk,
-        )
-        batch.needs = batch.needs | {"last_hidden_state"}
-        recorder.batch = batch
-        group = prompts[start : start + batch_size]
-        batch.start([Request(prompt, start + place, max_new_tokens) for place, prompt in enumerate(group)])
-        while not batch.done:
-            batch.step()
+    recorder = RoundRecorder(info.states)
+    requests = [Request(prompt, number, max_new_tokens) for number, prompt in enumerate(prompts)]
+    proposer = None if decoder.drafter is None else Drafting(decoder.drafter, decoder.runtime.treat_as, rule.leaves_next_open)
+    loop = DecodingLoop(
+        decoder.target, proposer, rule, policy, sampling, seed, None, recorder, decoder.runtime.prefill_chunk, recorder.needs
+    )
+    for _ in served(loop, requests, batch_size):
         if recorder.parts:
             writer.add(recorder.take())
-        answers += batch.written
-        depth, children = max(depth, recorder.depth), max(children, recorder.children)
+    answers = loop.written
+    depth, children = recorder.depth, recorder.children  # as the trees have them: a lookup's may be deeper and wider than the plan's shape
     return writer.finish(info.model_copy(update={"max_depth": depth, "max_children": children}), answers)
 
 

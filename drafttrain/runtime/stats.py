@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +39,9 @@ class Statistics:
     """Drafter calls that prefetching took; `drafter_calls` counts them too."""
     calls_saved: int = 0
     """Drafter calls that hits saved: without prefetching it would be `drafter_calls - prefetch_calls + calls_saved`."""
+    by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Where there are several drafters, of each: `rounds` it proposed in, `tokens` kept in them, drafter `calls`, `catch_ups` (proposals
+    that first read what was committed while it was idle), `caught_up` tokens read so, and the `bytes` of its state at most."""
 
     @property
     def tau(self) -> float:
@@ -73,7 +77,19 @@ class Statistics:
             self.prefetch_hits + other.prefetch_hits,
             self.prefetch_calls + other.prefetch_calls,
             self.calls_saved + other.calls_saved,
+            _both_drafters(self.by_drafter, other.by_drafter),
         )
+
+
+def _both_drafters(first: dict[str, dict[str, int]], second: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Counts added up drafter by drafter; of memory, the larger."""
+    out = {label: dict(counts) for label, counts in first.items()}
+    for label, counts in second.items():
+        total = out.setdefault(label, {})
+        for name, count in counts.items():
+            before = total.get(name, 0)
+            total[name] = max(before, count) if name == "bytes" else before + count
+    return out
 
 
 def alpha_text(alpha: Iterable[float | None], zeros: bool = True) -> str:
@@ -91,6 +107,8 @@ class PastRound:
     tokens: int  # that they gained together
     drafted: bool  # False: decoded plainly
     seconds: float  # by the host's clock; it waits for the device once a round
+    arms: tuple[int, ...] = ()  # of each of these rows: which drafter proposed, 0 where there is one
+    gained: tuple[int, ...] = ()  # of each of these rows: its tokens
 
 
 @dataclass
@@ -98,41 +116,66 @@ class History(Statistics):
     """All that a policy may know before a round. Of the counts it holds `rounds`, `tokens` and `syncs`, over all rows."""
 
     latest: PastRound | None = None
+    arm_rounds: Counter[int] = field(default_factory=Counter)
+    """Rounds of rows by drafter."""
+    arm_tokens: Counter[int] = field(default_factory=Counter)
+    """Tokens by drafter."""
 
     def add(self, round_: PastRound) -> None:
         """The round that has just ended."""
         self.rounds, self.tokens, self.latest = self.rounds + round_.going, self.tokens + round_.tokens, round_
+        for arm, tokens in zip(round_.arms, round_.gained, strict=True):
+            self.arm_rounds[arm] += 1
+            self.arm_tokens[arm] += tokens
 
 
 class Tally:
-    """Per-row counts of a running batch, kept on the device: [B] rounds and tokens, [B, K] attempts and accepts."""
+    """Per-row counts of a running loop by drafter, kept on the device: [R, A] rounds and tokens, [R, A, K] attempts and accepts."""
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.rounds = torch.zeros(rows, dtype=torch.long, device=device)
+    def __init__(self, rows: int, device: torch.device, arms: int = 1) -> None:
+        """arms: drafters that are told apart."""
+        self.rounds = torch.zeros(rows, arms, dtype=torch.long, device=device)
         self.tokens = torch.zeros_like(self.rounds)
-        self.attempts = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self.attempts = torch.zeros(rows, arms, 0, dtype=torch.long, device=device)
         self.accepts = torch.zeros_like(self.attempts)
 
-    def add(
-        self, rows: Tensor, going: Tensor, kept: Tensor, accepted: Tensor, tried: Tensor, depth: int, from_target: bool = False
-    ) -> None:
-        """One round of the batch's `rows` [R]: which of them went on, tokens kept, nodes that stood, depths tried ([R] each; 0 everywhere
-        where a row was done). named: the first level was the target's own (`Tree.from_target`), and counts in no alpha."""
-        missing = depth - self.attempts.shape[1]
-        if missing > 0:
-            more = torch.zeros(len(self.rounds), missing, dtype=torch.long, device=rows.device)
-            self.attempts, self.accepts = torch.cat([self.attempts, more], 1), torch.cat([self.accepts, more], 1)
-        level = torch.arange(self.attempts.shape[1], device=rows.device)
-        self.rounds.index_add_(0, rows, going.long())
-        self.tokens.index_add_(0, rows, kept)
-        drafted = level >= int(from_target)
-        self.attempts.index_add_(0, rows, (drafted & (level < tried[:, None])).long())
-        self.accepts.index_add_(0, rows, (drafted & (level < accepted[:, None])).long())
+    def __len__(self) -> int:
+        return len(self.rounds)
 
-    def row(self, index: int) -> Statistics:
-        """One row's counts (waits for the device)."""
-        attempts, accepts = self.attempts[index].tolist(), self.accepts[index].tolist()
-        return Statistics(int(self.rounds[index]), int(self.tokens[index]), attempts, accepts)
+    def grow(self, rows: int) -> None:
+        """Room for so many rows more."""
+        for name in ("rounds", "tokens", "attempts", "accepts"):
+            counts: Tensor = vars(self)[name]
+            setattr(self, name, torch.cat([counts, counts.new_zeros(rows, *counts.shape[1:])]))
+
+    def add(
+        self, rows: Tensor, going: Tensor, kept: Tensor, accepted: Tensor, tried: Tensor, depth: int, from_target: bool = False,
+        arms: Tensor | None = None,
+    ) -> None:
+        """One round of the batch's `rows` [B]: which of them went on, tokens kept, nodes accepted, depths tried ([B] each; 0 everywhere
+        where a row was done). named: the first level was the target's own (`Tree.from_target`), and counts in no alpha. arms: [B] which drafter
+        proposed; None where there is one."""
+        missing = depth - self.attempts.shape[2]
+        if missing > 0:
+            more = self.attempts.new_zeros(*self.rounds.shape, missing)
+            self.attempts, self.accepts = torch.cat([self.attempts, more], 2), torch.cat([self.accepts, more], 2)
+        place = rows, torch.zeros_like(rows) if arms is None else arms
+        level = torch.arange(self.attempts.shape[2], device=rows.device)
+        drafted = level >= int(from_target)
+        self.rounds.index_put_(place, going.long(), accumulate=True)
+        self.tokens.index_put_(place, kept, accumulate=True)
+        self.attempts.index_put_(place, (drafted & (level < tried[:, None])).long(), accumulate=True)
+        self.accepts.index_put_(place, (drafted & (level < accepted[:, None])).long(), accumulate=True)
+
+    def row(self, index: int, labels: Sequence[str] = ()) -> Statistics:
+        """One row's counts (waits for the device). labels: the drafters' names, where there are several."""
+        rounds, tokens = self.rounds[index].tolist(), self.tokens[index].tolist()
+        attempts, accepts = self.attempts[index].sum(0).tolist(), self.accepts[index].sum(0).tolist()
+        by_drafter = {}
+        if len(labels) > 1:
+            for label, count, gained in zip(labels, rounds, tokens, strict=True):
+                by_drafter[label] = {"rounds": count, "tokens": gained}
+        return Statistics(sum(rounds), sum(tokens), attempts, accepts, by_drafter=by_drafter)
 
 
 def now(device: torch.device) -> float:

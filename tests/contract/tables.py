@@ -91,7 +91,7 @@ class TableDrafter:
     """q(context) from another table, through the real growing code."""
 
     needs: frozenset[str] = frozenset()
-    calls, max_depth = 0, None
+    calls, max_depth, weight_version = 0, None, 0
 
     def __init__(self, vocab: int, seed: int = 2) -> None:
         self.vocab, self.seed = vocab, seed

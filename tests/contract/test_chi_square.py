@@ -24,8 +24,9 @@ from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Scored, Verdict
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.runtime import generate
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop
 from drafttrain.runtime.policy import Fixed
+from drafttrain.runtime.rows import Request
 from drafttrain.target.adapter import Prefill
 from drafttrain.verify import RULES
 from tests.contract.test_rules import VARIANTS, made
@@ -111,6 +112,9 @@ class Stateless:
     def set_lengths(self, lengths: list[int]) -> None:
         pass
 
+    def set_groups(self, groups: Any) -> None:
+        pass
+
 
 class Markov(Stateless):
     """A target whose distribution hangs on the last token alone, and its own cache: thousands of rows at once."""
@@ -137,7 +141,7 @@ class MarkovDrafter(Stateless):
     """Drafts with another table through the real growing code; it remembers nothing."""
 
     needs: frozenset[str] = frozenset()
-    calls = 0
+    calls, weight_version = 0, 0
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -155,7 +159,7 @@ class MarkovDrafter(Stateless):
 class Reusing(SeededRng):
     """Judges a round with the numbers that drafted it."""
 
-    def substream(self, number: int) -> None:
+    def substream(self, number: int | Tensor) -> None:
         super().substream(number - 1 + number % 2)
 
 

@@ -14,8 +14,9 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored
 from drafttrain.runtime import generate
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop
 from drafttrain.runtime.policy import Confident, ConfidentConfig, Fixed, Policy
+from drafttrain.runtime.rows import Request
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import RuleConfig
 from drafttrain.verify.confidence import ConfidenceConfig
@@ -54,7 +55,7 @@ def distance(
         monkeypatch.setattr(generate, "SeededRng", lambda seed, ids, rng=rng: rng)
         batch = DecodingLoop(
             target, TableDrafter(vocab), build(config), policy, sampling, seed=0,  # type: ignore[arg-type]
-            on_round=lambda tree, scored, verdict: None if trees is None else trees.append(tree),
+            on_round=lambda record: None if trees is None else trees.append(record.tree),
         )  # fmt: skip
         batch.start([Request([1, 1], 0, 9)])
         batch.step()

@@ -23,8 +23,9 @@ from drafttrain.core.tree import Draws, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.grow import Frontier, grow
 from drafttrain.runtime import generate
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop
 from drafttrain.runtime.policy import Fixed
+from drafttrain.runtime.rows import Request
 from drafttrain.verify import RULES
 from drafttrain.verify.base import Rule, RuleConfig
 from tests.contract.tables import TableDrafter, TableTarget

@@ -156,7 +156,7 @@ def test_what_the_lookup_finds_stands_beside_what_the_trained_drafter_finds(shap
         drafter = tiny_drafter("eagle3", target)
     trees: list[Tree] = []
     runtime = RuntimeConfig(shape=shape, hybrid=HybridConfig(draft_cost=0.01, node_cost=0.0))
-    SpeculativeDecoder(target, drafter, runtime).generate([prompt], 24, on_round=lambda tree, *rest: trees.append(tree))
+    SpeculativeDecoder(target, drafter, runtime).generate([prompt], 24, on_round=lambda record: trees.append(record.tree))
     proposers = [set(tree.proposer[tree.live].tolist()) for tree in trees if tree.proposer is not None]
     assert any({TRAINED, FREE} <= proposer for proposer in proposers)
     assert all(int(tree.live.sum()) - 1 <= shape.nodes for tree in trees)

@@ -12,7 +12,8 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.evaluation import efficiency
 from drafttrain.evaluation.efficiency import TIMES, RecordedRound, RoundReplay, measure
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop
+from drafttrain.runtime.rows import Request
 from tests.evaluation.toys import contender, target
 
 PROMPT = [5, 9, 11, 30, 2, 7]

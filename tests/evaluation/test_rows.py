@@ -8,11 +8,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import bootstrap, t
 
 from drafttrain.core.errors import UserError
-from drafttrain.core.types import Verdict
 from drafttrain.evaluation.efficiency import Efficiency
 from drafttrain.evaluation.rows import (
     STUDENT,
@@ -28,7 +26,7 @@ from drafttrain.evaluation.rows import (
     summarise,
     tau_interval,
 )
-from drafttrain.evaluation.runners import GENERATE, PLAIN, Facts, kept_tokens
+from drafttrain.evaluation.runners import GENERATE, PLAIN, Facts
 from tests.evaluation.toys import sample
 
 SETTING = Setting(
@@ -192,13 +190,6 @@ def test_stretches_in_which_the_length_limit_can_cut_a_round_are_not_shown(draft
     row = rows_of(*PLAINLY, *DRAFTED)["mine", "all", "all"]
     measured = replace(row.measured, draft_length=draft_length, alpha=(0.5,) * depths, positions=((20, 40),) * 8)
     assert len(replace(row, max_new_tokens=128, measured=measured).uncut.positions) == stretches
-
-
-def test_the_last_round_keeps_what_the_limit_left() -> None:
-    verdicts = [Verdict(torch.zeros(1, 3), torch.tensor([length]), torch.tensor([7])) for length in (3, 0, 2)]
-    assert kept_tokens(verdicts, 6) == [4, 1, 1]
-    assert kept_tokens([replace(verdicts[0], next=None), verdicts[1]], 4) == [3, 1]
-    assert kept_tokens([], 0) == []
 
 
 def test_speed_ups_are_given_against_every_baseline_of_the_run() -> None:

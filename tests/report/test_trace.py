@@ -44,7 +44,7 @@ def traced(shape: str = "dynamic", **options: Any) -> Traced:
     recorder = TraceRecorder(decoder.target)
     answer = decoder.stream(PROMPT, on_round=recorder, **options)
     text = "".join(piece.text for piece in answer)
-    return Traced(decoder, answer, recorder, recorder.finish(answer.round_seconds, answer.statistics.tokens), text)
+    return Traced(decoder, answer, recorder, recorder.finish(answer.round_seconds), text)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

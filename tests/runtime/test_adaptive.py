@@ -15,8 +15,9 @@ from drafttrain.drafters.base import CATCH_UP, Drafter
 from drafttrain.drafters.medusa import Medusa, MedusaConfig
 from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop
 from drafttrain.runtime.policy import LONGEST_PAUSE, PAUSE, PLAIN_PROBE, PROBE, RENEW, Adaptive
+from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import History, PastRound
 from drafttrain.target.adapter import Target
 from tests.tiny import fitted, greedy_text, tiny_eagle3, tiny_target
@@ -47,7 +48,7 @@ def run(
     """
     decoder = SpeculativeDecoder(target, drafter, RuntimeConfig(shape=shape, policy="adaptive"))
     batch = decoder.batch(Sampling())
-    batch.now = lambda: target.forwards + call * drafter.calls
+    batch.accounts.now = lambda: target.forwards + call * drafter.calls
     batch.start([Request(prompt, index, new_tokens) for index, prompt in enumerate(prompts)])
     drafted = []
     while not batch.done:

@@ -18,7 +18,7 @@ from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.files import save_drafter
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime.decoder import RESOLVED, RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import Request
+from drafttrain.runtime.rows import Request
 from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target
 
 SHAPES = [Chain(length=4), Static(children=(3, 2)), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
@@ -87,7 +87,7 @@ def test_the_host_knows_every_rows_length_whichever_token_of_a_block_ends_it(sha
         batch.start([Request(prompt, number, 20 + number) for number, prompt in enumerate(PROMPTS)])
         while not batch.done:
             ended += sum(one.done and 0 < len(one.tokens) == one.accepted for one in batch.step())
-            assert batch.done or batch.lengths == batch.cache.lengths.tolist()
+            assert batch.done or batch.rows.lengths == batch.cache.lengths.tolist()
     assert ended > 0
 
 
@@ -296,7 +296,7 @@ def test_the_folder_of_a_run_decodes_as_its_recipe_says(tmp_path: Path) -> None:
 def test_a_hook_sees_every_round_before_it_is_cut() -> None:
     seen = []
     speculative = decoder(Chain(length=3))
-    got = speculative.generate(PROMPTS[0], max_new_tokens=20, on_round=lambda tree, scored, verdict: seen.append(verdict.length))
+    got = speculative.generate(PROMPTS[0], max_new_tokens=20, on_round=lambda record: seen.append(record.verdict.length))
     assert len(seen) == got[0].statistics.rounds
 
 

@@ -11,11 +11,13 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Static
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored, Verdict
+from drafttrain.core.types import Verdict
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import RoundRecord
 from drafttrain.runtime.prefetch import Prefetched, Prefetcher
+from drafttrain.runtime.proposer import Prefetching
+from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import Statistics
 from tests.runtime.test_rounds import PROMPTS, drafter, target
 from tests.tiny import greedy_text
@@ -27,8 +29,8 @@ NEW = 26
 def decoded(shape: Any, prefetch: int, temperature: float, batch: int = 1, **more: Any) -> tuple[list[Generation], list[Tree], Statistics]:
     trees: list[Tree] = []
 
-    def keep(tree: Tree, scored: Scored, verdict: Verdict) -> None:
-        trees.append(tree)
+    def keep(record: RoundRecord) -> None:
+        trees.append(record.tree)
 
     runtime = RuntimeConfig(shape=shape, prefetch=prefetch)
     speculative = SpeculativeDecoder(target(), drafter("small_lm"), runtime)
@@ -60,7 +62,7 @@ def test_every_bet_on_a_row_is_tried_and_wider_ones_hit_more() -> None:
 
 def test_bets_are_placed_before_the_target_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    draft, score, propose = Prefetcher.draft, target().score, DecodingLoop._propose
+    draft, score, propose = Prefetcher.draft, target().score, Prefetching._drafted
 
     def drafting(*given: Any) -> Any:
         order.append("prefetched draft")
@@ -76,7 +78,7 @@ def test_bets_are_placed_before_the_target_answers(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Prefetcher, "draft", drafting)
     monkeypatch.setattr(target(), "score", scoring)
-    monkeypatch.setattr(DecodingLoop, "_propose", proposing)
+    monkeypatch.setattr(Prefetching, "_drafted", proposing)
     decoded(Chain(length=2), 2, 0.8, batch=4)
     assert order == ["propose", "prefetched draft", "score"] * (len(order) // 3)
 

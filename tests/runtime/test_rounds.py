@@ -15,13 +15,13 @@ from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.drafters.ngram import NgramConfig
 from drafttrain.runtime import rounds as logging
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.generate import RoundRecord
 from drafttrain.runtime.rounds import LoggedProbs, RoundLog, RoundRecorder, joined, log_rounds
 from drafttrain.target.adapter import Target
 from tests.tiny import VOCAB, fitted, tiny_target
@@ -83,14 +83,14 @@ class Spy(RoundRecorder):
 
     seen: list[tuple[Tree, torch.Tensor]]
 
-    def __call__(self, tree: Tree, scored: Scored, verdict: Verdict) -> None:
-        assert self.batch is not None
+    def __call__(self, record: RoundRecord) -> None:
+        tree, scored = record.tree, record.scored
         if not hasattr(self, "seen"):
             self.seen = []
-        alive = self.batch.alive
+        alive = record.alive
         kept = {name: vars(tree)[name][alive] for name in ("tokens", "parents", "live", "draft_probs", "probs_row", "draft_states")}
         self.seen.append((replace(tree, **kept), scored.target_probs[alive]))
-        super().__call__(tree, scored, verdict)
+        super().__call__(record)
 
 
 @pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2)), RAGGED], ids=["chain", "3-2", "ragged"])
@@ -140,7 +140,7 @@ def test_shards_together_hold_what_one_would(tmp_path: Path, monkeypatch: pytest
     whole = log_rounds(speculative, PROMPTS, HOT, 8, tmp_path / "one", "d", batch_size=1)
     monkeypatch.setattr(logging, "SHARD_BYTES", 1)
     many = log_rounds(speculative, PROMPTS, HOT, 8, tmp_path / "many", "d", batch_size=1)
-    assert (len(whole.info.shards), len(many.info.shards)) == (1, 4)
+    assert len(whole.info.shards) == 1 < len(many.info.shards)
     for name, value in joined(list(whole.parts())).tensors().items():
         assert torch.equal(joined(list(many.parts())).tensors()[name], value), name
 

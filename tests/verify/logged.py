@@ -16,8 +16,9 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.drafters.base import Drafter
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop, RoundRecord
 from drafttrain.runtime.policy import Fixed
+from drafttrain.runtime.rows import Request
 from drafttrain.target.adapter import Target
 from drafttrain.verify.base import Rule
 from drafttrain.verify.typical import Typical, TypicalConfig
@@ -74,8 +75,8 @@ def rounds(shape: str, sampling: Sampling, draws: Any = "deterministic") -> list
     """Rounds of lossless decoding with trees of this shape."""
     seen: list[Round] = []
 
-    def log(tree: Tree, scored: Scored, verdict: Verdict) -> None:
-        seen.append(Round(tree, scored))
+    def log(record: RoundRecord) -> None:
+        seen.append(Round(record.tree, record.scored))
 
     rule, plan = Reading(TypicalConfig(epsilon=None)), Plan(SHAPES[shape], draws, record_probs=True)
     batch = DecodingLoop(target(), drafter(), rule, Fixed(plan), sampling, seed=1, on_round=log)

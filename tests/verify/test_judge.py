@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Scored
 from drafttrain.recipe import load_recipe, stage_fingerprint
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.generate import RoundRecord
 from drafttrain.train.heads import auroc
 from drafttrain.train.judge import PART, PENALTIES, JudgeExamples, JudgeTrainConfig, Mismatch, ask, fit, label, labelled, mismatches, spoil
 from drafttrain.verify.judge import Judge, JudgeConfig, JudgeHead
@@ -172,7 +172,8 @@ def test_mismatches_are_the_places_where_a_drafted_chain_of_one_is_rejected() ->
         rejected: dict[int, int] = {}
         written = [1]
 
-        def log(tree: Any, scored: Any, verdict: Any, rejected: dict[int, int] = rejected, written: list[int] = written) -> None:
+        def log(record: RoundRecord, rejected: dict[int, int] = rejected, written: list[int] = written) -> None:
+            tree, verdict = record.tree, record.verdict
             if int(verdict.length[0]) == 0:
                 rejected[written[0]] = int(tree.tokens[0, 1])
             written[0] += int(verdict.length[0]) + 1

@@ -23,6 +23,7 @@ from drafttrain.evaluation.rows import summarise
 from drafttrain.evaluation.runners import Contender
 from drafttrain.recipe import load_recipe
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
+from drafttrain.runtime.generate import RoundRecord
 from drafttrain.runtime.policy import Confident, ConfidentConfig
 from drafttrain.verify import build
 from drafttrain.verify.base import RuleConfig
@@ -138,7 +139,8 @@ def forks(width: int, sampling: Sampling) -> list[Round]:
     """Rounds of the rule's own decoding whose first level the target named."""
     seen: list[Round] = []
 
-    def log(tree: Tree, scored: Scored, verdict: Verdict) -> None:
+    def log(record: RoundRecord) -> None:
+        tree, scored = record.tree, record.scored
         seen.append(Round(tree, scored))
 
     runtime = FORK.model_copy(update={"rule": LongestConfig(width=width)})
@@ -199,9 +201,9 @@ def test_rounds_left_open_go_on_from_the_last_accepted_token_and_nothing_is_lost
     decoder = SpeculativeDecoder(target(), drafter, FORK)
     for prompt in PROMPTS:
         seen.clear()
-        (made,) = decoder.generate([prompt], 20, *sampling, seed=3, on_round=lambda *given: seen.append(given))
+        (made,) = decoder.generate([prompt], 20, *sampling, seed=3, on_round=seen.append)
         text, origins = [*prompt, made.tokens[0]], [0]
-        for place, (tree, scored, verdict) in enumerate(seen):
+        for place, (tree, scored, verdict) in enumerate((record.tree, record.scored, record.verdict) for record in seen):
             assert tree.from_target == (place > 0)
             assert int(tree.tokens[0, 0]) == text[-1]
             whole = target().model(torch.tensor([text])).logits[0, -1]
@@ -317,7 +319,7 @@ def drafter_tree(shape: str) -> Tree:
     """The first round's tree as it is drafted where no rule reads distributions."""
     seen: list[Tree] = []
     decoder = SpeculativeDecoder(target(), drafter(), RuntimeConfig(shape=SHAPES[shape]))
-    decoder.generate(PROMPTS, 20, *COLD, seed=1, on_round=lambda tree, scored, verdict: seen.append(tree))
+    decoder.generate(PROMPTS, 20, *COLD, seed=1, on_round=lambda record: seen.append(record.tree))
     return seen[0]
 
 
@@ -360,7 +362,7 @@ def test_draft_lengths_fall_with_the_floor_and_greedy_text_stays_the_same(sampli
         live: list[Tensor] = []
         runtime = RuntimeConfig(shape=Chain(length=4), policy=ConfidentConfig(floor=floor))
         decoder = SpeculativeDecoder(target(), drafter(), runtime)
-        made = decoder.generate([[1, 2, 3]], 24, *sampling, seed=3, on_round=lambda tree, *rest, live=live: live.append(tree.live))
+        made = decoder.generate([[1, 2, 3]], 24, *sampling, seed=3, on_round=lambda record, live=live: live.append(record.tree.live))
         drafted.append(sum(int(one.sum()) - 1 for one in live) / len(live))
         if sampling.greedy:
             plain = SpeculativeDecoder(target()).generate([[1, 2, 3]], 24)

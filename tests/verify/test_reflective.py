@@ -14,8 +14,9 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Scored
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
-from drafttrain.runtime.generate import DecodingLoop, Request
+from drafttrain.runtime.generate import DecodingLoop
 from drafttrain.runtime.policy import Fixed
+from drafttrain.runtime.rows import Request
 from drafttrain.target.cache import TreeCache
 from drafttrain.verify.reflective import Reflective, ReflectiveConfig
 from tests.tiny import greedy_text
@@ -86,7 +87,7 @@ def test_after_each_round_the_cache_holds_the_committed_tokens_and_no_more_in_on
     batch.start([Request(prompt, index, 20) for index, prompt in enumerate(PROMPTS)])
     count = 1
     while not batch.done:
-        assert batch.cache.lengths.tolist() == [len(PROMPTS[row]) + len(batch.written[row]) - 1 for row in batch.row_ids]
+        assert batch.cache.lengths.tolist() == [len(PROMPTS[row]) + len(batch.written[row]) - 1 for row in batch.rows.numbers]
         batch.step()
         count += 1
     assert target().forwards - before == count
