@@ -153,8 +153,8 @@ class Tally:
         arms: Tensor | None = None,
     ) -> None:
         """One round of the batch's `rows` [B]: which of them went on, tokens kept, nodes accepted, depths tried ([B] each; 0 everywhere
-        where a row was done). named: the first level was the target's own (`Tree.from_target`), and counts in no alpha. arms: [B] which drafter
-        proposed; None where there is one."""
+        where a row was done). from_target: the first level was the target's own (`Tree.from_target`), and counts in no alpha. arms: [B]
+        which drafter proposed; None where there is one."""
         missing = depth - self.attempts.shape[2]
         if missing > 0:
             more = self.attempts.new_zeros(*self.rounds.shape, missing)
