@@ -214,7 +214,7 @@ def test_rounds_left_open_go_on_from_the_last_accepted_token_and_nothing_is_lost
             origins += [0 if tree.from_target and not depth else 1 for depth in range(len(stood))]
             if place + 1 < len(seen):
                 assert verdict.target_candidates is not None
-                assert verdict.target_candidates[0].tolist() == seen[place + 1][0].tokens[0, 1:5].tolist()
+                assert verdict.target_candidates[0].tolist() == seen[place + 1].tree.tokens[0, 1:5].tolist()
         assert text[len(prompt) :][:20] == made.tokens and origins[:20] == made.origins
         counts = made.statistics
         assert (counts.rounds, counts.tokens) == (len(seen), 19)
