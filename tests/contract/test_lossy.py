@@ -70,7 +70,7 @@ def distance(
 
 
 def fixed(config: RuleConfig, tree: str, draws: Any) -> Fixed:
-    return Fixed(Plan(TREES[tree], draws, distributions=build(config).needs_draft_probs))
+    return Fixed(Plan(TREES[tree], draws, record_probs=build(config).needs_draft_probs))
 
 
 def test_every_lossy_rule_is_named_here() -> None:
