@@ -66,6 +66,52 @@ def tv(p: Tensor, log_q: Tensor) -> Tensor:
     return 1 - torch.minimum(p, log_q.exp()).sum(-1)
 
 
+def l1(p: Tensor, log_q: Tensor) -> Tensor:
+    """||p - q||_1, twice the total variation: [..., V] -> [...]."""
+    return (p - log_q.exp()).abs().sum(-1)
+
+
+def overlap(p: Tensor, log_q: Tensor) -> Tensor:
+    """sum min(p, q), the probability that a token drawn from q is accepted: [..., V] -> [...]."""
+    return torch.minimum(p, log_q.exp()).sum(-1)
+
+
+def nla(p: Tensor, log_q: Tensor) -> Tensor:
+    """Negative log acceptance, -log sum min(p, q) (LK losses, 2026, arXiv:2602.23881): [..., V] -> [...]."""
+    return -overlap(p, log_q).clamp_min(1e-12).log()
+
+
+def lk_hybrid(p: Tensor, log_q: Tensor, sharpness: float = 3.0) -> Tensor:
+    """l KL(p || q) + (1 - l) (1 - a), a = sum min(p, q), l = exp(-sharpness a) held fixed (arXiv:2602.23881): [..., V] -> [...].
+
+    A drafter that is rarely accepted learns by KL, whose gradient does not vanish there; a good one by the acceptance itself.
+    """
+    accepted = overlap(p, log_q)
+    share = (-sharpness * accepted.detach()).exp()
+    return share * forward_kl(p, log_q) + (1 - share) * (1 - accepted)
+
+
+def dpace_weights(label_probs: Tensor, real: Tensor, smoothing: float = 0.5) -> Tensor:
+    """D-PACE (2026, arXiv:2605.18810): how much each position of a draft weighs, [N, K] -> [N, K], without gradient.
+
+    label_probs: q of each label; real: where there is one. With s = (1 - smoothing) q + smoothing, position j weighs
+    sum_{m >= j} prod_{i <= m} s_i: how much of the expected accepted length hangs on it.
+    """
+    stands = (1 - smoothing) * label_probs.detach() + smoothing
+    reached = stands.cumprod(-1) * real
+    return reached.flip(-1).cumsum(-1).flip(-1) * real
+
+
+def decay_weights(steps: int, gamma: float, device: torch.device | None = None) -> Tensor:
+    """exp(-k / gamma) for k = 0 .. steps - 1 (DFlash): [steps]."""
+    return (-torch.arange(steps, device=device, dtype=torch.float32) / gamma).exp()
+
+
+def confidence_bce(score: Tensor, accepted: Tensor) -> Tensor:
+    """Cross entropy of a confidence sigmoid(score) with how likely the token is accepted, which gets no gradient: [...] twice -> [...]."""
+    return F.binary_cross_entropy_with_logits(score.float(), accepted.detach().float(), reduction="none")
+
+
 def label_cross_entropy(index: Tensor, inside: Tensor, log_q: Tensor) -> Tensor:
     """-log q of the label, 0 where it is outside the draft vocabulary: [...] and [..., V] -> [...]."""
     return -log_q.gather(-1, index[..., None])[..., 0] * inside
@@ -82,17 +128,30 @@ class LossMix(Config):
     """Total variation: one minus the acceptance probability itself."""
     ce: float = Field(default=0.0, ge=0)
     """Cross entropy of the token the target wrote."""
+    l1: float = Field(default=0.0, ge=0)
+    """||p - q||_1, twice the total variation (DSpark: 0.9, beside 0.1 of `ce`)."""
+    nla: float = Field(default=0.0, ge=0)
+    """-log of the acceptance probability."""
+    lk_hybrid: float = Field(default=0.0, ge=0)
+    """KL where the drafter is rarely accepted, total variation where it mostly is."""
 
     @model_validator(mode="after")
     def _some(self) -> LossMix:
-        if self.forward_kl + self.reverse_kl + self.tv + self.ce == 0:
-            raise ValueError("every weight is 0; give at least one of forward_kl, reverse_kl, tv, ce")
+        if not any(weight for _, weight in self):
+            raise ValueError(f"every weight is 0; give at least one of {', '.join(type(self).model_fields)}")
         return self
+
+    @property
+    def only_forward_kl(self) -> bool:
+        return not any(weight for name, weight in self if name != "forward_kl")
 
     def of(self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None) -> Tensor:
         """[R, Vd] drafter's and teacher's logits, [R] labels -> [R]."""
-        log_q, p = logits.float().log_softmax(-1), teacher.float().softmax(-1)
-        loss = torch.zeros_like(log_q[:, 0])
+        return self.between(teacher.float().softmax(-1), logits.float().log_softmax(-1), labels, vocab)
+
+    def between(self, p: Tensor, log_q: Tensor, labels: Tensor, vocab: Tensor | None) -> Tensor:
+        """The same of distributions: [R, Vd] p and log q, [R] labels -> [R]."""
+        loss = torch.zeros_like(log_q[..., 0])
         if self.forward_kl:
             loss = loss + self.forward_kl * forward_kl(p, log_q)
         if self.reverse_kl:
@@ -101,13 +160,19 @@ class LossMix(Config):
             loss = loss + self.tv * tv(p, log_q)
         if self.ce:
             loss = loss + self.ce * label_cross_entropy(*draft_index(labels, vocab), log_q)
+        if self.l1:
+            loss = loss + self.l1 * l1(p, log_q)
+        if self.nla:
+            loss = loss + self.nla * nla(p, log_q)
+        if self.lk_hybrid:
+            loss = loss + self.lk_hybrid * lk_hybrid(p, log_q)
         return loss
 
     def with_gradient(
         self, logits: Tensor, teacher: Tensor, labels: Tensor, vocab: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The sum of `weight` ([R]) times `of` over the rows, and its gradient by the logits ([R, Vd], in their dtype)."""
-        if self.forward_kl and not (self.reverse_kl or self.tv or self.ce):
+        if self.only_forward_kl:
             return forward_kl_with_gradient(logits, teacher, self.forward_kl * weight)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
@@ -128,6 +193,53 @@ def forward_kl_with_gradient(logits: Tensor, teacher: Tensor, weight: Tensor) ->
         total += (((p * t.sub_(x)).sum(-1) + (lse_x - lse_t)[:, 0]) * weight[rows]).sum()
         gradient[rows] = x.sub_(lse_x).exp_().sub_(p).mul_(weight[rows, None]).to(gradient.dtype)
     return total, gradient
+
+
+ChunkLoss = Callable[..., Tensor]
+"""(a part of each tensor of rows) -> [M]: the loss of these rows, and figures to log; figures that carry no gradient."""
+
+
+def summed_in_chunks(
+    loss: ChunkLoss, rows: Sequence[Tensor], parameters: Sequence[Tensor], chunk: int, figures: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The sum of `loss(part of rows, ...)` over chunks of rows: the loss (scalar) and its figures ([figures]).
+
+    rows: tensors of equal length, of which those that require gradients get them. parameters: what else `loss` reads and is to be
+    trained. The gradient is taken while a chunk's logits are there, so that none of them has to be kept or computed again.
+    """
+    return _InChunks.apply(loss, len(rows), chunk, figures, *rows, *parameters)
+
+
+class _InChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: ChunkLoss, count: int, chunk: int, figures: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        rows, parameters = tensors[:count], tensors[count:]
+        wanted = ctx.needs_input_grad[4:]
+        d_rows = [torch.zeros_like(one) if need else None for one, need in zip(rows, wanted[:count], strict=True)]
+        trained = [one for one, need in zip(parameters, wanted[count:], strict=True) if need]
+        d_trained = [torch.zeros_like(one) for one in trained]
+        sums = torch.zeros(1 + figures, device=rows[0].device)
+        for start in range(0, len(rows[0]), chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                given = [one[part].detach().requires_grad_(gradient is not None) for one, gradient in zip(rows, d_rows, strict=True)]
+                found = loss(*given)
+                leaves = [one for one in given if one.requires_grad]
+                gradients = torch.autograd.grad(found[0], [*leaves, *trained], allow_unused=True) if leaves or trained else ()
+            sums += found.detach()
+            into = [gradient[part] for gradient in d_rows if gradient is not None] + d_trained
+            for sum_so_far, gradient in zip(into, gradients, strict=True):
+                if gradient is not None:
+                    sum_so_far.add_(gradient)
+        found_trained = iter(d_trained)
+        ctx.save_for_backward(*d_rows, *(next(found_trained) if need else None for need in wanted[count:]))
+        total, logged = sums[0].clone(), sums[1:].clone()
+        ctx.mark_non_differentiable(logged)
+        return total, logged
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *[None] * 4, *(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
 
 
 def distill_plain(

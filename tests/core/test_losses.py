@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,20 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.losses import (
     LossMix,
     OutputLayer,
+    confidence_bce,
+    decay_weights,
     distill,
     distill_plain,
+    dpace_weights,
     forward_kl,
+    l1,
     label_cross_entropy,
+    lk_hybrid,
+    nla,
+    overlap,
     reverse_kl,
     soft_cross_entropy,
+    summed_in_chunks,
     tv,
 )
 from drafttrain.core.vocab import draft_index
@@ -34,7 +43,10 @@ MIXES = [
     LossMix(forward_kl=0, reverse_kl=1),
     LossMix(forward_kl=0, tv=1),
     LossMix(forward_kl=0, ce=1),
-    LossMix(forward_kl=0.3, reverse_kl=0.2, tv=0.7, ce=0.1),
+    LossMix(forward_kl=0, l1=0.9, ce=0.1),
+    LossMix(forward_kl=0, nla=1),
+    LossMix(forward_kl=0, lk_hybrid=1),
+    LossMix(forward_kl=0.3, reverse_kl=0.2, tv=0.7, ce=0.1, l1=0.2, nla=0.4, lk_hybrid=0.6),
 ]
 SUBSET = torch.tensor([0, 3, 4, 9, 11, 17, 18, 25, 33, 39])
 
@@ -174,9 +186,92 @@ def test_total_variation_is_half_the_distance_and_one_minus_acceptance() -> None
     torch.testing.assert_close(tv(p, log_q), (p - log_q.exp()).abs().sum(-1) / 2)
 
 
+def gradient_of(distance: Callable[[Tensor, Tensor], Tensor], p: Tensor, logits: Tensor) -> Tensor:
+    leaf = logits.detach().requires_grad_()
+    return torch.autograd.grad(distance(p, leaf.log_softmax(-1)).sum(), leaf)[0]
+
+
+def same_value_and_gradient(ours: Callable[[Tensor, Tensor], Tensor], plain: Callable[[Tensor, Tensor], Tensor]) -> None:
+    p, logits = distributions()
+    torch.testing.assert_close(ours(p, logits), plain(p, logits))
+    torch.testing.assert_close(gradient_of(ours, p, logits), gradient_of(plain, p, logits))
+
+
+def test_l1_is_twice_the_total_variation() -> None:
+    same_value_and_gradient(l1, lambda p, log_q: 2 * (1 - torch.stack([p, log_q.exp()]).amin(0).sum(-1)))
+
+
+def test_nla_is_the_negative_log_of_the_acceptance_and_finite_where_nothing_is_accepted() -> None:
+    same_value_and_gradient(nla, lambda p, log_q: -torch.log(1 - 0.5 * (p - log_q.exp()).abs().sum(-1)))
+    far = torch.tensor([[0.0, -300.0]])
+    assert nla(torch.tensor([[0.0, 1.0]]), far).isfinite().all()
+
+
+def test_lk_hybrid_mixes_kl_and_variation_by_an_acceptance_that_gets_no_gradient() -> None:
+    def plain(p: Tensor, log_q: Tensor) -> Tensor:
+        distance = (p - log_q.exp()).abs().sum(-1) / 2
+        share = torch.exp(-3 * (1 - distance)).detach()
+        return share * (p * (p.log() - log_q)).sum(-1) + (1 - share) * distance
+
+    same_value_and_gradient(lk_hybrid, plain)
+    p, log_q = distributions()
+    assert (lk_hybrid(p, log_q, sharpness=0) - forward_kl(p, log_q)).abs().max() < 1e-6  # a share of 1: KL alone
+    assert (lk_hybrid(p, log_q, sharpness=1e4) - tv(p, log_q)).abs().max() < 1e-6
+
+
+def test_overlap_is_how_likely_rejection_sampling_accepts() -> None:
+    p, log_q = distributions()
+    q = log_q.exp()
+    torch.testing.assert_close(overlap(p, log_q), (q * (p / q).clamp_max(1)).sum(-1))
+
+
+def test_dpace_weights_are_what_hangs_on_each_position_and_carry_no_gradient() -> None:
+    label_probs = torch.tensor([[0.5, 0.2, 0.9], [1.0, 0.0, 0.3]]).requires_grad_()
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    found = dpace_weights(label_probs, real)
+    s = [[0.75, 0.6, 0.95], [1.0, 0.5, 0.65]]
+    first = [s[0][0], s[0][0] * s[0][1], s[0][0] * s[0][1] * s[0][2]]
+    expected = [[sum(first), first[1] + first[2], first[2]], [1.0 + 0.5, 0.5, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert not found.requires_grad
+
+
+def test_decay_weights_fall_by_e_every_gamma_positions() -> None:
+    found = decay_weights(9, 4.0)
+    torch.testing.assert_close(found[4:] / found[:-4], torch.full((5,), math.exp(-1)))
+    assert found[0] == 1
+
+
+def test_confidence_learns_how_likely_a_token_is_accepted() -> None:
+    score, accepted = torch.tensor([0.3, -1.0]).requires_grad_(), torch.tensor([0.9, 0.2]).requires_grad_()
+    c = score.sigmoid()
+    torch.testing.assert_close(confidence_bce(score, accepted), -(accepted * c.log() + (1 - accepted) * (1 - c).log()))
+    confidence_bce(score, accepted).sum().backward()
+    torch.testing.assert_close(score.grad, (c - accepted).detach())
+    assert accepted.grad is None
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_a_loss_summed_in_chunks_has_the_value_and_the_gradients_of_the_whole(chunk: int) -> None:
+    torch.manual_seed(3)
+    x, y, weight = torch.randn(9, 4).requires_grad_(), torch.randn(9), torch.randn(4).requires_grad_()
+    frozen = torch.randn(4)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.tanh(x @ weight + x @ frozen)
+        return torch.stack([(out * y).sum(), (y > 0).sum().float()])
+
+    expected = loss(x, y)
+    found, figures = summed_in_chunks(loss, [x, y], [weight, frozen], chunk, figures=1)
+    torch.testing.assert_close(found, expected[0])
+    assert figures.tolist() == expected[1:].tolist()
+    for ours, plain in zip(torch.autograd.grad(2 * found, [x, weight]), torch.autograd.grad(2 * expected[0], [x, weight]), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 def test_every_distance_is_zero_between_equal_distributions() -> None:
     p, _ = distributions()
-    for distance in (forward_kl, reverse_kl, tv):
+    for distance in (forward_kl, reverse_kl, tv, l1, nla, lk_hybrid):
         torch.testing.assert_close(distance(p, p.log()), torch.zeros(5))
 
 
