@@ -16,6 +16,9 @@ TINY: dict[str, dict[str, Any]] = {
     "medusa": {"heads": 4, "root": True},
     "small_lm": {"layers": 1},
     "ngram": {"branches": 2},
+    "dflash": {"block": 4, "layers": 1},
+    "dspark": {"block": 4, "layers": 1, "markov_rank": 8, "output": {"kind": "subset", "size": 40}},
+    "jetspec": {"block": 4, "layers": 2, "qk_norm": True, "dpace": True},
 }
 FAMILIES = sorted(DRAFTERS)
 TRAINABLE = sorted(name for name, family in DRAFTERS.items() if family.trainable)

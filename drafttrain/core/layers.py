@@ -6,7 +6,7 @@ B rows, T time, H heads, d head size, D hidden, J unrolled steps before this one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -220,3 +220,53 @@ def document_bias(document: Tensor, dtype: torch.dtype) -> Tensor:
     seen = document_mask(document)
     bias = torch.zeros(seen.shape, dtype=dtype, device=document.device)
     return bias.masked_fill_(~seen, -math.inf)[:, None]
+
+
+BLOCKS = 64
+"""Blocks whose attention is computed at once: a mask has so many rows of slots, whatever the length of the text."""
+
+
+def block_attention(
+    query: Tensor, keys: Tensor, values: Tensor, context_keys: Tensor, context_values: Tensor, row: Tensor, first: Tensor, last: Tensor,
+    causal: bool, blocks: int = BLOCKS,
+) -> Tensor:
+    """Attention of N blocks of S slots, each over its own slots and a stretch of a text.
+
+    query: [N, H, S, d]; keys, values: [N, Hkv, S, d] of the slots; context_keys, context_values: [B, Hkv, T, d] of the texts. Block n
+    sees places first[n] .. last[n] - 1 of text row[n] ([N] each, in the order of the texts). Returns [N, H, S, d].
+    """
+    S, groups = query.shape[2], query.shape[1] // keys.shape[1]
+    inner = torch.ones(S, S, dtype=torch.bool, device=query.device)
+    inner = inner.tril() if causal else inner
+    out = []
+    for text, start, stop, low, high in _stretches(row, first, last, blocks):
+        n = stop - start
+        place = torch.arange(low, high, device=query.device)
+        context = (place >= first[start:stop, None]) & (place < last[start:stop, None])  # [n, C]
+        itself = torch.eye(n, dtype=torch.bool, device=query.device)
+        own = (itself[:, None, :, None] & inner[None, :, None, :]).reshape(n * S, n * S)
+        mask = torch.cat([context.repeat_interleave(S, 0), own], 1)  # [n S, C + n S]
+        key = torch.cat([context_keys[text, :, low:high], _slots_in_line(keys[start:stop])], 1)
+        value = torch.cat([context_values[text, :, low:high], _slots_in_line(values[start:stop])], 1)
+        mixed = F.scaled_dot_product_attention(
+            _slots_in_line(query[start:stop])[None], repeat_heads(key[None], groups), repeat_heads(value[None], groups), attn_mask=mask
+        )
+        out.append(mixed[0].unflatten(1, (n, S)).transpose(0, 1))
+    return torch.cat(out) if out else query
+
+
+def _slots_in_line(x: Tensor) -> Tensor:
+    """[n, H, S, d] -> [H, n S, d]."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _stretches(row: Tensor, first: Tensor, last: Tensor, blocks: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """(text, start, stop, low, high): blocks start .. stop - 1 belong to one text and see no place outside low .. high - 1."""
+    rows, firsts, lasts = row.tolist(), first.tolist(), last.tolist()
+    start = 0
+    while start < len(rows):
+        stop = start
+        while stop < len(rows) and stop - start < blocks and rows[stop] == rows[start]:
+            stop += 1
+        yield rows[start], start, stop, min(firsts[start:stop]), max(lasts[start:stop])
+        start = stop

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from drafttrain.drafters.base import Drafter, DrafterConfig
+from drafttrain.drafters.dflash import DFlash
+from drafttrain.drafters.dspark import DSpark
 from drafttrain.drafters.eagle3 import Eagle3
+from drafttrain.drafters.jetspec import JetSpec
 from drafttrain.drafters.medusa import Medusa
 from drafttrain.drafters.ngram import Ngram
 from drafttrain.drafters.small_lm import SmallLM
 from drafttrain.target.files import TargetShape
 
-DRAFTERS: dict[str, type[Drafter]] = {"small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3, "ngram": Ngram}
+DRAFTERS: dict[str, type[Drafter]] = {
+    "small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3, "ngram": Ngram, "dflash": DFlash, "dspark": DSpark, "jetspec": JetSpec,
+}  # fmt: skip
 
 
 def build(config: DrafterConfig, target: TargetShape) -> Drafter:

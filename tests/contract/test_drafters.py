@@ -104,7 +104,8 @@ def test_observing_token_by_token_equals_beginning_with_the_longer_prompt(family
     for cuts in ([9], [9, 10, 11, 15], [9, 13]):
         state = begun(drafter, [text[: cuts[0]]])
         for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
-            drafter.observe(state, committed(text, start, stop))
+            with torch.inference_mode():
+                drafter.observe(state, committed(text, start, stop))
         torch.testing.assert_close(proposed(drafter, state, shape).tokens, expected)
 
 
