@@ -229,6 +229,10 @@ class BlockDrafter(Drafter):
         return self.output.draft_ids
 
     @property
+    def _decoder_layers(self) -> list[BlockLayer]:
+        return [layer for layer in self.layers if isinstance(layer, BlockLayer)]
+
+    @property
     def reads_start_states(self) -> bool:
         return self.output.reads_start_states
 
@@ -333,11 +337,12 @@ class BlockDrafter(Drafter):
         first = place - position  # where the document begins
         slots = torch.arange(self.slots, device=row.device)
         at_context, at_block = self.rotary(batch.position), self.rotary(position[:, None] + slots)
-        for layer in self.layers:
-            seen = layer.keys_and_values(context, *at_context)
+        for layer in self._decoder_layers:
+            context_keys, context_values = layer.keys_and_values(context, *at_context)
             x = layer.input_layernorm(hidden)
-            own = layer.keys_and_values(x, *at_block)
-            mixed = block_attention(layer.queries(x, *at_block), *own, *seen, row, first, place, self.config.causal)
+            keys, values = layer.keys_and_values(x, *at_block)
+            query = layer.queries(x, *at_block)
+            mixed = block_attention(query, keys, values, context_keys, context_values, row, first, place, self.config.causal)
             hidden = layer.finish(hidden, mixed)
         return self.norm(hidden)[:, self.first_slot :]
 
@@ -425,7 +430,7 @@ class BlockDrafter(Drafter):
         context = self._fuse(aux)
         slots = state.lengths[:, None] + torch.arange(aux.shape[1], device=aux.device)
         turned = self.rotary(slots)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._decoder_layers):
             self._write(state, index, slots, *layer.keys_and_values(context, *turned))
 
     @staticmethod
@@ -444,7 +449,7 @@ class BlockDrafter(Drafter):
         end = slots if self.config.causal else slots[:, -1:].expand_as(slots)
         seen = torch.arange(reach, device=roots.device) <= end[..., None]  # [B, S, reach]
         turned = self.rotary(slots)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._decoder_layers):
             x = layer.input_layernorm(hidden)
             self._write(state, index, slots, *layer.keys_and_values(x, *turned))
             keys, values = (repeat_heads(kept[:, index, :, :reach], self.groups) for kept in (state.keys, state.values))

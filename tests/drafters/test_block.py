@@ -28,7 +28,7 @@ from tests.tiny import tiny_target
 FAMILIES = sorted(name for name, family in DRAFTERS.items() if issubclass(family, BlockDrafter))
 
 
-# -- attention --------------------------------------------------------------------------------------------------------------------------
+# -- attention ----------------------------------------------------------------------------------------------------------
 
 
 def plain_attention(
@@ -85,7 +85,7 @@ def test_no_mask_of_text_by_text_ever_stands_in_memory() -> None:
     assert len(sizes) == 4 and max(sizes) <= 4 * S * (T + 4 * S)
 
 
-# -- anchors and labels -------------------------------------------------------------------------------------------------------------------
+# -- anchors and labels ----------------------------------------------------------------------------------------------------------
 
 
 def documents(lengths: list[int], answers_from: int = 3) -> TrainingBatch:
@@ -127,7 +127,7 @@ def test_labels_of_a_block_end_where_the_answer_does() -> None:
     assert labels.teacher[4].equal(batch.features["last_hidden_state"][0, [10, 11, 12]])
 
 
-# -- the cache of the context ---------------------------------------------------------------------------------------------------------------
+# -- the cache of the context ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -151,7 +151,8 @@ def test_the_cache_after_any_rounds_equals_one_made_from_scratch(family: str) ->
             lengths = lengths + count
             state.set_lengths(lengths.tolist())
             longest = int(lengths.max())
-            fresh = drafter.begin(text[:, :longest], lengths, {"aux_hidden_states": features[:, :longest]}, target.head, 64)
+            begun = {"aux_hidden_states": features[:, :longest]}
+            fresh = drafter.begin(text[:, :longest], lengths, begun, target.head, 64)
             for index in range(2):
                 n = int(lengths[index])
                 torch.testing.assert_close(state.keys[index, :, :, :n], fresh.keys[index, :, :, :n])  # type: ignore[attr-defined]
@@ -164,7 +165,7 @@ def propose(drafter: Any, state: Any, roots: Tensor) -> Tensor:
     return drafter.propose(state, roots, Plan(Chain(length=4)), Sampling(), SeededRng(0, torch.arange(len(roots)))).tokens
 
 
-# -- exact draws ----------------------------------------------------------------------------------------------------------------------------
+# -- exact draws ----------------------------------------------------------------------------------------------------------
 
 
 def two_tokens(monkeypatch: pytest.MonkeyPatch, drafter: Any, target: Target, draws: Any, shape: Any, sampling: Sampling) -> float:
