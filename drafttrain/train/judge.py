@@ -38,7 +38,7 @@ Right = Callable[[int, list[int]], bool]
 
 PART = 16
 """Questions that are labelled together: what a stopped labelling loses at most."""
-PART_NAMES = ("last_hidden_state", "good", "random", "question", "counts")
+PART_NAMES = ("last", "good", "random", "question", "counts")
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FOLDS = 4
 
@@ -230,7 +230,7 @@ def _part(
         both = [label(target, answered, found, ours, max_new_tokens, batch), spoil(target, answered, kept, batch)]
     last, good, random, question = (torch.cat([vars(made)[name] for made in both]) for name in PART_NAMES[:-1])
     return {
-        "last_hidden_state": last,
+        "last": last,
         "good": good,
         "random": random,
         "question": question + first,

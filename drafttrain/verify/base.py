@@ -1,6 +1,7 @@
-"""What every verification rule is: how a tree is laid out for the target, and which of its nodes stand.
+"""What every verification rule is: how a tree is laid out for the target, and which of its draft tokens are accepted.
 
-A rule is one file beside this one and one line in `RULES` (`verify/__init__.py`).
+A rule is one file beside this one and one line in `RULES` (`verify/__init__.py`). It reads `target_probs` (p) and, where siblings were
+drawn, `draft_probs` (q).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class RuleConfig(Config):
 
 
 class Rule(ABC):
-    """Decides which drafted tokens stand."""
+    """Decides which draft tokens are accepted."""
 
     Config: ClassVar[type[RuleConfig]]
     lossless: ClassVar[bool] = True
@@ -67,7 +68,7 @@ class Rule(ABC):
 
     @abstractmethod
     def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
-        """The nodes that stand, batch-first, without waiting for the host."""
+        """The nodes that are accepted, batch-first, without waiting for the host."""
 
     def check(self, topology: Topology, draws: Draws, sampling: Sampling) -> None:
         """A `UserError` where this rule would not keep the target's distribution on such trees."""

@@ -1,14 +1,14 @@
-"""Confidence-modulated acceptance (Sen et al., 2025, arXiv:2508.15371), the relaxed mode: the drafter's certainty sets how
-much probability a drafted token needs. LOSSY. (The exact mode is a policy, `confidence` in `runtime/policy.py`: only the length follows.)
+"""Confidence-modulated acceptance (Sen et al., 2025, arXiv:2508.15371), the relaxed mode: the drafter's confidence sets how much
+probability a draft token needs. LOSSY. (The exact mode is the policy `confidence` in `runtime/policy.py`: it changes the length only.)
 
-p the target's distribution, q the drafter's, V vocabulary. The paper's exact formulas could not be had; these are ours for what it
+p is the target's distribution, q the drafter's, V the vocabulary. The paper does not print its exact formulas; these are ours for what it
 describes:
 
     c   = w (1 - H(q) / log V) + (1 - w) (q_1 - q_2)        confidence, 0 to 1: entropy, and margin of the two likeliest tokens
-    tau = clip(tau_base + gamma (1 - c), 0, 1)              a token x stands where p(x) / max p >= tau
+    tau = clip(tau_base + gamma (1 - c), 0, 1)              a token x is accepted where p(x) / max p >= tau
 
-Of all paths whose tokens stand the longest is kept, of equals the likeliest. The token after it is drawn from p (the argmax at temperature
-0). p is the distribution after the sampling options; at temperature 0, where that is one-hot, the softmax of the target's logits. q is the
+The longest accepted path is kept; of equally long ones the likeliest. The token after it is drawn from p (the argmax at temperature 0).
+p is the distribution after the sampling options; at temperature 0, where that is one-hot, the softmax of the target's logits. q is the
 softmax of the drafter's logits where tokens were chosen (`deterministic`), and where they were drawn the distribution that drew them.
 """
 

@@ -1,11 +1,11 @@
-"""The training-free baseline beside the judge (the KL threshold of arXiv:2601.04766): where target and drafter agree well enough about what
-may come next, the drafted token stands. LOSSY.
+"""The training-free baseline beside the judge (the KL threshold of arXiv:2601.04766): where target and drafter agree well enough about
+the next token, the draft token is accepted. LOSSY.
 
-p the target's distribution after a node's parent, q the drafter's that the node came from. A token stands where the inner lossless rule
-accepts it OR KL(p || q) < bound (nats): the inner rule goes first, and where it stops, the child that the target finds likeliest stands if
-the distributions are close, and the inner rule goes on from there. Both distributions are the softmax of raw logits where tokens were
-chosen (`deterministic`) or the target decodes greedily, else what the sampling options left. q is read as at least 1e-9: what a drafter
-cannot propose counts as a large, finite divergence.
+p is the target's distribution after a node's parent, q the draft distribution that the node came from. A token is accepted where the inner
+lossless rule accepts it OR KL(p || q) < bound (nats). The inner rule goes first. Where it stops, the child that the target finds likeliest
+is accepted if the distributions are close, and the inner rule goes on from there. Both distributions are the softmax of raw logits where
+tokens were chosen (`deterministic`) or the target decodes greedily, else what the sampling options left. q counts as at least 1e-9: what a
+drafter cannot propose is a large, finite divergence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DivergenceConfig(RuleConfig):
 
     name: Literal["divergence"] = "divergence"
     bound: float = Field(default=0.2, ge=0)
-    """KL divergence in nats below which a drafted token stands. 0 turns the rule off: the inner rule decides alone."""
+    """KL divergence in nats below which a draft token is accepted. 0 turns the rule off: the inner rule decides alone."""
     inner: Inner = "auto"
     """The lossless rule that goes first."""
 

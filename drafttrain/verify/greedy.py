@@ -1,4 +1,4 @@
-"""Greedy verification: a drafted token stands where it is the target's argmax after its parent. Exact at temperature 0."""
+"""Greedy verification: a draft token is accepted where it is the target's argmax after its parent. Exact at temperature 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GreedyConfig(RuleConfig):
 
 
 class Greedy(Rule):
-    """Any tree, however drawn: only the argmax can stand, and equal siblings ("duplicates") are all descended into."""
+    """Any tree, however drawn: only the argmax can be accepted, and equal siblings ("duplicates") are all descended into."""
 
     Config = GreedyConfig
     accepts = ANY
@@ -30,7 +30,7 @@ class Greedy(Rule):
         top = scored.top[:, :N]  # [B, N]
         right = tree.live & (tree.tokens == top.gather(1, tree.parents))
         right[:, 0] = True
-        stands = ~(tree.ancestors & ~right[:, None, :]).any(-1)  # right, and so is everything above it
-        best = torch.where(stands, tree.depth, -1).argmax(1)  # [B] the deepest; the first of equals
+        accepted = ~(tree.ancestors & ~right[:, None, :]).any(-1)  # right, and so is everything above it
+        best = torch.where(accepted, tree.depth, -1).argmax(1)  # [B] the deepest; the first of equals
         path, length = tree.path_to(best)
         return Verdict(path, length, top.gather(1, best[:, None])[:, 0])

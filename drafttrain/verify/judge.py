@@ -1,10 +1,10 @@
-"""Judge Decoding (Bachmann et al., 2025, arXiv:2501.19309): a linear head on the frozen target's states says which drafted tokens are good
-though the target would not have written them. LOSSY.
+"""Judge Decoding (Bachmann et al., 2025, arXiv:2501.19309): a linear head on the frozen target's states says which draft tokens are good
+although the target would not have written them. LOSSY.
 
-e the target's last hidden state AT the drafted token (computed after reading it: a target that has just read a mistake begins to mend it),
-s = sigmoid(w e + b). A token stands where the inner lossless rule accepts it OR s > threshold: the inner rule goes first, and where it
-stops, the child that the judge likes best stands if it is above the threshold, and the inner rule goes on from there. Labels and training
-are in `train/judge.py`. B rows, N nodes, D hidden.
+e is the target's last hidden state AT the draft token (computed after reading it: a target that has just read a mistake begins to correct
+it), s = sigmoid(w e + b). A token is accepted where the inner lossless rule accepts it OR s > threshold. The inner rule goes first. Where
+it stops, the child that the judge likes best is accepted if it is above the threshold, and the inner rule goes on from there. Labels and
+training are in `train/judge.py`. B rows, N nodes, D hidden.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class JudgeConfig(RuleConfig):
     head: str | None = None
     """Folder of a trained judge's head."""
     threshold: float = Field(default=0.5, ge=0)
-    """The judge's certainty that a token needs to stand. 1 or more turns the judge off: the inner rule decides alone."""
+    """The judge's certainty that a token needs to be accepted. 1 or more turns the judge off: the inner rule decides alone."""
     inner: Inner = "auto"
     """The lossless rule that goes first."""
 

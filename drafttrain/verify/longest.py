@@ -1,15 +1,15 @@
 """The longest branch below the target's own candidates (Lu et al., 2024, arXiv:2409.10644: target-initialised multi-candidates). LOSSY.
-(The paper's candidates as prefetched drafts, which keep the distribution, are in `runtime/prefetch.py`.)
+(The exact form of the paper's idea, prefetched drafts, is in `runtime/prefetch.py`.)
 
-p the target's distribution at a node. The token after a round is left open: the rule names w candidates for it, the w likeliest tokens of p
-where the path ends at temperature 0, else w drawn from what is left of p there without replacement. The next tree's first level is these
-candidates, each with what the drafter drafts below it; that level stands whatever it says. Below it a node stands where the target's own
-token after its parent, the argmax or one drawn from p, is the node's. Of all branches that stand the longest is kept; of equally long
-ones the first candidate's goes before the others', then the likeliest. A round commits its path, one token at least.
+p is the target's distribution at a node. The token after a round is left open: the rule gives w `target_candidates` for it. At temperature
+0 they are the w likeliest tokens of p where the path ends; else w tokens drawn without replacement from the residual of p there. The next
+tree's first level is these candidates, each with what the drafter drafts below it; that level is always accepted. Below it a node is
+accepted where the target's own token after its parent (the argmax, or one drawn from p) is the node's. The longest accepted branch is kept;
+of equally long ones the first candidate's, then the likeliest. A round commits its path, one token at least.
 
 A round's first token is chosen by how well the draft goes on from it, not by p: that is what is lost. The first round of a text, which
 has no candidates yet, verifies the drafter's own first level like any other, and may commit nothing. Candidates come from the target:
-they count in the accepted length, but not in alpha. B rows, N nodes, V vocabulary.
+they count in the accepted length, but not in the acceptance rate. B rows, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Longest(Rule):
             return scored.logits[row, node].topk(width, -1).indices
         probs = scored.probs_at(node[:, None])[:, 0]  # [B, V]
         children = tree.children[row, node]  # [B, C] none of which is what the target drew here
-        fallen = tree.tokens.gather(1, children.clamp_min(0))
-        probs = probs.scatter_reduce(1, fallen, (children < 0).to(probs.dtype), "prod")
+        child_tokens = tree.tokens.gather(1, children.clamp_min(0))
+        probs = probs.scatter_reduce(1, child_tokens, (children < 0).to(probs.dtype), "prod")
         drawn = rng.draw(probs[:, None], width, replace=False)[:, 0]
         real = torch.arange(width, device=node.device) < (probs > 0).sum(-1, keepdim=True)
         return torch.where(real, drawn, drawn[:, :1])  # a distribution of fewer tokens than candidates

@@ -1,4 +1,4 @@
-"""What the lossy rules share: the lossless rule they fall back to, the longest path that stands, and a push past a rejection.
+"""What the lossy rules share: the lossless rule they fall back to, the longest accepted path, and a step past a rejection.
 
 B rows, N nodes, C children at most, V vocabulary; p the target's distribution.
 """
@@ -70,15 +70,15 @@ def longest(tree: Tree, good: Tensor, likely: Tensor) -> Tensor:
 
     likely: [B, N] probability of each node's token after its parent.
     """
-    good = (good & tree.live).index_fill(1, torch.zeros(1, dtype=torch.long, device=good.device), True)  # the root stands
-    stands = ~(tree.ancestors & ~good[:, None, :]).any(-1)
-    depth = torch.where(stands, tree.depth, -1)
+    good = (good & tree.live).index_fill(1, torch.zeros(1, dtype=torch.long, device=good.device), True)  # the root is always accepted
+    accepted = ~(tree.ancestors & ~good[:, None, :]).any(-1)
+    depth = torch.where(accepted, tree.depth, -1)
     path = (tree.ancestors * likely.clamp_min(1e-38).log()[:, None, :]).sum(-1)  # [B, N] log probability
     return torch.where(depth == depth.amax(1, keepdim=True), path, float("-inf")).argmax(1)
 
 
 def after(tree: Tree, scored: Scored, node: Tensor, rng: Rng) -> Verdict:
-    """The path to `node` ([B]) stands, and the token after it is the target's own: drawn from p there, the argmax at temperature 0."""
+    """The path to `node` ([B]) is accepted, and the token after it is the target's own: drawn from p there, the argmax at temperature 0."""
     path, length = tree.path_to(node)
     if scored.sampling.greedy:
         return Verdict(path, length, scored.top.gather(1, node[:, None])[:, 0])
@@ -87,9 +87,11 @@ def after(tree: Tree, scored: Scored, node: Tensor, rng: Rng) -> Verdict:
 
 
 def pushed(inner: Rule, tree: Tree, scored: Scored, rng: Rng, good: Tensor, score: Tensor) -> Verdict:
-    """`inner`'s verdict, carried on: where it stops, a `good` child ([B, N] bool) of the last node stands too, and `inner` goes on there.
+    """`inner`'s verdict, carried on: where it stops, a `good` child ([B, N] bool) of the last node is accepted too, and `inner` goes on
+    there.
 
-    score: [B, N]; of several good children the one that scores highest stands. What loosens (more nodes are good) makes no path shorter.
+    score: [B, N]; of several good children the one that scores highest is accepted. What loosens (more nodes are good) makes no path
+    shorter.
     """
     row = torch.arange(len(tree.tokens), device=tree.tokens.device)
     verdict = inner(tree, scored, rng)
@@ -114,7 +116,8 @@ def pushed(inner: Rule, tree: Tree, scored: Scored, rng: Rng, good: Tensor, scor
 
 
 def _at_one_node(inner: Rule, tree: Tree, scored: Scored, rng: Rng, node: Tensor) -> tuple[Tensor, Tensor]:
-    """What `inner` decides at `node` ([B]), seeing its children and no deeper: [B] the child that stands or -1, [B] the token if none."""
+    """What `inner` decides at `node` ([B]), seeing its children and no deeper: [B] the child that is accepted or -1, [B] the token if
+    none."""
     row = torch.arange(len(node), device=node.device)
     children = tree.children[row, node]  # [B, C]
     nodes = torch.cat([node[:, None], children.clamp_min(0)], 1)  # [B, C + 1]

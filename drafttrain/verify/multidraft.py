@@ -1,8 +1,9 @@
 """Multi-draft speculative sampling by canonical decomposition (Khisti et al., 2024, arXiv:2410.18234), for siblings drawn iid.
 
-Of K drafts choose one, Y, by any rule whose marginal distribution pI is known exactly; then verify Y against pI as a single draft: it
-stands with probability min(1, p(Y) / pI(Y)), else the next token comes from max(p - pI, 0). Lossless whatever chooses; the choice decides
-how often a draft stands, at most with P* = 1 + min over S of [p(S) - q(S)^K].
+Of K draft tokens choose one, Y, by any rule whose marginal distribution pI is known exactly. Then verify Y against pI by rejection
+sampling:
+accept it with probability min(1, p(Y) / pI(Y)), else draw from max(p - pI, 0). Lossless whatever chooses; the choice decides how often a
+token is accepted, at most with P* = 1 + min over S of [p(S) - q(S)^K].
 
     priority    the draft of the highest priority: p / q, which a draft may give up by lot for one drawn anew (see `Priority`); all but P*
     tournament  the winner of the drafts so far, whose distribution is known, against the next draft, pair by pair
@@ -56,11 +57,11 @@ class Multidraft(Rule):
     def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         scheme = SCHEMES[self.config.scheme](self.config, tree.max_children)
         row = torch.arange(len(tree.tokens), device=tree.tokens.device)
-        node = torch.zeros_like(row)  # [B] the deepest node that stands
+        node = torch.zeros_like(row)  # [B] the deepest node that is accepted
         going = torch.ones_like(row, dtype=torch.bool)
-        fell = torch.zeros_like(going)
+        rejected = torch.zeros_like(going)
         p = scored.probs_at(node[:, None])[:, 0]  # [B, V]
-        chosen_by = torch.zeros_like(p, dtype=torch.float64)  # [B, V] pI of the draft that fell, if one did
+        chosen_by = torch.zeros_like(p, dtype=torch.float64)  # [B, V] pI of the draft that was rejected, if one was
         for _ in range(tree.max_depth):
             children = tree.children[row, node]  # [B, C]
             safe, real = children.clamp_min(0), (children[:, 0] >= 0) & going  # [B, C], [B]
@@ -70,14 +71,14 @@ class Multidraft(Rule):
             place, probs = scheme.choose(p, q, tokens, there, rng)
             token = tokens.gather(1, place[:, None])
             ratio = p.gather(1, token).double() / probs.gather(1, token).clamp_min(1e-300)
-            stands = real & rng.bernoulli(torch.where(real, ratio[:, 0].clamp_max(1.0), 0.0))
-            falls = real & ~stands
-            chosen_by = torch.where(falls[:, None], probs, chosen_by)
-            fell, node, going = fell | falls, torch.where(stands, safe.gather(1, place[:, None])[:, 0], node), stands
+            accepted = real & rng.bernoulli(torch.where(real, ratio[:, 0].clamp_max(1.0), 0.0))
+            rejects = real & ~accepted
+            chosen_by = torch.where(rejects[:, None], probs, chosen_by)
+            rejected, node, going = rejected | rejects, torch.where(accepted, safe.gather(1, place[:, None])[:, 0], node), accepted
             p = scored.probs_at(node[:, None])[:, 0]
         residual = normalise((p - chosen_by.to(p.dtype)).clamp_min(0))
         path, length = tree.path_to(node)
-        probs = torch.where(fell[:, None], residual, p)
+        probs = torch.where(rejected[:, None], residual, p)
         return Verdict(path, length, draw_one(rng, probs))
 
 
@@ -332,7 +333,7 @@ class Optimal:
 
 
 def best_choice(p: list[float], q: list[float], K: int) -> tuple[np.ndarray, dict[frozenset[int], dict[int, float]]]:
-    """pI [V] of the choice that makes a draft stand as often as possible, and for every set of drafted tokens whom it chooses."""
+    """pI [V] of the choice that makes a draft token accepted as often as possible, and for every set of drafted tokens whom it chooses."""
     V = len(p)
     count = sum(comb(V, size) for size in range(1, min(K, V) + 1))
     if count > MOST_SETS:
@@ -381,7 +382,7 @@ SCHEMES: dict[str, type[Scheme]] = {"priority": Priority, "tournament": Tourname
 
 
 def limit(p: Tensor, q: Tensor, K: int) -> Tensor:
-    """P*, the probability that one of K iid drafts stands, at best: [..., V] distributions -> [...], fp64.
+    """P*, the probability that one of K iid drafts is accepted, at best: [..., V] distributions -> [...], fp64.
 
     1 + min over S of [p(S) - q(S)^K]; the best S holds the tokens of the lowest p / q.
     """
@@ -391,6 +392,6 @@ def limit(p: Tensor, q: Tensor, K: int) -> Tensor:
 
 
 def acceptance(p: Tensor, q: Tensor, K: int, config: MultidraftConfig) -> Tensor:
-    """The probability that one of K iid drafts stands: [B, V] distributions -> [B], fp64."""
+    """The probability that one of K iid drafts is accepted: [B, V] distributions -> [B], fp64."""
     probs = SCHEMES[config.scheme](config, K).probs(p, q, torch.full(p.shape[:1], K, device=p.device))
     return torch.minimum(p.double(), probs).sum(-1)

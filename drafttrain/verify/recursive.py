@@ -1,10 +1,12 @@
-"""Multi-candidate speculative decoding (Yang et al., 2024, arXiv:2401.06706): at each node try the children in the order they were drawn.
+"""Recursive rejection sampling (multi-candidate speculative decoding: Yang et al., 2024, arXiv:2401.06706): at each node try the children
+in the order they were drawn.
 
-A child x stands with probability min(1, P(x) / Q(x)); where it falls, P becomes the residual max(P - Q, 0), and Q, if children were drawn
-without replacement, loses x. Where no child stands the next token comes from what is left of P. Exact for every tree at any temperature.
+A child x is accepted with probability min(1, P(x) / Q(x)). Where it is rejected, P becomes the residual max(P - Q, 0), and Q loses x if the
+children were drawn without replacement. Where every child is rejected, the correction token comes from what is left of P. Exact for every
+tree at any temperature.
 
-The naive variant draws y from p and goes to the child that is y, or ends with y: exact however the children were chosen, and weaker where
-they were drawn.
+The naive variant draws y from p and goes to the child that is y, or ends with y. It is exact however the children were chosen, and accepts
+less where they were drawn.
 """
 
 from __future__ import annotations
@@ -41,23 +43,24 @@ class Recursive(Rule):
 
 
 def tried(tree: Tree, scored: Scored, rng: Rng) -> Verdict:
-    """Level by level. How likely each child is to be the first to stand follows from the falls before it: one draw tells which it is."""
+    """Level by level. How likely each child is to be the first to be accepted follows from the rejections before it: one draw tells which
+    it is."""
     row = torch.arange(len(tree.tokens), device=tree.tokens.device)
-    node = torch.zeros_like(row)  # [B] the deepest node that stands
+    node = torch.zeros_like(row)  # [B] the deepest node that is accepted
     probs = scored.probs_at(node[:, None])[:, 0]  # [B, V] of the next token, should the walk end here
-    going = torch.ones_like(row, dtype=torch.bool)  # [B] a child stood at every level so far
+    going = torch.ones_like(row, dtype=torch.bool)  # [B] a child was accepted at every level so far
     for _ in range(tree.max_depth):
         children = tree.children[row, node]  # [B, C]
         there, child = (children >= 0) & going[:, None], children.clamp_min(0)
         Q = None if tree.draws == "deterministic" else tree.draft_probs_at(child[:, 0])[:, None]  # [B, 1, V]
         left = Residual(probs[:, None], Q, tree.draws, tree.tokens.gather(1, child)[:, None])
-        ways, fallen = [], torch.ones_like(probs[:, 0], dtype=torch.float64)  # [B] probability that all before fell
+        ways, none_accepted = [], torch.ones_like(probs[:, 0], dtype=torch.float64)  # [B] probability that all before were rejected
         for real in there.split(1, 1):  # [B, 1]
-            ratio, _ = left.fall(real)
-            stands = torch.where(real, ratio, 0.0).clamp_max(1.0)[:, 0]
-            ways.append(fallen * stands)
-            fallen = fallen * (1 - stands)
-        way = draw_one(rng, torch.stack([*ways, fallen], 1))  # [B] which child; C: none
+            ratio, _ = left.reject(real)
+            accepted = torch.where(real, ratio, 0.0).clamp_max(1.0)[:, 0]
+            ways.append(none_accepted * accepted)
+            none_accepted = none_accepted * (1 - accepted)
+        way = draw_one(rng, torch.stack([*ways, none_accepted], 1))  # [B] which child; C: none
         moved = way < children.shape[1]
         node = torch.where(moved, torch.cat([child, node[:, None]], 1).gather(1, way[:, None])[:, 0], node)
         probs = torch.where(moved[:, None], scored.probs_at(node[:, None])[:, 0], torch.where(going[:, None], left.probs()[:, 0], probs))

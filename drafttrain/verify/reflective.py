@@ -1,10 +1,10 @@
 """Reflective verification (Think Before You Accept: Wang et al., 2025, arXiv:2505.18629): the frozen target reads the draft, a prompt to
-reflect, and a copy of the draft in the same forward, and what it says at the copy is mixed into the distribution that verifies. LOSSY.
+reflect, and a copy of the draft in the same forward. What it says at the copy is mixed into the distribution that verifies. LOSSY.
 
     committed text | root, draft | R | root, draft again            one forward; only accepted nodes of the first draft are ever kept
     l = (1 - alpha) l_first + alpha l_copy                          logits of a node: at the node, and at its copy
 
-R the L tokens of the reflection prompt; the root's copy before the draft's is the paper's position prefix (s) of one token. In a tree R
+R is the L tokens of the reflection prompt; the root's copy before the draft's is the paper's position prefix (s) of one token. In a tree R
 sees every live node, and so does the copy, whose nodes see R and the copies above them. Nodes of the first draft see nothing of what
 follows, so l_first is what it would be alone. The inner lossless rule decides, with softmax(l) as p. The distribution depends on the draft:
 there is no fixed distribution to be lossless against, and copying itself raises acceptance. B rows, N nodes, M = N + L + N.
@@ -36,7 +36,7 @@ class ReflectiveConfig(RuleConfig):
     alpha: float = Field(default=0.2, ge=0, le=1)
     """Weight of the logits at the copy. 0 turns the rule off: nothing is appended, and the inner rule decides alone."""
     prompt: str | tuple[int, ...] = "[BACK]"
-    """What stands between the draft and its copy: a text, or token ids."""
+    """What comes between the draft and its copy: a text, or token ids."""
     inner: Inner = "auto"
     """The lossless rule that decides with the mixed distribution."""
 

@@ -1,5 +1,7 @@
-"""Speculative sampling on a chain (Chen et al., 2023, arXiv:2302.01318): keep a drafted token with probability min(1, p / q); at the first
-one rejected draw from the residual max(p - q, 0); after the last one kept draw a bonus token from p. Exact at any temperature.
+"""Rejection sampling of a chain (speculative sampling: Leviathan et al., 2023, arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318).
+
+Accept a draft token with probability min(1, p / q). At the first rejection draw the correction token from the residual distribution
+max(p - q, 0); where every token is accepted draw the bonus token from p. Exact at any temperature.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class Rejection(Rule):
         probs = p[row, length]  # [B, V]
         if N > 1:
             first = (length + 1).clamp_max(N - 1)  # [B] the token that was not kept, where there was one
-            fell = (length < N - 1) & tree.live[row, first]
-            probs = torch.where(fell[:, None], normalise((probs - self._probs(tree, first, p.shape[-1])).clamp_min(0)), probs)
+            rejected = (length < N - 1) & tree.live[row, first]
+            probs = torch.where(rejected[:, None], normalise((probs - self._probs(tree, first, p.shape[-1])).clamp_min(0)), probs)
         path = torch.arange(1, N, device=p.device).expand(B, -1)
         next_token = draw_one(rng, probs)
         if N == 1:  # plain decoding

@@ -1,14 +1,14 @@
 """Traversal verification (Weng et al., 2025, arXiv:2505.12398): leaves first, so that a strong child can make up for a weak parent.
+On a chain this is block verification (Sun et al., 2024, arXiv:2403.10444).
 
-A node is tried after all its children failed, the leftmost leaf first and the root, which always stands, last. With a[root] = 1, a child m
-with token t of node n starts at a[m] = min(1, a[n] P_n[t] / Q_n[t]); where m fails,
+A node is tried after all its children were rejected: the leftmost leaf first, the root (always accepted) last. With a[root] = 1, a child m
+with token t of node n starts at a[m] = min(1, a[n] P_n[t] / Q_n[t]). Where m is rejected,
 
     R = max(a[n] P_n - Q_n, 0),  S = sum R,  a[n] = S / (S + 1 - a[n]),  P_n = R / S,  and without replacement Q_n loses t.
 
-The first node that stands gives the path, and the next token comes from its P. On a chain this is block verification (Sun et al., 2024,
-arXiv:2403.10444). None of these numbers depends on which draws of chance fail: they are computed for all nodes, level by level, and the
-node that stands is drawn at once. Of a tree whose tokens were chosen with certainty the target's own walk leaves where it would have left
-anyway, so there the walk is taken. B rows, N nodes, W of them side by side, V vocabulary.
+The first accepted node gives the path, and the next token comes from its P. None of these numbers depends on which draws are rejected: they
+are computed for all nodes, level by level, and the accepted node is drawn at once. In a tree of deterministic draws this equals following
+the target's own draw down the tree, so that is what is done there. B rows, N nodes, W of them side by side, V vocabulary.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Traversal(Rule):
 class Swept:
     """What each node comes to once all its children have failed."""
 
-    a: Tensor  # [B, N] fp64: the probability that it stands then
+    a: Tensor  # [B, N] fp64: the probability that it is accepted then
     c: Tensor  # [B, N] fp64: of its residual
     kept: Tensor  # [B, N] what its own token kept of its parent's P when it failed, drawn without replacement
 
@@ -70,7 +70,7 @@ def sweep(tree: Tree, scored: Scored) -> Swept:
         for child in family.children:  # of the first n parents
             live = tree.live[:, child]  # [B, n]
             w = weight[:, : live.shape[1]]
-            ratio, S = left.fall(live, w)
+            ratio, S = left.reject(live, w)
             a[:, child] = torch.where(live, (w * ratio).clamp_max(1.0), 0.0)
             weight = torch.cat([torch.where(live, S / (S + 1 - w).clamp_min(1e-300), w), weight[:, live.shape[1] :]], 1)
         a[:, family.parents], c[:, family.parents] = weight, left.c
@@ -85,21 +85,21 @@ def left_at(tree: Tree, scored: Scored, swept: Swept, node: Tensor) -> Tensor:
     row = torch.arange(len(node), device=node.device)
     children = tree.children[row, node]  # [B, C]
     real, child = children >= 0, children.clamp_min(0)
-    fallen = tree.tokens.gather(1, child)[:, None], torch.where(real, swept.kept.gather(1, child), 0.0)[:, None]
+    rejected_tokens = tree.tokens.gather(1, child)[:, None], torch.where(real, swept.kept.gather(1, child), 0.0)[:, None]
     P, Q, c = scored.probs_at(node[:, None]), tree.draft_probs_at(child[:, 0])[:, None], swept.c[row, node][:, None]
-    return normalise(what_is_left(P, Q, c, None if tree.draws == "iid" else fallen))[:, 0]
+    return normalise(what_is_left(P, Q, c, None if tree.draws == "iid" else rejected_tokens))[:, 0]
 
 
 def standing(tree: Tree, a: Tensor) -> Tensor:
-    """[B, N] the probability that each node is the first to stand, children before parents, elder branches before younger ones."""
+    """[B, N] the probability that each node is the first to be accepted, children before parents, elder branches before younger ones."""
     order = postorder(tree).argsort(1)
-    stands = a.gather(1, order)
-    failed = torch.cat([torch.ones_like(stands[:, :1]), (1 - stands).cumprod(1)[:, :-1]], 1)
-    return torch.zeros_like(a).scatter(1, order, stands * failed)
+    accepted = a.gather(1, order)
+    failed = torch.cat([torch.ones_like(accepted[:, :1]), (1 - accepted).cumprod(1)[:, :-1]], 1)
+    return torch.zeros_like(a).scatter(1, order, accepted * failed)
 
 
 def postorder(tree: Tree) -> Tensor:
-    """[B, N] when each node's turn comes; dead ones, which never stand, may share a turn."""
+    """[B, N] when each node's turn comes; dead ones, which are never accepted, may share a turn."""
     nodes = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
     below = (tree.ancestors & tree.live[:, :, None]).sum(1)  # [B, N] live nodes of the subtree, itself among them
     elder = (tree.parents[:, :, None] == tree.parents[:, None, :]) & (nodes[:, None] > nodes) & (nodes > 0)

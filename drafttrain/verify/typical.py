@@ -1,11 +1,12 @@
-"""Typical acceptance (Medusa: Cai et al., 2024, arXiv:2401.10774, section 2.3.1): a drafted token stands where the target finds it typical.
+"""Typical acceptance (Medusa: Cai et al., 2024, arXiv:2401.10774, section 2.3.1): a draft token is accepted where the target finds it
+typical. LOSSY.
 
-p the target's distribution after the node's parent, H its entropy in nats. Token x stands where p(x) > min(epsilon, delta * exp(-H)): where
-the target is undecided less probability will do. Of all paths whose tokens stand the longest is kept, of equals the likeliest. LOSSY.
+p is the target's distribution after the node's parent, H its entropy in nats. Token x is accepted where p(x) > min(epsilon, delta exp(-H)):
+where the target is undecided, less probability is enough. The longest accepted path is kept; of equally long ones the likeliest.
 
-The paper accepts the first token of a round unchecked, so that a round always gains one. Here that is the root: it is the `next` of the
-round before, drawn from p at the last node that stood (the argmax at temperature 0), not from a residual. At temperature 0 the distribution
-is one-hot and the rule decodes greedily.
+The paper accepts the first token of a round unchecked, so that a round always gains one. Here that token is the root: it is the `next` of
+the round before, drawn from p at the last accepted node (the argmax at temperature 0), not from a residual. At temperature 0 the
+distribution is one-hot and the rule decodes greedily.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class TypicalConfig(RuleConfig):
 
     name: Literal["typical"] = "typical"
     epsilon: float | None = Field(default=0.09, ge=0, lt=1)
-    """A token of more probability than this always stands. None turns the rule off: the lossless rule decides."""
+    """A token of more probability than this is always accepted. None turns the rule off: the lossless rule decides."""
     delta: float = Field(default=0.3, ge=0, lt=1)
     """Times exp(-entropy): the share of a uniform distribution's probability that is enough where the target is undecided."""
 

@@ -43,7 +43,7 @@ def test_every_fall_is_that_of_normalised_distributions(draws: Draws, seed: int)
     for rank in range(FALLS):
         n = W - rank // 2  # later ones at the first nodes alone
         weight = weights[:, :n, rank] if draws != "deterministic" else torch.ones(B, n, dtype=torch.float64)
-        ratio, S = ours.fall(fell[:, :n, rank], weight)
+        ratio, S = ours.reject(fell[:, :n, rank], weight)
         for row in range(B):
             for node in range(n):
                 token = int(tokens[row, node, rank])
@@ -64,8 +64,8 @@ def test_a_twin_of_a_chosen_token_that_fell_has_nothing_left() -> None:
     P, _ = distributions(0)
     fell = torch.ones(B, W, dtype=torch.bool)
     left = Residual(P, None, "deterministic", torch.zeros(B, W, 2, dtype=torch.long))
-    first, _ = left.fall(fell)
-    again, S = left.fall(fell)
+    first, _ = left.reject(fell)
+    again, S = left.reject(fell)
     torch.testing.assert_close(first, P[..., 0].double())
     assert (again == 0).all() and torch.allclose(S, torch.ones_like(S))
     assert (left.probs()[..., 0] == 0).all()
@@ -74,7 +74,7 @@ def test_a_twin_of_a_chosen_token_that_fell_has_nothing_left() -> None:
 def test_what_did_not_fall_leaves_everything_as_it_was() -> None:
     P, Q = distributions(1)
     left = Residual(P, Q, "without_replacement", drawn(Q, False, 1))
-    left.fall(torch.zeros(B, W, dtype=torch.bool))
+    left.reject(torch.zeros(B, W, dtype=torch.bool))
     torch.testing.assert_close(left.probs(), P)
 
 
@@ -84,7 +84,7 @@ def test_what_a_nearly_certain_draft_leaves_of_its_distribution_is_known_to_the_
     logits[..., 300] = 30.0
     Q, P = logits.softmax(-1).float(), torch.full((1, 1, vocab), 1 / vocab)
     left = Residual(P, Q, "without_replacement", torch.tensor([[[300, 7]]]))
-    left.fall(torch.ones(1, 1, dtype=torch.bool))
+    left.reject(torch.ones(1, 1, dtype=torch.bool))
     others = Q.double().sum() - Q[0, 0, 300].double()
     assert 0 < float(others) < 1e-9
     torch.testing.assert_close(left.rest[0, 0], others, rtol=1e-5, atol=0)
