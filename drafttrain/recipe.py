@@ -20,10 +20,11 @@ import yaml
 from pydantic import Field
 
 from drafttrain.core.config import Config, Seed, fingerprint, parse
+from drafttrain.core.disk import write_text
 from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.data.origin import dtype_name
 from drafttrain.data.regenerate import DataConfig
-from drafttrain.data.shards import INDEX, write_whole
+from drafttrain.data.shards import INDEX
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import DrafterConfig
 from drafttrain.evaluation.bench import EvaluationConfig
@@ -207,13 +208,13 @@ def write_resolved(recipe: Recipe, folder: Path) -> None:
     """Puts the recipe as it was understood, and the versions it ran with, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, folder / RESOLVED)
-    write_whole(folder / VERSIONS, lambda path: path.write_text(json.dumps(versions(), indent=2) + "\n"))
+    write_text(folder / VERSIONS, json.dumps(versions(), indent=2) + "\n")
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """The recipe as it was understood, every key of it."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def versions() -> dict[str, str]:

@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ from pydantic import Field
 from rich.console import Console
 
 from drafttrain.core.config import Config, fingerprint, parse
-from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.disk import folder_fingerprint, locked, read_json, writable, write_text
+from drafttrain.core.errors import UserError
 from drafttrain.data import capture as capturing
 from drafttrain.data import regenerate as regenerating
 from drafttrain.data.licences import licences
 from drafttrain.data.origin import Origin
-from drafttrain.data.shards import INDEX, read_index, write_whole
+from drafttrain.data.shards import INDEX, read_index
 from drafttrain.data.store import Store
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.files import folder_fingerprint, load_drafter, save_drafter
+from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.check import right
 from drafttrain.evaluation.rows import Row
@@ -80,6 +81,11 @@ def perform(stage: str, recipe: Recipe, again: bool = False) -> Record:
     """
     if stage != "train":
         alone(stage)
+    with claimed(stage, recipe):
+        return _perform(stage, recipe, again)
+
+
+def _perform(stage: str, recipe: Recipe, again: bool) -> Record:
     record = planned(stage, recipe)
     held = read_record(recipe, stage)
     if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe, held) and not again:
@@ -104,6 +110,19 @@ def alone(what: str) -> None:
         raise UserError(f"{what} runs in one process, and several were launched; launch `drafttrain train` only, `drafttrain {what}` alone")
 
 
+@contextmanager
+def claimed(what: str, recipe: Recipe) -> Iterator[None]:
+    """While this is entered no other process does the same work for the same output; a `UserError` where one does."""
+    if not LEAD:
+        yield
+        return
+    folder = recipe.folder / "stages" / what
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock", recipe.folder):
+        yield
+
+
 def planned(stage: str, recipe: Recipe) -> Record:
     """The record of a stage that begins now: its recipe keys, the target's weights, and when the stages before it ended."""
     before = list(STAGES)[: list(STAGES).index(stage)]
@@ -117,10 +136,8 @@ def read_record(recipe: Recipe, stage: str) -> Record | None:
     path = recipe.folder / "stages" / stage / STATE
     if not path.exists():
         return None
-    try:
-        return parse(Record, json.loads(path.read_text()), str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}': corrupt ({first_line(error)}); delete it, the stage will look at its files again") from error
+    data = read_json(path, f"'{path}'", "delete it, the stage will look at its files again")
+    return parse(Record, data, str(path))
 
 
 def write_record(recipe: Recipe, stage: str, record: Record) -> None:
@@ -131,7 +148,7 @@ def write_record(recipe: Recipe, stage: str, record: Record) -> None:
     write_resolved(recipe, folder)
     if stage in ("regenerate", "capture", "train") or not (recipe.folder / RESOLVED).exists():
         write_resolved(recipe, recipe.folder)
-    write_whole(folder / STATE, lambda path: path.write_text(record.model_dump_json(indent=1)))
+    write_text(folder / STATE, record.model_dump_json(indent=1))
 
 
 def refuse_other_options(held: Record | None, record: Record, recipe: Recipe) -> None:
@@ -223,8 +240,9 @@ def compare_rules(recipe: Recipe, chances: int) -> list[RuleRow]:
     """Every rule on the same logged rounds of the recipe's drafter and of its further contenders; the rows also go to rules.jsonl."""
     alone("eval")
     target = Target.load(recipe.target)
-    runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
-    rows, left_out = replay_rules(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, recipe.folder, chances)
+    with claimed("rules", recipe):
+        runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
+        rows, left_out = replay_rules(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, recipe.folder, chances)
     for note in left_out:
         console.print(f"left out: {note}", markup=False)
     return rows
@@ -244,10 +262,11 @@ def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tu
     decoder = SpeculativeDecoder(target, drafter, recipe.runtime.model_copy(update={"policy": "fixed"}))
     made_from = {"prompts": [one.prompt_hash for one in chosen], "runtime": decoder.runtime.model_dump(mode="json")}
     name = fingerprint(target.fingerprint, mark, asked.sampling, asked.seed, asked.max_new_tokens, made_from, "states")
-    log = log_rounds(
-        decoder, opening, asked.sampling, asked.max_new_tokens, recipe.folder / "rounds" / name, mark, asked.seed, made_from=made_from,
-        states=True,
-    )  # fmt: skip
+    with claimed("rules", recipe):
+        log = log_rounds(
+            decoder, opening, asked.sampling, asked.max_new_tokens, recipe.folder / "rounds" / name, mark, asked.seed,
+            made_from=made_from, states=True,
+        )  # fmt: skip
     fitted = fit(log, LoggedProbs(log.info, drafter, target.head), config)
     place = decision_folder(recipe, config)
     if place.exists():
@@ -284,7 +303,8 @@ def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig
 
     drafter, mark = load_drafter(folder, target.fingerprint), folder_fingerprint(folder)
     name = fingerprint(target.fingerprint, str(target.dtype), mark, prompts, [repr(check) for check in checks], length)
-    labels = judging.labelled(target, drafter, prompts, is_right, length, recipe.folder / "judge-labels" / name)
+    with claimed("judge", recipe):
+        labels = judging.labelled(target, drafter, prompts, is_right, length, recipe.folder / "judge-labels" / name)
     result = judging.fit(labels.examples, target.fingerprint, config)
     notes = {
         "questions": asked.name, "asked": labels.asked, "solved": labels.solved, "mismatches": int((~labels.examples.random).sum()),

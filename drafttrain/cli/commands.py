@@ -26,29 +26,31 @@ if TYPE_CHECKING:
     from drafttrain.evaluation.rows import Row
     from drafttrain.recipe import Recipe
 
-BAD_INPUT, INTERRUPTED, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
+BAD_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT
 DISK_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
 """What safetensors and torch say when the disk is full."""
 
 
 class Terminated(BaseException):
-    """To SIGTERM what KeyboardInterrupt is to Ctrl-C."""
+    """To SIGTERM and SIGHUP, whose number it holds, what KeyboardInterrupt is to Ctrl-C."""
 
 
 USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+if hasattr(signal, "SIGHUP"):
+    USUAL[signal.SIGHUP] = signal.SIG_DFL  # the terminal was closed; under `nohup` it is ignored, and stays so
 
 
 @contextmanager
 def signals_raise_once() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise, so that what is open saves and closes, and are ignored from then on; training listens itself while it
-    steps. Who handles a signal already keeps it."""
+    """Ctrl-C, SIGTERM and SIGHUP raise, so that what is open saves and closes, and are ignored from then on; training listens itself while
+    it steps. Who handles a signal already keeps it."""
     here = threading.current_thread() is threading.main_thread()
     ours = [number for number, usual in USUAL.items() if here and signal.getsignal(number) is usual]
 
     def end(number: int, _: FrameType | None) -> None:
         for each in ours:
             signal.signal(each, signal.SIG_IGN)  # `timeout` and hasty hands send them twice, and the second would stop the saving
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     for number in ours:
         signal.signal(number, end)
@@ -71,8 +73,8 @@ def mistakes_in_one_line() -> Iterator[None]:
         _end(f"error: a file given as text is not UTF-8 ({error}); save it as UTF-8, or give another", BAD_INPUT)
     except KeyboardInterrupt:
         _end("interrupted; what was finished is saved, run the same command to go on", INTERRUPTED)
-    except Terminated:
-        _end("terminated; what was finished is saved, run the same command to go on", TERMINATED)
+    except Terminated as error:
+        _end("terminated; what was finished is saved, run the same command to go on", 128 + error.args[0])
     except Exception as error:
         if not cannot_write(error):
             raise

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from drafttrain.core.config import fingerprint
+from drafttrain.core.disk import only_writer
 from drafttrain.core.errors import UserError
 from drafttrain.core.types import Features
 from drafttrain.data.collate import collate, pack
@@ -43,19 +44,20 @@ def capture(
     widths = feature_widths(names, target.shape.hidden_size, len(target.aux_layers))
     shards = [(shard.sha256, shard.conversations) for shard in source.index.shards]
     stage = fingerprint("capture", shards, source.index.limit, names, rows, row_length)
-    writer = StoreWriter(folder, origin, widths, stage, take_probe(target), licences=source.index.licences)
-    ids = [source[i].id for i in range(len(source))]
-    row_length = max(row_length, longest)
-    packed = pack(source.lengths.tolist(), row_length)
-    with StoreJournal(writer, "features", source.tokens, writer.tokens, "tokens", flush_seconds) as journal:
-        for start in range(0, len(packed), rows):
-            group = packed[start : start + rows]  # the same in a run that goes on: a pass gives the same numbers again
-            missing = {i for row in group for i in row if ids[i] not in writer.lengths}
-            encoded = _encode(target, source, group, row_length, names) if missing else {}
-            for i in sorted(missing):
-                journal.add(source[i], encoded[i], int(source.lengths[i]))
-            journal.show(writer.tokens)
-    return writer.finish()
+    with only_writer(folder):
+        writer = StoreWriter(folder, origin, widths, stage, take_probe(target), licences=source.index.licences)
+        ids = [source[i].id for i in range(len(source))]
+        row_length = max(row_length, longest)
+        packed = pack(source.lengths.tolist(), row_length)
+        with StoreJournal(writer, "features", source.tokens, writer.tokens, "tokens", flush_seconds) as journal:
+            for start in range(0, len(packed), rows):
+                group = packed[start : start + rows]  # the same in a run that goes on: a pass gives the same numbers again
+                missing = {i for row in group for i in row if ids[i] not in writer.lengths}
+                encoded = _encode(target, source, group, row_length, names) if missing else {}
+                for i in sorted(missing):
+                    journal.add(source[i], encoded[i], int(source.lengths[i]))
+                journal.show(writer.tokens)
+        return writer.finish()
 
 
 def _encode(

@@ -46,5 +46,7 @@ class StoreJournal:
         self.bar.update(self.task, completed=done, speed=self.worked / (time.monotonic() - self.begun))
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self.bar.stop()
-        self.writer.flush()
+        try:
+            self.writer.flush()
+        finally:
+            self.bar.stop()  # fails where the terminal was closed

@@ -16,6 +16,7 @@ from pydantic import Field
 from rich.console import Console
 
 from drafttrain.core.config import Config, Seed, fingerprint
+from drafttrain.core.disk import only_writer
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import FeatureName
@@ -87,8 +88,9 @@ def regenerate(
         raise UserError(
             f"target '{target.name}': no end token, so no answer could end; set eos_token_id in generation_config.json"
         )
-    prompts = collect(target, config, folder / "prompts", flush_seconds)
-    return Regeneration(target, config, prompts, folder, flush_seconds, licences).run()
+    with only_writer(folder):
+        prompts = collect(target, config, folder / "prompts", flush_seconds)
+        return Regeneration(target, config, prompts, folder, flush_seconds, licences).run()
 
 
 def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> list[DataPrompt]:

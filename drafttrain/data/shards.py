@@ -1,27 +1,20 @@
 """Files of a store: shards, and the index that alone makes a shard count.
 
-A file is written beside its name, synced and renamed, the index last: whenever the process dies, what the index
-lists is whole.
+Each file is written whole (`core/disk.py`), the index last: whenever the process dies, what the index lists is whole.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 
 from drafttrain.core.config import Config, parse
-from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.disk import check_format, open_tensors, read_json, sha256, write_text
+from drafttrain.core.errors import UserError
 from drafttrain.core.renamed import FEATURES
 from drafttrain.data.origin import Origin
-from drafttrain.target.files import sha256
 
 FORMAT = 1
 INDEX = "index.json"
@@ -63,23 +56,19 @@ def read_index(folder: Path) -> Index:
     path = folder / INDEX
     if not path.exists():
         raise UserError(f"store '{folder}': no {INDEX} there; give a folder that `regenerate` or `capture` wrote")
-    try:
-        data = json.loads(path.read_text())
-        version = data["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"store '{folder}': {INDEX} is corrupt ({first_line(error)}); {MEND}") from error
-    if version != FORMAT:
-        raise UserError(f"store '{folder}': format {version}, but this drafttrain reads {FORMAT}; make the data again")
-    if set(data.get("features", ())) & set(FEATURES):
-        old = ", ".join(f"'{name}' (now '{FEATURES[name]}')" for name in data["features"] if name in FEATURES)
+    data = read_json(path, f"store '{folder}'", MEND)
+    check_format(data, FORMAT, f"store '{folder}'", "make the data again")
+    features = data.get("features")
+    renamed = [name for name in features if name in FEATURES] if isinstance(features, dict) else []
+    if renamed:
+        old = ", ".join(f"'{name}' (now '{FEATURES[name]}')" for name in renamed)
         raise UserError(f"store '{folder}': features {old} were stored under their former names; capture them again with this drafttrain")
     return parse(Index, data, str(path))
 
 
 def write_index(folder: Path, index: Index) -> None:
     """Replaces a folder's index."""
-    text = index.model_dump_json(indent=1)
-    write_whole(folder / INDEX, lambda path: path.write_text(text))
+    write_text(folder / INDEX, index.model_dump_json(indent=1))
 
 
 def check_shard(path: Path, entry: ShardEntry, verify: bool) -> None:
@@ -95,43 +84,4 @@ def check_shard(path: Path, entry: ShardEntry, verify: bool) -> None:
 
 def open_shard(path: Path) -> Any:
     """A shard's tensors, read when asked for; or a `UserError`."""
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"shard '{path}': truncated or corrupt ({first_line(error)}); {MEND}") from error
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission into a `UserError` that says what is safe."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors wraps the system's error in its own text
-        code = error.errno if isinstance(error, OSError) else None
-        full = code in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        reason = "the disk is full" if full else f"cannot write ({first_line(error)})"
-        raise UserError(
-            f"store '{folder}': {reason}; make room or choose another output folder, then run again: what was finished "
-            f"before is intact and will not be made twice"
-        ) from error
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file appears whole or not at all, and survives a crash after this call."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        _sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return open_tensors(path, f"shard '{path}'", MEND)

@@ -14,25 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.disk import load_tensors, sha256, writable, write_whole
+from drafttrain.core.errors import UserError
 from drafttrain.core.types import Features
 from drafttrain.data.origin import Origin, check_probe
-from drafttrain.data.shards import (
-    INDEX,
-    Index,
-    ShardEntry,
-    check_shard,
-    open_shard,
-    read_index,
-    write_index,
-    write_whole,
-    writing,
-)
-from drafttrain.target.files import DTYPES, sha256
+from drafttrain.data.shards import INDEX, Index, ShardEntry, check_shard, open_shard, read_index, write_index
+from drafttrain.target.files import DTYPES
 from drafttrain.target.head import TargetHead
 
 PROBE = "probe.safetensors"
@@ -153,11 +143,7 @@ class Store:
     def probe(self) -> Features:
         """What `origin.take_probe` took when the store was made."""
         path = self.folder / PROBE
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            reason = first_line(error)
-            raise UserError(f"'{path}': missing, truncated or corrupt ({reason}); capture the store again") from error
+        return load_tensors(path, f"'{path}'", "capture the store again")
 
     def _file(self, shard: int) -> Any:
         if shard not in self._files:
@@ -221,7 +207,7 @@ class StoreWriter:
             return
         path = self.folder / f"shard-{len(self.index.shards):05d}.safetensors"
         tensors, notes = self._shard()
-        with writing(self.folder):
+        with writable(self.folder):
             write_whole(path, lambda partial: save_file(tensors, partial, {"conversations": json.dumps(notes)}))
             entry = ShardEntry(
                 file=path.name,
@@ -238,7 +224,7 @@ class StoreWriter:
         """Marks the store complete and opens it. limit: see `Index.limit`."""
         self.flush()
         self.index = self.index.model_copy(update={"complete": True, "limit": limit})
-        with writing(self.folder):
+        with writable(self.folder):
             write_index(self.folder, self.index)
         return Store.open(self.folder, verify=False)
 
@@ -256,7 +242,7 @@ class StoreWriter:
         return tensors, [{"prompt": c.prompt_hash, "meta": c.meta} for c in conversations]
 
     def _begin(self, probe: Features | None) -> None:
-        with writing(self.folder):
+        with writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if probe is not None:
                 tensors = {name: value.cpu().contiguous() for name, value in probe.items()}

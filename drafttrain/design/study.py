@@ -21,8 +21,9 @@ import torch
 
 from drafttrain import stages
 from drafttrain.core.config import fingerprint
+from drafttrain.core.disk import folder_fingerprint, only_writer, write_text
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import INDEX, write_whole
+from drafttrain.data.shards import INDEX
 from drafttrain.design.forecast import (
     answer,
     forecast,
@@ -32,7 +33,7 @@ from drafttrain.design.forecast import (
     spread,
     typical_context,
 )
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.drafters.files import load_drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.journal import ResultJournal
 from drafttrain.evaluation.machine import device_name, versions
@@ -76,11 +77,12 @@ def study(recipe: Recipe) -> list[Finding]:
     check(recipe, cells(recipe, folder))
     for stage in ("regenerate", "capture"):
         stages.perform(stage, recipe)
-    made = cells(recipe, folder)  # now that their data is there
-    train(made)
-    found = Study(Target.load(recipe.target), recipe, made, folder).run()
-    for suffix in ("png", "svg"):
-        draw(found, folder / f"study.{suffix}", plots.source_of(folder / "study.jsonl"))
+    with only_writer(folder):
+        made = cells(recipe, folder)  # now that their data is there
+        train(made)
+        found = Study(Target.load(recipe.target), recipe, made, folder).run()
+        for suffix in ("png", "svg"):
+            draw(found, folder / f"study.{suffix}", plots.source_of(folder / "study.jsonl"))
     return found
 
 
@@ -190,7 +192,7 @@ class Study:
         found = self._findings()
         write_findings(found, self._measured_on(), self.folder / "study.jsonl")
         text = page_of(self.folder / "study.jsonl")
-        write_whole(self.folder / "study.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.folder / "study.md", text)
         return found
 
     def _keep(self, entry: dict[str, Any]) -> None:

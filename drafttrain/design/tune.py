@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from rich.progress import Progress, TaskID
 
 from drafttrain.core.config import fingerprint
+from drafttrain.core.disk import folder_fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic, Shape
 from drafttrain.design.forecast import (
@@ -30,7 +31,7 @@ from drafttrain.design.forecast import (
     typical_context,
 )
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.drafters.files import load_drafter
 from drafttrain.evaluation.bench import progress_bar
 from drafttrain.evaluation.journal import ResultJournal
 from drafttrain.evaluation.machine import device_name, versions

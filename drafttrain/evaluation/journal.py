@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from drafttrain.core.disk import lock_beside, locked, writable, write_whole
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import write_whole
 
 MEND = "restore the file or move it away and run again"
 
@@ -23,14 +21,14 @@ class ResultJournal:
 
     def __init__(self, path: Path) -> None:
         self.path, self.whole = path, False  # whether its last line is known to be no torn one
-        with _writable(path):
+        with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.entries = parse_lines(_text(self._whole(), path), path)
         """What stood in it when it was opened."""
 
     def append(self, entry: dict[str, Any]) -> None:
         """Stands on the disk when this returns."""
-        with _writable(self.path), self.path.open("ab") as file:
+        with writable(self.path), self.path.open("ab") as file:
             if not self.whole:
                 file.truncate(len(self._whole()))
                 self.whole = True
@@ -42,12 +40,9 @@ class ResultJournal:
     def alone(self) -> Iterator[None]:
         """While this is entered no other process adds to the journal, and `entries` are what all before it left; a `UserError` where one
         adds to it now."""
-        try:
-            with _locked(self.path, wait=False):
-                self.entries, self.whole = parse_lines(_text(self._whole(), self.path), self.path), False
-                yield
-        except Timeout as error:
-            raise UserError(f"'{self.path}': another process measures the same run; wait for it, or choose another output") from error
+        with locked(lock_beside(self.path), self.path):
+            self.entries, self.whole = parse_lines(_text(self._whole(), self.path), self.path), False
+            yield
 
     def _whole(self) -> bytes:
         """Its lines but one that was torn."""
@@ -83,9 +78,9 @@ def _text(data: bytes, path: Path) -> str:
 
 def append_whole(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     """Adds lines to a file: all of them or none, whatever happens in between; processes that do so at once wait for each other."""
-    with _writable(path):
+    with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path), _writable(path):
+    with locked(lock_beside(path), path, wait=True), writable(path):
         before = path.read_bytes() if path.exists() else b""
         write_whole(path, lambda partial: partial.write_bytes(before + lines_of(entries)))
 
@@ -97,19 +92,3 @@ def lines_of(entries: Sequence[dict[str, Any]]) -> bytes:
 
 def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _locked(path: Path, wait: bool = True) -> FileLock:
-    """Held by one process at a time, and given back by a killed one; `.NAME.lock` lies beside the file."""
-    return FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"'{path}' cannot be written ({error.strerror or error}); make room or choose another output, then run "
-            f"again: what was measured before is kept"
-        ) from error

@@ -15,11 +15,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from drafttrain.core.config import Config
+from drafttrain.core.disk import folder_fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import in_precision
 from drafttrain.core.packed import packed
 from drafttrain.core.sampling import Sampling
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.drafters.files import load_drafter
 from drafttrain.drafters.small_lm import SmallLM
 from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.evaluation.runners import GENERATE, Facts, Outcome

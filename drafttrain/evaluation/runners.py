@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from drafttrain.core.config import fingerprint
+from drafttrain.core.disk import folder_fingerprint
 from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
-from drafttrain.drafters.files import folder_fingerprint
 from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import RoundRecord

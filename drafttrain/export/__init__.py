@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from drafttrain.core.config import Config
+from drafttrain.core.disk import whole_folder, writable
 from drafttrain.core.errors import nearest
 from drafttrain.drafters.base import DrafterConfig
-from drafttrain.drafters.files import load_drafter, replace_folder
+from drafttrain.drafters.files import load_drafter
 from drafttrain.export.base import FormatConfig, Source
 from drafttrain.export.causal_lm import CausalLM
 from drafttrain.export.gguf import GGUF
@@ -78,11 +77,6 @@ def export(drafter: Path, target: TargetConfig, config: ExportConfig, folder: Pa
 
 def write_format(form: FormatConfig, source: Source, folder: Path) -> Path:
     """One format's folder, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with writable(folder), whole_folder(folder) as partial:
         form.write(source, partial)
-        replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drafttrain.core.disk import folder_fingerprint, write_text
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import write_whole
-from drafttrain.drafters.files import folder_fingerprint, load_drafter
+from drafttrain.drafters.files import load_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.export.base import FormatConfig
 from drafttrain.report.tables import results_table
@@ -36,7 +36,7 @@ class Story:
 def write_card(folder: Path, form: FormatConfig, drafter: Path, story: Story) -> Path:
     """Puts the card of the trained drafter in `drafter` into `folder`, which holds it in the format `form`."""
     text = card(form, drafter, story)
-    write_whole(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CARD, text)
     return folder / CARD
 
 

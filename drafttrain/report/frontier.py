@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import Field
 
 from drafttrain.core.config import Config
+from drafttrain.core.disk import write_text
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.journal import read_lines
 from drafttrain.evaluation.rows import known_alpha
 from drafttrain.evaluation.throughput import Forecast, best, frontier
@@ -90,7 +90,7 @@ class Finding:
 def write_findings(findings: Sequence[Finding], measured_on: str, file: Path) -> None:
     """A line of JSON a cell."""
     lines = [json.dumps({**finding.to_json(), "measured_on": measured_on}) + "\n" for finding in findings]
-    write_whole(file, lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+    write_text(file, "".join(lines))
 
 
 def page_of(file: Path) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
+from drafttrain.core.disk import write_text, write_whole
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.journal import lines_of
 from drafttrain.evaluation.rows import Row
@@ -114,9 +114,9 @@ def write_report(runs: Sequence[ReportedRun], folder: Path, name: str) -> list[P
     measured = runs[0].file.read_bytes() if len(runs) == 1 else lines_of([row.to_json() for row in rows])
     write_whole(data, lambda partial: partial.write_bytes(measured))
     if not markdown.exists():
-        write_whole(markdown, lambda partial: partial.write_text(MARKDOWN.format(name=name), encoding="utf-8"))
+        write_text(markdown, MARKDOWN.format(name=name))
     tables.render(markdown, folder)
-    write_whole(whole, lambda partial: partial.write_text(html, encoding="utf-8"))
+    write_text(whole, html)
     return [whole, markdown, data, *tables.draw(name, folder)]
 
 
@@ -145,7 +145,7 @@ def renew(file: Path, results: Path) -> bool:
     """Writes NAME.html anew from NAME.jsonl in `results` where `is_stale`; whether it was."""
     old = is_stale(file, results)
     if old:
-        write_whole(file, lambda partial: partial.write_text(_page_of(file, results), encoding="utf-8"))
+        write_text(file, _page_of(file, results))
     return old
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from drafttrain.core.config import fingerprint
+from drafttrain.core.disk import write_whole
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.rows import ALL, STRETCH, Interval, Measured
 from drafttrain.evaluation.runners import PLAIN
 

@@ -26,8 +26,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from drafttrain.core.disk import write_text
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import write_whole
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.rule_rows import read_rule_rows
@@ -199,7 +199,7 @@ def render(page: Path, results: Path) -> bool:
     text = page.read_text(encoding="utf-8")
     rendered = render_text(text, results, str(page), _between(page, results))
     if rendered != text:
-        write_whole(page, lambda partial: partial.write_text(rendered, encoding="utf-8"))
+        write_text(page, rendered)
     return rendered != text
 
 

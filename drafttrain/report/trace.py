@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from drafttrain.core.disk import check_file_name, write_text
 from drafttrain.core.errors import UserError
 from drafttrain.core.tree import Tree
-from drafttrain.data.shards import write_whole
 from drafttrain.report.page import document
 from drafttrain.report.plots import PHASE_COLOURS
 from drafttrain.runtime.decoder import Prompt, SpeculativeDecoder, Stream
@@ -125,6 +125,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"lies in '{path.parent}', which is no folder"
         raise UserError(f"trace '{path}' {reason}; name a file such as trace.html in a folder that exists")
+    check_file_name(path)
 
 
 def write_trace(
@@ -133,7 +134,7 @@ def write_trace(
     """One self-contained page of an answer that `decoder` has streamed to its end, with `recorder` as its hook."""
     rounds = recorder.finish(answer.round_seconds)
     html = render(rounds, TokenTexts(recorder.target), header(decoder, answer.statistics, prompt, options))
-    write_whole(path, lambda partial: partial.write_text(html, encoding="utf-8"))
+    write_text(path, html)
 
 
 class TokenTexts:

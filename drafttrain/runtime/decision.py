@@ -13,28 +13,25 @@ The policy `decision` ends a tree where no node's score is above a threshold. `t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drafttrain.core.config import Config, parse
+from drafttrain.core.disk import CONFIG, WEIGHTS, load_weights, read_json, save_configured
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
-from drafttrain.data.shards import write_whole
 
 LIKELIEST = 10
 PROBS_FEATURES = LIKELIEST + 1
 """Numbers told of a distribution."""
 HIDDEN_SHARE = 0.5
 """Of a state's numbers, at each step of training."""
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MEND = "train it again"
 
 
 class DecisionShape(Config):
@@ -94,11 +91,9 @@ class Decision(nn.Module):
             )
 
     def save(self, folder: Path) -> None:
-        """Writes it; the configuration last, so that it is there whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)
-        write_whole(folder / WEIGHTS, lambda path: save_file({name: x.cpu().contiguous() for name, x in self.state_dict().items()}, path))
-        write_whole(folder / CONFIG, lambda path: path.write_text(self.shape.model_dump_json(indent=1)))
+        """Writes it, whole or not at all."""
+        weights = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
+        save_configured(folder, lambda digest: self.shape.model_dump(mode="json"), weights)
 
 
 def probs_features(logits: Tensor) -> Tensor:
@@ -112,12 +107,14 @@ def load_decision(folder: Path) -> Decision:
     """The decision model in a folder, or a `UserError`."""
     if not (folder / CONFIG).exists():
         raise UserError(f"decision model '{folder}': no {CONFIG} there; give a folder that `drafttrain decision` wrote")
+    what = f"decision model '{folder}'"
+    shape = parse(DecisionShape, read_json(folder / CONFIG, what, MEND), str(folder / CONFIG))
+    model = Decision(shape)
+    weights = load_weights(folder, None, what, MEND)
     try:
-        shape = parse(DecisionShape, json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
-        model = Decision(shape)
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"decision model '{folder}': truncated or corrupt ({first_line(error)}); train it again") from error
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{what}: {WEIGHTS} is of another shape ({first_line(error)}); {MEND}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor
 
 from drafttrain.core.config import Config
+from drafttrain.core.disk import folder_fingerprint
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.base import Drafter
-from drafttrain.drafters.files import folder_fingerprint
 from drafttrain.runtime.decision import load_decision
 from drafttrain.runtime.stats import History, PastRound
 from drafttrain.verify.confidence import confidence

@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from drafttrain.core.config import Config, parse
+from drafttrain.core.disk import check_format, load_tensors, read_bytes, read_json, writable, write_text, write_whole
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Tree
-from drafttrain.data.shards import write_whole, writing
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.grow import widen
 from drafttrain.runtime.decoder import SpeculativeDecoder
@@ -37,6 +36,7 @@ from drafttrain.runtime.rows import Request
 from drafttrain.target.head import TargetHead
 
 FORMAT = 1
+MEND = "delete the folder and log again"
 INDEX, ANSWERS = "index.json", "answers.json"
 SHARD_BYTES = 256 << 20
 FOREIGN = 0.05
@@ -203,7 +203,7 @@ class RoundWriter:
     def __init__(self, folder: Path) -> None:
         self.folder, self.shards, self.rounds = folder, list[str](), 0
         self.parts: list[LoggedRounds] = []  # not on the disk yet
-        with writing(folder):
+        with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / INDEX).unlink(missing_ok=True)
 
@@ -217,9 +217,9 @@ class RoundWriter:
         """Writes what is left, the answers, and the index."""
         self._flush()
         info = info.model_copy(update={"rounds": self.rounds, "shards": tuple(self.shards)})
-        with writing(self.folder):
-            write_whole(self.folder / ANSWERS, lambda path: path.write_text(json.dumps(answers)))
-            write_whole(self.folder / INDEX, lambda path: path.write_text(info.model_dump_json(indent=1)))
+        with writable(self.folder):
+            write_text(self.folder / ANSWERS, json.dumps(answers))
+            write_text(self.folder / INDEX, info.model_dump_json(indent=1))
         return RoundLog.open(self.folder)
 
     def _flush(self) -> None:
@@ -227,7 +227,7 @@ class RoundWriter:
             return
         whole, self.parts = joined(self.parts), []
         name = f"rounds-{len(self.shards):05d}.safetensors"
-        with writing(self.folder):
+        with writable(self.folder):
             write_whole(self.folder / name, lambda path: save_file(whole.tensors(), path))
         self.shards.append(name)
         self.rounds += len(whole)
@@ -250,14 +250,9 @@ class RoundLog:
         path = folder / INDEX
         if not path.exists():
             raise UserError(f"rounds '{folder}': no {INDEX} there; log them with `drafttrain eval RECIPE --replay-rules`")
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"rounds '{folder}': {INDEX} is corrupt ({first_line(error)}); delete the folder and log again") from error
-        info = parse(RoundsInfo, data, str(path))
-        if info.format != FORMAT:
-            raise UserError(f"rounds '{folder}': format {info.format}, but this drafttrain reads {FORMAT}; delete the folder and log again")
-        return cls(folder, info)
+        data = read_json(path, f"rounds '{folder}'", MEND)
+        check_format(data, FORMAT, f"rounds '{folder}'", MEND)
+        return cls(folder, parse(RoundsInfo, data, str(path)))
 
     def __len__(self) -> int:
         return self.info.rounds
@@ -265,20 +260,17 @@ class RoundLog:
     def answers(self) -> list[list[int]]:
         """What was written (token ids), prompt by prompt."""
         path = self.folder / ANSWERS
+        data = read_bytes(path, f"'{path}'", MEND)
         try:
-            found: list[list[int]] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{path}': missing or corrupt ({first_line(error)}); delete the folder and log again") from error
-        return found
+            answers: list[list[int]] = json.loads(data)
+        except ValueError as error:
+            raise UserError(f"'{path}' is corrupt ({first_line(error)}); {MEND}") from error
+        return answers
 
     def parts(self) -> Iterator[LoggedRounds]:
         """Shard after shard."""
         for name in self.info.shards:
-            try:
-                yield LoggedRounds(**load_file(self.folder / name))
-            except (SafetensorError, OSError) as error:
-                reason = first_line(error)
-                raise UserError(f"'{self.folder / name}': truncated or corrupt ({reason}); delete the folder and log again") from error
+            yield LoggedRounds(**load_tensors(self.folder / name, f"'{self.folder / name}'", MEND))
 
 
 class LoggedProbs:

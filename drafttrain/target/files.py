@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,6 +17,7 @@ from pydantic import Field
 from transformers import AutoConfig, AutoTokenizer
 
 from drafttrain.core.config import Config, fingerprint
+from drafttrain.core.disk import sync_tree
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import native_dtype
 
@@ -117,6 +117,7 @@ def convert_gguf(source: Path, folder: Path) -> Path:
         model.save_pretrained(partial)
         _write_card(source, partial)
         try:
+            sync_tree(partial)
             os.replace(partial, folder)
         except OSError:  # another process was faster
             if not (folder / "model.safetensors").exists():
@@ -252,18 +253,3 @@ class TargetShape:
 def default_aux_layers(layers: int) -> tuple[int, ...]:
     """EAGLE-3's low, middle and high layer, as every engine assumes them: 2, L // 2, L - 3 (formats, 5.0)."""
     return (2, layers // 2, layers - 3) if layers >= 6 else (1, max(1, layers // 2), layers)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    for block in blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def blocks(path: Path) -> Iterator[bytes]:
-    """A file's content, a few MiB at a time."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            yield block

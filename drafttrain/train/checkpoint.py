@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -12,9 +11,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from drafttrain.core.disk import replace_folder, sha256, sync_tree
 from drafttrain.core.errors import UserError
-from drafttrain.data.shards import write_whole
-from drafttrain.target.files import sha256
 
 STATE = "state.json"
 
@@ -47,9 +45,9 @@ def save(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         progress.files = {str(path.relative_to(partial)): sha256(path) for path in _files(partial)}
-        write_whole(partial / STATE, lambda path: path.write_text(json.dumps(asdict(progress))))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        (partial / STATE).write_text(json.dumps(asdict(progress)))
+        sync_tree(partial)
+        replace_folder(partial, final)
         there = checkpoints(folder)
         place = there.index(final) + 1
         for gone in there[: max(0, place - keep)] + there[place:]:
@@ -62,6 +60,9 @@ def resume(accelerator: Accelerator, folder: Path, fingerprint: str) -> Progress
 
     Raises `UserError` where the checkpoint belongs to other options, or where all are damaged.
     """
+    if accelerator.is_main_process:
+        for leftover in folder.glob(".step-*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
     there = checkpoints(folder)
     for candidate in reversed(there):
         progress = _whole(candidate)

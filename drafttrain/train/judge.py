@@ -17,15 +17,14 @@ import torch
 from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from drafttrain.core.config import Config, Seed
-from drafttrain.core.errors import UserError, first_line
+from drafttrain.core.disk import load_tensors, write_whole
+from drafttrain.core.errors import UserError
 from drafttrain.core.layers import in_precision
 from drafttrain.core.types import TrainingBatch
-from drafttrain.data.shards import write_whole
 from drafttrain.drafters.base import Drafter
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Finished, Job, Sampler
@@ -239,10 +238,7 @@ def _part(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        part = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"labels '{path}': truncated or corrupt ({first_line(error)}); delete it and run again") from error
+    part = load_tensors(path, f"labels '{path}'", "delete it and run again")
     if part.keys() != set(PART_NAMES):
         raise UserError(f"labels '{path}': not a judge's labels (it holds {', '.join(sorted(part))}); delete it and run again")
     return part

@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,12 +32,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from drafttrain.core.config import Config, Seed, fingerprint
+from drafttrain.core.disk import locked, writable, write_text
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import TrainingBatch
 from drafttrain.data.collate import PackedRows
-from drafttrain.data.shards import write_whole
 from drafttrain.data.store import Store
 from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.files import save_drafter
@@ -180,9 +181,14 @@ def train(
     """Trains `drafter` on `store` and leaves the best one in output/drafter; goes on where an earlier call was cut off.
 
     head: the frozen target's. target: computes the features that the store lacks. Raises `UserError` for data that cannot be learnt from,
-    `Stopped` after SIGINT or SIGTERM.
+    `Stopped` after SIGINT, SIGTERM or SIGHUP.
     """
-    return TrainingRun(drafter, store, config, head, output, target, accelerator or new_accelerator(config, output)).run()
+    accelerator = accelerator or new_accelerator(config, output)
+    with writable(output):
+        output.mkdir(parents=True, exist_ok=True)
+    alone = locked(output / ".train.lock", output) if accelerator.is_main_process else nullcontext()
+    with alone:
+        return TrainingRun(drafter, store, config, head, output, target, accelerator).run()
 
 
 def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
@@ -256,7 +262,7 @@ class TrainingRun:
         if self.config.tracker != "none":
             said = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in self.config}
             self.accelerator.init_trackers("drafttrain", config=said)  # trackers take no lists
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        before = {number: signal.signal(number, self._on_signal) for number in _heeded()} if _main_thread() else {}
         try:
             with self._bar() as bar:
                 self._loop(bar)
@@ -461,7 +467,7 @@ class TrainingRun:
             return
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if (done := _step_of(line)) is not None and done <= step]
-        write_whole(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def _bar(self) -> Bar:
         note = TextColumn("{task.fields[note]}")
@@ -481,6 +487,13 @@ def _note(line: dict[str, float], progress: Progress) -> str:
     alphas = " ".join(f"{value:.2f}" for name, value in line.items() if name.startswith("alpha"))
     tau = f" best tau {progress.best:.2f}" if progress.best else ""
     return f"step {progress.step} loss {line['loss']:.3f} alpha {alphas}{tau} {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s"
+
+
+def _heeded() -> list[signal.Signals]:
+    """Signals after which training saves; not those that whoever started the process has it ignore, as `nohup` does."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _main_thread() -> bool:

@@ -9,29 +9,26 @@ training are in `train/judge.py`. B rows, N nodes, D hidden.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drafttrain.core.disk import CONFIG, WEIGHTS, check_format, load_weights, read_json, save_configured
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology, Tree
 from drafttrain.core.types import Scored, Verdict
 from drafttrain.target.adapter import Target
-from drafttrain.target.files import sha256
 from drafttrain.verify.base import ANY, Rule, RuleConfig
 from drafttrain.verify.lossy import Inner, check_inner, lossless_rule, pushed
 
 FORMAT = 1
+MEND = "train it again"
 
 
 class JudgeConfig(RuleConfig):
@@ -105,15 +102,13 @@ class JudgeHead(nn.Module):
 
     def save(self, folder: Path, notes: dict[str, Any] | None = None) -> Path:
         """Writes model.safetensors and config.json. notes: anything JSON can hold that readers should know (labels, AUC, task)."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".partial"
-        save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, partial)
-        known = {"hidden_size": self.linear.in_features, "target": self.fingerprint, "weights": sha256(partial)}
-        config = {"format": FORMAT, "judge": known, "notes": notes or {}}
-        os.replace(partial, folder / "model.safetensors")
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(partial, folder / "config.json")
-        return folder
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+
+        def config(digest: str) -> dict[str, Any]:
+            judge = {"hidden_size": self.linear.in_features, "target": self.fingerprint, "weights": digest}
+            return {"format": FORMAT, "judge": judge, "notes": notes or {}}
+
+        return save_configured(folder, config, weights)
 
     @classmethod
     def load(cls, folder: Path, fingerprint: str | None = None) -> JudgeHead:
@@ -121,24 +116,24 @@ class JudgeHead(nn.Module):
 
         Raises `UserError` where it was trained on another target's states, or its files are missing or corrupt.
         """
-        path = folder / "config.json"
+        what, path = f"judge '{folder}'", folder / CONFIG
         if not path.exists():
-            raise UserError(f"judge '{folder}': no config.json; give the folder of a head that `train.judge` saved")
+            raise UserError(f"{what}: no config.json; give the folder of a head that `drafttrain judge` saved")
+        config = read_json(path, what, MEND)
+        check_format(config, FORMAT, what, MEND)
         try:
-            known = json.loads(path.read_text())["judge"]
-            head = cls(int(known["hidden_size"]), str(known["target"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"judge '{folder}': config.json is not a judge's ({error!r}); train it again") from error
+            options = config["judge"]
+            head = cls(int(options["hidden_size"]), str(options["target"]))
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{what}: config.json is not a judge's ({error!r}); {MEND}") from error
         if fingerprint is not None and head.fingerprint != fingerprint:
             raise UserError(
                 f"judge '{folder}' was trained on the states of target {head.fingerprint}, but this target is {fingerprint}; "
                 f"decode with its own target, or train a judge for this one"
             )
+        weights = load_weights(folder, options.get("weights"), what, MEND)
         try:
-            head.load_state_dict(load_file(folder / "model.safetensors"))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            reason = first_line(error)
-            raise UserError(f"judge '{folder}': model.safetensors is missing, truncated or of another shape ({reason})") from error
-        if known.get("weights") not in (None, sha256(folder / "model.safetensors")):
-            raise UserError(f"judge '{folder}': model.safetensors is damaged or not its own (config.json has another hash); train it again")
+            head.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{what}: {WEIGHTS} is of another shape ({first_line(error)}); {MEND}") from error
         return head.eval()

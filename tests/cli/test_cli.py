@@ -24,11 +24,12 @@ from typer.testing import CliRunner, Result
 
 from drafttrain.cli import doctor, terminal
 from drafttrain.cli.commands import USUAL, app
+from drafttrain.core.disk import folder_fingerprint
 from drafttrain.core.sampling import Sampling
 from drafttrain.data import shards
 from drafttrain.data.store import Conversation, Store
 from drafttrain.drafters import DRAFTERS
-from drafttrain.drafters.files import folder_fingerprint, load_drafter, save_drafter
+from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.recipe import RESOLVED, VERSIONS
 from drafttrain.runtime.decision import load_decision

@@ -151,7 +151,7 @@ class Doubled(Spy):
 
 def test_a_run_that_is_being_measured_already_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
-    with pytest.raises(UserError, match="another process measures the same run"):
+    with pytest.raises(UserError, match="another process writes it now"):
         evaluate(target(), [Doubled(contender(str(out)))], SUITE, CONFIG, out)
 
 

@@ -68,7 +68,7 @@ def test_whoever_opens_a_journal_that_another_writes_cuts_nothing_and_reads_all_
 
 def test_a_journal_is_one_processs_at_a_time_and_free_again_afterwards(tmp_path: Path) -> None:
     first, second = ResultJournal(tmp_path / "journal.jsonl"), ResultJournal(tmp_path / "journal.jsonl")
-    with first.alone(), pytest.raises(UserError, match="another process measures the same run"), second.alone():
+    with first.alone(), pytest.raises(UserError, match="another process writes it now"), second.alone():
         raise AssertionError("both were let in")
     with second.alone():
         second.append({"id": 1})
