@@ -54,9 +54,12 @@ def draw_one(rng: Rng, probs: Tensor) -> Tensor:
 class SeededRng:
     """Counter-based randomness: one stream a row, keyed by (seed, row id)."""
 
-    def __init__(self, seed: int, rows: Tensor) -> None:
-        """rows: [B] int64, the id of each row's stream (prompt index, sample index, ... as one number)."""
-        self.key = _mix(_mix(rows.long() + 1) ^ _mix(torch.full_like(rows.long(), seed)))  # [B]
+    def __init__(self, seed: int, rows: Tensor, purpose: int = 0) -> None:
+        """rows: [B] int64, the id of each row's stream (prompt index, sample index, ... as one number). purpose: streams of one seed and
+        row that are used for different things, such as prompts and their answers, have different purposes."""
+        # One mixed into the other, not XORed: a symmetric key gives (seed 3, row 4) the stream of (seed 5, row 2).
+        seeded = _mix(_mix(torch.full_like(rows.long(), seed)) + purpose)
+        self.key = _mix(_mix(seeded + rows.long()) ^ rows.long())  # [B]
         self.count = torch.zeros_like(self.key)  # [B] numbers used so far
 
     def select(self, rows: Tensor) -> SeededRng:

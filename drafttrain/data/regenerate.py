@@ -119,6 +119,10 @@ def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: flo
     return prompts
 
 
+TURNS = 1
+"""The purpose of the random streams that prompts are written with; their answers are drawn from others."""
+
+
 def write_turns(
     target: Target, source: SelfPrompts, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS
 ) -> list[DataPrompt]:
@@ -129,7 +133,7 @@ def write_turns(
     writer = StoreWriter(folder, Origin.of_target(target), stage=stage)
     if len(writer.lengths) < len(jobs):
         longest = max(len(job.prompt) for job in jobs) + source.max_tokens
-        sampler = Sampler(target, config.batch_size, longest, config.seed)
+        sampler = Sampler(target, config.batch_size, longest, config.seed, purpose=TURNS)
         missing = (job for job in jobs if job.id not in writer.lengths)
         with StoreJournal(writer, "user turns", len(jobs), len(writer.lengths), "turns", flush_seconds) as journal:
             for one in sampler.run(missing):

@@ -21,7 +21,7 @@ from drafttrain.core.packed import packed
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Features, Scored, Verdict
-from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, mask_windows, tree_mask
+from drafttrain.target.architecture import context_of, kv_shapes, layer_masks, mask_windows, short_window, tree_mask
 from drafttrain.target.cache import KVShape, TreeCache
 from drafttrain.target.files import (
     TargetConfig,
@@ -32,8 +32,10 @@ from drafttrain.target.files import (
     resolve,
     target_fingerprint,
     text_config,
+    weight_files,
 )
 from drafttrain.target.head import TargetHead
+from drafttrain.target.promises import check_end_ids, refuse_generation_options, served_context
 
 
 @dataclass
@@ -49,9 +51,12 @@ class Target:
 
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None, aux_layers: tuple[int, ...] | None = None,
-        fingerprint: str = "in-memory", name: str = "in-memory",
+        fingerprint: str = "in-memory", name: str = "in-memory", max_context: int | None = None, ignored: tuple[str, ...] = (),
     ) -> None:
-        """model: a causal LM in eval mode, already on its device. Raises `UserError` where it cannot be verified as a tree target."""
+        """model: a causal LM in eval mode, already on its device. max_context, ignored: as `TargetConfig` has them.
+
+        Raises `UserError` where it cannot be verified as a tree target, or asks for more than decoding here does.
+        """
         self.model = model.eval().requires_grad_(False)
         self.backbone: nn.Module = model.base_model
         self.tokenizer, self.fingerprint, self.name = tokenizer, fingerprint, name
@@ -59,10 +64,12 @@ class Target:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.windows = mask_windows(self.config)  # refuses layers that cannot roll back
-        self.max_context = context_of(self.config)
+        self.max_context = served_context(self.config, context_of(self.config), max_context, name)
+        refuse_generation_options(model.generation_config, ignored, name)
         self.aux_layers = checked_aux_layers(aux_layers, self.config.num_hidden_layers)
         self.head = TargetHead.from_model(model)
         self.eos_ids = end_ids(model.generation_config, tokenizer)
+        check_end_ids(self.eos_ids, self.vocab_size, name)
         self.forwards = 0  # target passes so far: tests count them
         try:
             self.kv_shapes = self._probe()
@@ -82,7 +89,9 @@ class Target:
         fingerprint = target_fingerprint(folder)
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
         model = load_model(folder, config.torch_dtype(), config.trust_remote_code).to(config.torch_device())
-        target = cls(packed(model), tokenizer, config.aux_layers, fingerprint, config.model)
+        target = cls(
+            packed(model), tokenizer, config.aux_layers, fingerprint, config.model, config.max_context, config.ignore_generation_options
+        )
         check_tokenizer(tokenizer, target.vocab_size)
         return target
 
@@ -182,17 +191,18 @@ class Target:
     @torch.inference_mode()
     def _probe(self) -> list[KVShape]:
         """One tiny plain pass and one through our own masks, compared: refuses what cannot be decoded as a tree."""
-        tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
+        length = 4 + short_window(self.config)  # past a local window, whatever a model calls it: it may count cache slots, not positions
+        tokens = torch.arange(length, device=self.device)[None] % self.vocab_size
         plain = self.model(tokens, use_cache=True)
         shapes = kv_shapes(plain.get("past_key_values"), self.config.num_hidden_layers)
         self.kv_shapes = shapes
-        cache = self.new_cache(1, 8)
-        first = self.prefill(cache, tokens[:, :2], torch.tensor([2], device=self.device))
+        cache = self.new_cache(1, length + 4)
+        first = self.prefill(cache, tokens[:, :-2], torch.tensor([length - 2], device=self.device))
         zero = torch.zeros(1, 3, dtype=torch.long, device=self.device)
-        tree = Tree(torch.cat([tokens[:, 2:3], tokens[:, :1], tokens[:, 3:]], 1), zero, zero == 0, "deterministic", 1, 2)
+        tree = Tree(torch.cat([tokens[:, -2:-1], tokens[:, :1], tokens[:, -1:]], 1), zero, zero == 0, "deterministic", 1, 2)
         branched = self.score(cache, tree.layout(), Sampling()).logits[0]
         ours = torch.stack([first.logits[0], branched[0], branched[2]])
-        theirs = plain.logits[0, 1:]
+        theirs = plain.logits[0, -3:]
         gap = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
         if not gap < (1e-3 if self.dtype == torch.float32 else 0.1):
             raise UserError(
@@ -205,10 +215,21 @@ class Target:
 
 def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """A causal LM from a local folder, or a `UserError`."""
+    weight_files(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # corrupt shards raise errors of several libraries
         raise UserError(f"target '{folder}': the model cannot be loaded ({first_line(error)})") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random numbers
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"target '{folder}': tensor '{missing[0]}'{more} is missing from its safetensors, though config.json asks for it; the model is "
+            f"incomplete or its config.json is another model's: fetch it again"
+        )
+    return model
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -252,12 +273,14 @@ def read_shape(config: TargetConfig) -> TargetShape:
     whole = load_config(folder, config.trust_remote_code)
     text = text_config(whole)
     mask_windows(text)  # refuses layers that cannot roll back
-    context_of(text)
+    served_context(text, context_of(text), config.max_context, config.model)
     try:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:  # no generation_config.json
         generation = GenerationConfig.from_model_config(whole)
+    refuse_generation_options(generation, config.ignore_generation_options, config.model)
     eos_ids = end_ids(generation, load_tokenizer(folder, config.trust_remote_code))
+    check_end_ids(eos_ids, text.vocab_size, config.model)
     layers = text.num_hidden_layers
     aux_layers = checked_aux_layers(config.aux_layers, layers)
     return TargetShape(

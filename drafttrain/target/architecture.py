@@ -51,6 +51,17 @@ def context_of(config: Any) -> int:
     return int(config.max_position_embeddings)
 
 
+PROBED_WINDOW = 512
+"""Local windows up to so many tokens are probed when a target is loaded; longer ones cost too much."""
+
+
+def short_window(config: Any) -> int:
+    """The longest local window of at most `PROBED_WINDOW` tokens that a configuration names, under whatever name; 0 where there is none."""
+    named = {key: value for key, value in config.to_dict().items() if "window" in key or "local" in key or "chunk" in key}
+    room = getattr(config, "max_position_embeddings", PROBED_WINDOW) - 8
+    return max((value for value in named.values() if type(value) is int and 0 < value <= min(PROBED_WINDOW, room)), default=0)
+
+
 def kv_shapes(cache: object, layers: int) -> list[KVShape]:
     """Head shapes read off a cache that transformers itself filled."""
     shapes = []

@@ -44,6 +44,12 @@ class TargetConfig(Config):
     2, L // 2 and L - 3, which vLLM and SGLang assume too."""
     trust_remote_code: bool = False
     """Run modeling code from the model's repository."""
+    max_context: int | None = Field(default=None, ge=2)
+    """Positions that are decoded at most; by default all that the model was made for. Models with longrope or dynamic rotary scaling are
+    exact up to their original context only, and need it."""
+    ignore_generation_options: tuple[str, ...] = ()
+    """Options of the model's generation_config.json that are left out, such as repetition_penalty; otherwise such a model is refused, as
+    its texts would not be those of its own `generate`."""
 
     def torch_device(self) -> torch.device:
         if self.device == "auto":
@@ -176,17 +182,40 @@ PUBLISHED = {"f507c7da0883fc47": "81c107fd8403a3dd"}
 """Fingerprints under which results and drafters are out, made when the whole text of config.json still went in."""
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads from `folder`: model.safetensors, or those that its index names.
+
+    Raises `UserError` where there is none, or the index names a file that is missing or lies elsewhere.
+    """
+    whole = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise UserError(
+            f"target '{folder}': no model.safetensors and no {index.name}; save the model with `save_pretrained` first (pytorch_model.bin "
+            f"and other formats are not read)"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"target '{folder}': {index.name} cannot be read ({first_line(error)}); fetch the model again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"target '{folder}': {index.name} names '{name}', which lies outside of the folder; weights must lie beside it")
+        if not (folder / name).exists():
+            raise UserError(f"target '{folder}': {name} is missing, though {index.name} names it; fetch the model again")
+    return [folder / name for name in names]
+
+
 def target_fingerprint(folder: Path) -> str:
     """Identifies a target by what its logits are made of: the tensors (names, types, shapes, the ends of their bytes), however they are
     spread over files, and the keys of config.json that are not in `BOOKKEEPING`. Which version of a library wrote the files is no part.
 
     Raises `UserError` where there is no safetensors file, or one is cut off.
     """
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise UserError(f"target '{folder}': no .safetensors file; save the model with `save_pretrained` first")
     tensors: dict[str, list[Any]] = {}
-    for shard in shards:
+    for shard in weight_files(folder):
         tensors |= _tensor_marks(shard)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

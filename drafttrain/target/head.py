@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.packed import linear
-from drafttrain.target.files import load_config, text_config
+from drafttrain.target.files import load_config, text_config, weight_files
 
 
 class TargetHead:
@@ -126,7 +126,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where: dict[str, Path] = {}
-        for shard in sorted(folder.glob("*.safetensors")):
+        for shard in weight_files(folder):
             try:
                 with safe_open(shard, "pt") as file:
                     self.where.update(dict.fromkeys(file.keys(), shard))

@@ -51,9 +51,11 @@ class Finished:
 class Sampler:
     """Writes answers, `batch` at a time."""
 
-    def __init__(self, target: Target, batch: int, capacity: int, seed: int = 0, prefill_chunk: int = 512) -> None:
+    def __init__(
+        self, target: Target, batch: int, capacity: int, seed: int = 0, prefill_chunk: int = 512, purpose: int = 0
+    ) -> None:
         """capacity: tokens of the longest prompt with its answer; batch and capacity set the cache's size."""
-        self.target, self.batch, self.capacity, self.seed = target, batch, capacity, seed
+        self.target, self.batch, self.capacity, self.seed, self.purpose = target, batch, capacity, seed, purpose
         self.prefill_chunk = prefill_chunk
         self.steps, self.read = 0, 0  # forwards of one token a row, prompt tokens read: tests count them
 
@@ -160,7 +162,7 @@ class _Rows:
             if known:
                 kept[places, :known] = opening.features[name][:known]
             kept[places, known : known + value.shape[1]] = value
-        streams = SeededRng(self.sampler.seed, torch.tensor([job.id for job in jobs], device=device))
+        streams = SeededRng(self.sampler.seed, torch.tensor([job.id for job in jobs], device=device), self.sampler.purpose)
         self.roots[places] = draw(read.logits, streams, alike([job.sampling for job in jobs], device))
         self.rng.key[places], self.rng.count[places] = streams.key, streams.count
         self._sort()
@@ -216,7 +218,7 @@ class _Rows:
         self.rows = [None] * batch
         self.cache = self.target.new_cache(batch, self.sampler.capacity)
         self.roots = torch.zeros(batch, dtype=torch.long, device=device)
-        self.rng = SeededRng(self.sampler.seed, self.roots)
+        self.rng = SeededRng(self.sampler.seed, self.roots, self.sampler.purpose)
 
     def _shrink(self) -> None:
         """Fewer rows, once nothing is left to fill them with."""

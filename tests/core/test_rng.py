@@ -56,3 +56,19 @@ def test_streams_of_different_turns_share_no_number_however_many_are_drawn() -> 
         rng.substream(number)
         drawn.append(rng.uniform(3000)[0])
     assert len(torch.cat(drawn).unique()) == 8 * 3000
+
+
+def test_no_two_of_a_grid_of_seeds_rows_and_purposes_share_a_stream() -> None:
+    rows = torch.arange(40)
+    firsts = [SeededRng(seed, rows, purpose).uniform(2) for seed in range(40) for purpose in (0, 1)]
+    numbers = torch.cat(firsts)[:, 0].tolist()
+    assert len(set(numbers)) == len(numbers) == 40 * 40 * 2
+
+
+def test_seed_and_row_do_not_change_places() -> None:
+    for seed in range(1, 30):
+        rows = torch.arange(30)
+        ours = SeededRng(seed, rows).uniform(1)[:, 0]
+        for row in range(30):
+            swapped = SeededRng(row + 1, torch.tensor([seed - 1])).uniform(1)[0, 0]
+            assert (seed, row) == (row + 1, seed - 1) or ours[row] != swapped

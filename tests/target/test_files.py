@@ -49,8 +49,12 @@ def test_other_files_with_the_same_weights_have_the_same_fingerprint(folder: Pat
 
     def in_two_files(weights: dict[str, torch.Tensor]) -> None:
         names = sorted(weights, reverse=True)
+        places = {}
         for number, half in enumerate((names[::2], names[1::2])):
-            save_file({name: weights[name] for name in half}, folder / f"part-{number}.safetensors", {"format": "pt", "by": "another"})
+            part = f"part-{number}.safetensors"
+            save_file({name: weights[name] for name in half}, folder / part, {"format": "pt", "by": "another"})
+            places |= dict.fromkeys(half, part)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
     rewrite(folder, in_two_files)
     assert target_fingerprint(folder) == before
