@@ -20,8 +20,8 @@ from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
 from drafttrain.core.losses import LossMix, OutputLayer, distill
 from drafttrain.core.nodes import Nodes, to_nodes
-from drafttrain.core.plan import Plan
-from drafttrain.core.rng import Rng
+from drafttrain.core.plan import Chain, Plan
+from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, Groups, Labels, TrainingBatch
@@ -212,6 +212,33 @@ class Drafter(nn.Module, ABC):
 
         Rounds may pass without a proposal (the loop decoded plainly); what they commit is best read with the next one, in one call.
         """
+
+    def teacher_forced_logits(self, state: DrafterState, committed: Committed) -> Tensor:
+        """`observe`, and what it would have drafted on the way: [B, T, V] logits of the first draft token of a round whose root is the
+        token at t; -inf for tokens that it cannot draft, everywhere where it would draft nothing. Beyond a row's count they mean nothing.
+
+        This way runs the drafter token by token on a copy of its state. Families that can read all of them in one call do so.
+        """
+        rows = torch.arange(len(committed.count), device=committed.count.device)
+        trial, first = state.select(rows), Plan(Chain(length=1), record_probs=self.gives_draft_probs)
+        logits = []
+        for step, tokens in enumerate(committed.tokens.unbind(1)):
+            tree = self.propose(trial, tokens, first, Sampling(), SeededRng(0, rows))
+            logits.append(self._first_logits(tree))
+            features = {name: value[:, step : step + 1] for name, value in committed.features.items()}
+            self.observe(trial, Committed(tokens[:, None], (committed.count > step).long(), features))
+        self.observe(state, committed)
+        return torch.stack(logits, 1)
+
+    def _first_logits(self, tree: Tree) -> Tensor:
+        """[B, V] of a chain's first token: log probabilities where they were recorded, else the token itself with certainty."""
+        if tree.draft_probs is not None:
+            return tree.draft_probs[:, 0].log()
+        drafted = torch.full((len(tree.tokens), self.target.vocab_size), float("-inf"), device=tree.tokens.device)
+        if tree.tokens.shape[1] > 1:
+            certain = torch.where(tree.live[:, 1], 0.0, float("-inf"))
+            drafted.scatter_(1, tree.tokens[:, 1:2], certain[:, None])
+        return drafted
 
 
 class WrappedDrafter(Drafter):

@@ -35,7 +35,7 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch, gathered
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
-from drafttrain.drafters.grow import Frontier, grow
+from drafttrain.drafters.grow import Frontier, grow, widen_logits
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 from drafttrain.target.rope import target_rotary
@@ -317,9 +317,34 @@ class Eagle3(Drafter):
             waiting = None
         state.pending = committed if waiting is None else waiting.then(committed)
 
+    def teacher_forced_logits(self, state: DrafterState, committed: Committed) -> Tensor:
+        """One call over the pairs that the committed tokens complete; the newest token's own waits for what follows it."""
+        assert isinstance(state, Eagle3State)
+        T, waiting, newest = committed.tokens.shape[1], state.pending, state.newest
+        if waiting is not None and waiting.tokens.shape[1] + T > CATCH_UP:
+            self._refresh(state, committed.tokens[:, 0])
+            waiting, newest = None, state.newest
+        completed = Committed(committed.tokens, (committed.count - 1).clamp_min(0), committed.features)
+        state.pending = completed if waiting is None else waiting.then(completed)
+        last = (committed.count - 1).clamp_min(0)[:, None]
+        newest_token = committed.tokens.gather(1, last)
+        outputs = torch.cat([newest, self._read_pending(state, newest_token[:, 0])], 1)
+        order = torch.arange(T, device=committed.tokens.device)
+        # without waiting pairs the root's has been read already: its output is the newest one
+        places = order.expand(len(last), -1) if waiting is None else waiting.count[:, None] + order
+        hidden = gathered(outputs, places.clamp_max(outputs.shape[1] - 1))
+        aux = gathered(committed.features["aux_hidden_states"], last)
+        state.pending = Committed(newest_token, (committed.count > 0).long(), {"aux_hidden_states": aux})
+        return widen_logits(self._logits(hidden), self.draft_ids, self.target.vocab_size)
+
     def _refresh(self, state: Eagle3State, roots: Tensor) -> Tensor:
-        """Pairs of what was committed, with the target's features: writes them, returns the newest one's output [B, 1, D]; of a row that
-        committed nothing, the one it had."""
+        """Reads the pairs of what was committed; returns the newest one's output [B, 1, D]; of a row that committed nothing, the one it
+        had."""
+        self._read_pending(state, roots)
+        return state.newest
+
+    def _read_pending(self, state: Eagle3State, roots: Tensor) -> Tensor:
+        """Pairs of what was committed, with the target's features: writes them; [B, T, D]."""
         pending = state.pending
         assert pending is not None, "propose comes after begin or observe"
         T = pending.tokens.shape[1]
@@ -331,7 +356,7 @@ class Eagle3(Drafter):
         hidden = self._run(state, following, self._fuse(pending.features["aux_hidden_states"]), slots, seen)
         state.lengths, state.pending = state.lengths + pending.count, None
         state.newest = torch.where((pending.count > 0)[:, None, None], gathered(hidden, last), state.newest)
-        return state.newest
+        return hidden
 
     @bare_forward
     def _run(

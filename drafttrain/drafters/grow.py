@@ -281,6 +281,15 @@ def top(logits: Tensor, k: int) -> Tensor:
     return likeliest(logits)[..., None] if k == 1 else logits.topk(k, -1).indices
 
 
+def widen_logits(logits: Tensor, vocab: Tensor | None, size: int) -> Tensor:
+    """Logits over the draft vocabulary as some over the target's, -inf for tokens outside: [..., Vd] -> [..., V]."""
+    if vocab is None:
+        return logits
+    wide = logits.new_full((*logits.shape[:-1], size), float("-inf"))
+    wide[..., vocab] = logits
+    return wide
+
+
 def widen(probs: Tensor, vocab: Tensor | None, size: int) -> Tensor:
     """A distribution over the draft vocabulary as one over the target's: [..., Vd] -> [..., V]. Without a draft vocabulary, itself."""
     if vocab is None:

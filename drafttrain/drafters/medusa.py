@@ -23,7 +23,7 @@ from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
-from drafttrain.drafters.grow import Parallel, grow
+from drafttrain.drafters.grow import Parallel, grow, widen_logits
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
@@ -168,6 +168,16 @@ class Medusa(Drafter):
         row = torch.arange(len(state.last), device=state.last.device)
         newest = committed.features["last_hidden_state"][row, (committed.count - 1).clamp_min(0)]
         state.last = torch.where((committed.count > 0)[:, None], newest, state.last)
+
+    def teacher_forced_logits(self, state: DrafterState, committed: Committed) -> Tensor:
+        """The first head on the states before each token."""
+        assert isinstance(state, MedusaState)
+        before = torch.cat([state.last[:, None].to(self._dtype), committed.features["last_hidden_state"][:, :-1].to(self._dtype)], 1)
+        hidden = self.blocks[0](self._read(before, committed.tokens, state.head))
+        logits = self._readout(0, state.head).logits(hidden)
+        self.calls += 1
+        self.observe(state, committed)
+        return widen_logits(logits, self.draft_ids, self.target.vocab_size)
 
     def _read_text(self, batch: TrainingBatch, head: TargetHead) -> Tensor:
         """`_read` at every token of a text, which says what came next."""

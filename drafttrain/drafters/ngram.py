@@ -226,6 +226,19 @@ class Ngram(Drafter):
     def _width(self, plan: Plan) -> int:
         return 1 if plan.shape.shape == "chain" else self.config.branches
 
+    def teacher_forced_logits(self, state: DrafterState, committed: Committed) -> Tensor:
+        """What each place's own table finds; certain tokens."""
+        assert isinstance(state, NgramState)
+        B, T = committed.tokens.shape
+        logits = torch.full((B, T, self.target.vocab_size), float("-inf"))
+        for row, (text, tokens, count) in enumerate(zip(state.rows, committed.tokens.tolist(), committed.count.tolist(), strict=True)):
+            for step, root in enumerate(tokens[:count]):
+                for match in text.matches(root, self.config.shortest, 1, 1):
+                    logits[row, step, match.tokens[0]] = 0.0
+                text.extend([root])
+        self.calls += 1
+        return logits.to(committed.tokens.device)
+
     def observe(self, state: DrafterState, committed: Committed) -> None:
         assert isinstance(state, NgramState)
         for text, tokens, count in zip(state.rows, committed.tokens.tolist(), committed.count.tolist(), strict=True):

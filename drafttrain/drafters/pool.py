@@ -5,7 +5,7 @@ What stands here is what they can do together. Their states, one a drafter and r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -31,11 +31,11 @@ class DrafterPool(Drafter):
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         """Raises `UserError` for drafters of different targets."""
         super().__init__(PoolConfig(name="|".join(drafter.config.name for drafter in drafters)), drafters[0].target)
-        for drafter in drafters[1:]:
+        for drafter in drafters:
             if drafter.target.fingerprint != self.target.fingerprint:
                 raise UserError(
-                    f"runtime.drafters: '{drafter.files or drafter.config.name}' was made for target {drafter.target.fingerprint}, the first "
-                    f"drafter for {self.target.fingerprint}; all drafters of a pool draft for one target and its tokenizer"
+                    f"runtime.drafters: '{drafter.files or drafter.config.name}' was made for target {drafter.target.fingerprint}, the "
+                    f"first drafter for {self.target.fingerprint}; all drafters of a pool draft for one target and its tokenizer"
                 )
         self.drafters = nn.ModuleList(drafters)
         self.needs = frozenset().union(*(drafter.needs for drafter in drafters))
@@ -52,6 +52,24 @@ class DrafterPool(Drafter):
         """What statistics call them: the family, numbered where one stands twice."""
         names = [drafter.config.name for drafter in self.members]
         return tuple(name if names.count(name) == 1 else f"{name}-{place + 1}" for place, name in enumerate(names))
+
+    @property
+    def calls(self) -> int:
+        """Of all of them."""
+        return sum(drafter.calls for drafter in self.members)
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        """They count for themselves."""
+
+    @property
+    def watcher(self) -> Callable[[Callable[[], object]], None] | None:
+        return self.members[0].watcher
+
+    @watcher.setter
+    def watcher(self, watcher: Callable[[Callable[[], object]], None] | None) -> None:
+        for drafter in self.members:
+            drafter.watcher = watcher
 
     @property
     def max_depth(self) -> int | None:

@@ -254,6 +254,20 @@ class SmallLM(Drafter):
         left = committed.tokens[row, kept.clamp_max(place.shape[1] - 1)]  # only a leaf goes unfed
         state.pending, state.waiting, state.fed = left[:, None], committed.count - kept, None
 
+    def teacher_forced_logits(self, state: DrafterState, committed: Committed) -> Tensor:
+        """One call over what waited and what was committed."""
+        assert isinstance(state, SmallLMState)
+        if state.pending.shape[1] + committed.tokens.shape[1] > CATCH_UP:
+            self._feed_pending(state)
+        order = torch.arange(committed.tokens.shape[1], device=committed.tokens.device)
+        places = state.waiting[:, None] + order  # [B, T] among what is fed
+        state.pending = appended(state.pending, state.waiting, committed.tokens)
+        state.waiting, state.fed = state.waiting + committed.count, None
+        hidden = self._feed(state, state.pending)
+        self._count_pending(state)
+        state.cache.max_length += committed.tokens.shape[1]  # until the loop says what it is
+        return self._logits(gathered(hidden, places), state.head)
+
     def _catch_up(self, state: SmallLMState, roots: Tensor) -> Tensor:
         """Feeds what waits and the root in one call; returns the root's output [B, 1, D]. The root stays uncommitted."""
         at = state.waiting[:, None]

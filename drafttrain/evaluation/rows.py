@@ -153,6 +153,7 @@ class Measured:
     positions: tuple[tuple[int, int], ...] = ()
     """(rounds, tokens they kept) of the rounds that begin in each `STRETCH` tokens of an answer."""
     prefetch: dict[str, int] | None = None  # prefetched drafts, hits, prefetch_calls, calls_saved; see `Statistics`
+    by_drafter: dict[str, dict[str, int]] | None = None  # of a pool; see `Statistics`
     quality: Quality | None = None  # see `quality.pooled`; None where it was not measured
     repeat_intervals: dict[str, Interval] = field(default_factory=dict)  # as `speedups`; where `repeats` is 1 without an interval
     attempts: tuple[int, ...] = ()
@@ -276,6 +277,7 @@ def summarise(
         loop_efficiency=efficiency.loop if efficiency else None,
         drafting_overhead=efficiency.drafting if efficiency else None,
         prefetch={name: vars(total)[name] for name in PREFETCH} if total.prefetched else None,
+        by_drafter=total.by_drafter or None,
         quality=pooled([sample.quality for sample in own if sample.quality is not None]),
         tau_interval=tau_interval(own), positions=by_position(own),
     )

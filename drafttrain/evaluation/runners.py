@@ -17,6 +17,8 @@ from drafttrain.core.config import fingerprint
 from drafttrain.core.disk import folder_fingerprint
 from drafttrain.core.plan import Shape
 from drafttrain.core.sampling import Sampling
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.pool import DrafterPool
 from drafttrain.evaluation.memory import PeakMemory
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import RoundRecord
@@ -116,12 +118,19 @@ class Contender:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Of the files the drafter was loaded from; a trained one made in memory has none, and a lookup's options are all it is."""
+        """Of all drafters of a pool together."""
         drafter = self.decoder.drafter
         assert drafter is not None
-        if drafter.files is not None:
-            return folder_fingerprint(drafter.files)
-        return "in-memory" if drafter.trainable else fingerprint(drafter.config)
+        if isinstance(drafter, DrafterPool):
+            return fingerprint(*(_drafter_fingerprint(member) for member in drafter.members))
+        return _drafter_fingerprint(drafter)
+
+
+def _drafter_fingerprint(drafter: Drafter) -> str:
+    """Of the files the drafter was loaded from; a trained one made in memory has none, and a lookup's options are all it is."""
+    if drafter.files is not None:
+        return folder_fingerprint(drafter.files)
+    return "in-memory" if drafter.trainable else fingerprint(drafter.config)
 
 
 def shape_name(shape: Shape) -> str:

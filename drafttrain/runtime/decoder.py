@@ -12,6 +12,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import Field
 from torch import Tensor
@@ -23,14 +24,18 @@ from drafttrain.core.packed import packed
 from drafttrain.core.plan import Chain, Plan, Shape
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology
+from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.hybrid import Hybrid, HybridConfig
+from drafttrain.drafters.pool import DrafterPool
 from drafttrain.export.load import load_drafter
 from drafttrain.runtime.costs import measured_hybrid_costs
 from drafttrain.runtime.generate import DecodingLoop, RoundHook, served
 from drafttrain.runtime.policy import POLICIES, Fixed, Policy, PolicyConfig
+from drafttrain.runtime.pool import PLAIN, Routed
 from drafttrain.runtime.proposer import Drafting, Plain, Prefetching, Proposer
+from drafttrain.runtime.router import ROUTERS, Router, RouterConfig, load_scores, save_scores
 from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
@@ -66,9 +71,13 @@ REFUSED = {
 if TYPE_CHECKING:
     AnyRule = RuleConfig | str
     AnyPolicy = PolicyConfig | str
+    AnyRouter = RouterConfig | str
 else:
     AnyRule = Literal[("auto", *RULES)] | Annotated[reduce(or_, (rule.Config for rule in RULES.values())), Field(discriminator="name")]
     AnyPolicy = str | Annotated[reduce(or_, (policy.Config for policy in POLICIES.values())), Field(discriminator="name")]
+    AnyRouter = (
+        Literal[tuple(ROUTERS)] | Annotated[reduce(or_, (router.Config for router in ROUTERS.values())), Field(discriminator="name")]
+    )
 
 
 class RuntimeConfig(Config):
@@ -99,12 +108,40 @@ class RuntimeConfig(Config):
     """Prefetched drafts a row on what the target will commit, drafted on while it scores; 0 places none. Only for drafters that read
     nothing of the target (`small_lm`). Reports hits and drafter calls saved; one process computes one thing at a time, so it is not faster
     for it."""
+    drafters: tuple[str, ...] = ()
+    """Further drafters beside the recipe's own, which is the first: folders of trained ones (a run, or the drafter inside) for the same
+    target, or the name of a family without weights (`ngram`). A router chooses among them, row by row and round by round."""
+    router: AnyRouter = "fixed"
+    """What chooses: `fixed` (the first drafter), `ucb`, `exp3`, `halving` or `hedge`, as a name or `name` with its options."""
     prefill_chunk: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward."""
 
     @property
     def policy_name(self) -> str:
         return self.policy if isinstance(self.policy, str) else self.policy.name
+
+    @property
+    def router_config(self) -> RouterConfig:
+        """The router's options; a name alone leaves them at their defaults."""
+        return ROUTERS[self.router].Config(name=self.router) if isinstance(self.router, str) else self.router
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a router chooses who drafts."""
+        return bool(self.drafters) or self.router != "fixed"
+
+    def check_pool(self, drafters: int) -> None:
+        """A `UserError` where a pool of so many drafters cannot be decoded with as asked."""
+        reasons = {
+            "runtime.hybrid drafts beside one drafter; leave it out, or name its lookup in runtime.drafters": self.hybrid is not None,
+            "runtime.corrupt swaps the tokens of one drafter; set it to 0": self.corrupt,
+            "runtime.prefetch drafts ahead with one drafter; set it to 0": self.prefetch,
+            "policy 'decision' was trained for one drafter; use 'fixed', 'confidence' or 'adaptive'": self.policy_name == "decision",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(f"runtime.drafters {list(self.drafters)}, router '{self.router_config.name}': {reason}")
+        self.router_config.check_arms(drafters)
 
     @property
     def topology(self) -> Topology:
@@ -121,6 +158,10 @@ class RuntimeConfig(Config):
             self._check_open(rule, drafter)
         chosen = self.hybrid is not None or self.corrupt or rule.leaves_next_open
         able = frozenset({"deterministic"}) if chosen else (drafter or Drafter).draws
+        if self.pooled:
+            able = able.intersection(*(DRAFTERS[name].draws for name in self.drafters if name in DRAFTERS))
+            if isinstance(drafter, type):
+                self.check_pool(1 + len(self.drafters))
         draws: Draws = _auto_draws(self.shape.shape, sampling, able) if self.draws == "auto" else self.draws
         if draws not in able:
             raise UserError(f"runtime.draws '{draws}': this drafter makes {' or '.join(sorted(able))} draws only; leave draws at 'auto'")
@@ -146,6 +187,7 @@ class RuntimeConfig(Config):
             "a lookup drafts under committed tokens alone; leave runtime.hybrid out": self.hybrid is not None,
             "runtime.corrupt would swap them; set it to 0": self.corrupt,
             "runtime.prefetch prefetched drafts on the next token; set it to 0": self.prefetch,
+            "a router may choose a round without a draft; leave runtime.drafters and runtime.router out": self.pooled,
             "this drafter is a lookup, which drafts under committed tokens alone; use a trained one": not (drafter or Drafter).trainable,
         }  # fmt: skip
         for reason, holds in reasons.items():
@@ -223,6 +265,8 @@ class SpeculativeDecoder:
                 self.runtime.policy.check_drafter(drafter)
         if drafter is not None and self.runtime.prefetch:
             self._check_prefetch(drafter)
+        if self.runtime.pooled:
+            drafter = self._pool(drafter)
         self.hybrid_costs: dict[str, float] = {}
         """What `auto` costs of `runtime.hybrid` turned out to be here."""
         if drafter is not None and self.runtime.hybrid is not None:
@@ -236,6 +280,70 @@ class SpeculativeDecoder:
                 f"runtime.shape drafts {self.runtime.shape.depth} tokens deep, but this {drafter.config.name} drafter has "
                 f"{drafter.max_depth} heads; choose a shallower shape, or train more heads"
             )
+
+        self.router_costs = self._router_costs()
+        """What a round of each of the router's arms takes, in plain target forwards."""
+        self._shared_router = self._remembered() if isinstance(self.drafter, DrafterPool) else None
+
+    # -- several drafters -------------------------------------------------------------------------------------------------------------
+
+    def _pool(self, own: Drafter | None) -> DrafterPool:
+        """The drafter, if there is one, and those that `runtime.drafters` names."""
+        members = [] if own is None else [own]
+        members += [self._member(name) for name in self.runtime.drafters]
+        if not members:
+            name = self.runtime.router_config.name
+            raise UserError(f"runtime.router '{name}': there is no drafter to choose; name some in runtime.drafters")
+        self.runtime.check_pool(len(members))
+        pool = DrafterPool(members)
+        pool.check_layers(self.target.aux_layers)
+        return pool
+
+    def _member(self, name: str) -> Drafter:
+        if name in DRAFTERS and not Path(name).exists():
+            family = DRAFTERS[name]
+            if family.trainable:
+                raise UserError(f"runtime.drafters '{name}' is a family that is trained; give the folder of a trained one")
+            return family(family.Config(name=name), self.target.shape)
+        return load_drafter(found_drafter(name), target=self.target)
+
+    def _router_costs(self) -> list[float]:
+        if not isinstance(self.drafter, DrafterPool):
+            return []
+        config = self.runtime.router_config
+        if config.costs == "auto":
+            bare, nodes = RuntimeConfig(shape=self.runtime.shape, prefill_chunk=self.runtime.prefill_chunk), self.runtime.shape.nodes
+            measured = [measured_hybrid_costs(SpeculativeDecoder(self.target, one, bare), nodes) for one in self.drafter.members]
+            costs = [1 + found["draft_cost"] + nodes * found["node_cost"] for found in measured]
+        else:
+            costs = [1.0] * len(self.drafter.members) if config.costs is None else list(config.costs)
+        return costs + [1.0] * config.plain
+
+    def _new_router(self, *seed: int) -> Router:
+        config = self.runtime.router_config
+        return ROUTERS[config.name](config, self.router_costs, self.runtime.shape.depth, np.random.default_rng(seed))
+
+    def _remembered(self) -> Router | None:
+        """The one router of all requests, where it remembers."""
+        config = self.runtime.router_config
+        if not config.remember:
+            return None
+        router = self._new_router(0)
+        if config.scores is not None and Path(config.scores).exists():
+            load_scores(router, self._arm_labels, Path(config.scores))
+        return router
+
+    @property
+    def _arm_labels(self) -> list[str]:
+        assert isinstance(self.drafter, DrafterPool)
+        return [*self.drafter.labels, *[PLAIN] * self.runtime.router_config.plain]
+
+    def save_scores(self, path: Path | None = None) -> None:
+        """Writes what the router has learnt; by default to `runtime.router.scores`."""
+        path = Path(self.runtime.router_config.scores or "") if path is None else path
+        if self._shared_router is None or not path.name:
+            raise UserError("there are no scores to save: set runtime.router.remember, and runtime.router.scores or a path")
+        save_scores(self._shared_router, self._arm_labels, path)
 
     def _priced(self, options: HybridConfig, drafter: Drafter) -> HybridConfig:
         """The same with this device's prices where they are `auto`."""
@@ -306,6 +414,8 @@ class SpeculativeDecoder:
         origins: list[list[int]] = [[] for _ in requests]
         for gained in chain.from_iterable(served(loop, requests, batch_size)):
             origins[gained.row] += gained.origins
+        if self._shared_router is not None and self.runtime.router_config.scores:
+            self.save_scores()
         finished = zip(loop.written, origins, loop.statistics(), strict=True)
         return [self._generation(written, origin, stops, max_new_tokens, counts) for written, origin, counts in finished]
 
@@ -398,15 +508,16 @@ class SpeculativeDecoder:
         if plan not in self._policies:
             self._policies[plan] = Fixed(plan) if self.drafter is None else self.runtime.planner(plan)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
-        return DecodingLoop(
-            self.target, self._proposer(rule), rule, self._policies[plan], sampling, seed, stopper, on_round, self.runtime.prefill_chunk
-        )
+        proposer, chunk = self._proposer(rule, seed), self.runtime.prefill_chunk
+        return DecodingLoop(self.target, proposer, rule, self._policies[plan], sampling, seed, stopper, on_round, chunk)
 
-    def _proposer(self, rule: Rule) -> Proposer:
+    def _proposer(self, rule: Rule, seed: int) -> Proposer:
         """Who drafts for one loop."""
         runtime, drafter = self.runtime, self.drafter
         if drafter is None:
             return Plain()
+        if isinstance(drafter, DrafterPool):
+            return Routed(drafter, lambda stream: self._shared_router or self._new_router(seed, stream), runtime.treat_as)
         if runtime.prefetch:
             return Prefetching(drafter, self.target.head, runtime.prefetch, runtime.treat_as)
         return Drafting(drafter, runtime.treat_as, rule.leaves_next_open)

@@ -255,8 +255,8 @@ def picked(trees: dict[int, Tree], arms: Sequence[int], roots: Tensor) -> Tree:
 
 
 def alignment(p: Tensor, logits: Tensor, following: Tensor, plan: Plan, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """g and w, [B, T] each, of a drafter whose logits at committed tokens are [B, T, V], where the target's distributions are p [B, T, V] and
-    the tokens that followed [B, T]. Of wider trees than a chain it is the first level's."""
+    """g and w, [B, T] each, of a drafter whose logits at committed tokens are [B, T, V]. p: [B, T, V] the target's distributions there;
+    following: [B, T] the tokens that came. Of wider trees than a chain it is the first level's."""
     if plan.draws == "deterministic":
         top = logits.topk(min(first_width(plan.shape), logits.shape[-1]), -1)
         drafted = top.values > float("-inf")  # a lookup may find nothing

@@ -311,8 +311,8 @@ class HedgeConfig(RouterConfig):
 class Hedge(Router):
     """Full information: each drafter's expected accepted length from each committed token on, whichever drafter proposed there.
 
-    Feedback is delayed: a position counts once K tokens from it on are known, against the weights of when it was committed. What a request's
-    end leaves incomplete is censored, and counts nowhere.
+    Feedback is delayed: a position counts once K tokens from it on are known, against the weights of when it was committed. What a
+    request's end leaves incomplete is censored, and counts nowhere.
     """
 
     Config = HedgeConfig
@@ -367,16 +367,18 @@ def normal_hedge(regrets: Sequence[float]) -> list[float]:
     if positive.max() <= 0:
         return [1 / len(positive)] * len(positive)
     squares = positive**2
-    # mean exp(x) = e with x <= max: c lies between max^2 / (2 (1 + ln A)) and max^2 / 2
-    low, high = squares.max() / (2 * (1 + math.log(len(positive)))), squares.max() / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        if np.exp(squares / (2 * middle)).mean() > math.e:
-            low = middle
-        else:
-            high = middle
-    weights = positive * np.exp(squares / (2 * high))
-    return (weights / weights.sum()).tolist()  # type: ignore[no-any-return]
+    # Newton on u = 1 / 2c. mean exp(R^2 u) is convex and rises with u, and is above e where the largest term alone is: from there the
+    # steps go down to the root and never past it.
+    u = (1 + math.log(len(positive))) / squares.max()
+    for _ in range(100):
+        terms = np.exp(squares * u)
+        step = (terms.mean() - math.e) / (squares * terms).mean()
+        u -= step
+        if step <= 1e-12 * u:
+            break
+    weights = positive * np.exp(squares * u)
+    shares: list[float] = (weights / weights.sum()).tolist()
+    return shares
 
 
 ROUTERS: dict[str, type[Router]] = {"fixed": FixedRouter, "ucb": Ucb, "exp3": Exp3, "halving": Halving, "hedge": Hedge}
@@ -390,7 +392,8 @@ def save_scores(router: Router, labels: Sequence[str], path: Path) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"runtime.router.scores '{path}': cannot be written ({first_line(error)}); name a file in a folder that exists") from error
+        reason = first_line(error)
+        raise UserError(f"runtime.router.scores '{path}': cannot be written ({reason}); name a file in a folder that exists") from error
 
 
 def load_scores(router: Router, labels: Sequence[str], path: Path) -> None:

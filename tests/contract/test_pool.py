@@ -1,0 +1,234 @@
+"""Several drafters in one loop keep the text what it is, whoever is chosen when: greedy identity and enumeration over random schedules, and
+a drafter that was idle drafts as a fresh one would."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from drafttrain.core.errors import UserError
+from drafttrain.core.plan import Chain, Dynamic, Plan, Static
+from drafttrain.core.rng import SeededRng, branches
+from drafttrain.core.sampling import Sampling
+from drafttrain.core.types import Committed
+from drafttrain.drafters import DRAFTERS
+from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.ngram import Ngram, NgramConfig
+from drafttrain.drafters.pool import DrafterPool
+from drafttrain.runtime import generate
+from drafttrain.runtime.decoder import SpeculativeDecoder
+from drafttrain.runtime.generate import DecodingLoop
+from drafttrain.runtime.policy import Fixed
+from drafttrain.runtime.pool import Routed
+from drafttrain.runtime.router import Router, RouterConfig
+from drafttrain.runtime.rows import Request
+from drafttrain.target.adapter import Target
+from drafttrain.verify import RULES
+from tests.contract.tables import TableDrafter, TableTarget, probs
+from tests.families import TRAINABLE, trained_drafter
+from tests.tiny import greedy_text, tiny_target
+
+PROMPTS = [[5, 9, 11, 30, 5, 9, 11, 30, 5, 9], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
+SHAPES = [Chain(length=3), Static(children=(2, 2)), Dynamic(depth=3, beam=3, top_k=3, nodes=9)]
+
+
+class Scheduled(Router):
+    """A random choice each round, plain decoding among them; or always the same schedule."""
+
+    Config = RouterConfig
+
+    def __init__(self, arms: int, seed: int, schedule: list[int] | None = None, counterfactual: bool = False) -> None:
+        super().__init__(RouterConfig(name="scheduled", plain=True), [1.0] * arms, 3, np.random.default_rng(seed))
+        self.schedule, self.counterfactual = schedule, counterfactual  # type: ignore[misc]
+
+    def choose(self) -> int:
+        return self.schedule.pop(0) if self.schedule else int(self.rng.integers(self.arms))
+
+
+@lru_cache
+def target() -> Target:
+    return tiny_target()
+
+
+@lru_cache
+def trained(family: str) -> Drafter:
+    return trained_drafter(family, target(), PROMPTS)
+
+
+def pool(*families: str) -> DrafterPool:
+    return DrafterPool([trained(family) for family in families or sorted(DRAFTERS)])
+
+
+def rule(name: str) -> Any:
+    return RULES[name](RULES[name].Config(name=name))
+
+
+@pytest.mark.parametrize("counterfactual", [False, True], ids=["observing", "scoring"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
+def test_greedy_text_is_the_targets_own_whatever_is_chosen_row_by_row(shape: Any, counterfactual: bool) -> None:
+    drafters = pool()
+    arms = len(drafters.members) + 1
+    routed = Routed(drafters, lambda stream: Scheduled(arms, stream, counterfactual=counterfactual))
+    loop = DecodingLoop(target(), routed, rule("greedy"), Fixed(Plan(shape)), Sampling(), seed=0)
+    loop.start([Request(prompt, number, 24) for number, prompt in enumerate(PROMPTS)])
+    while not loop.done:
+        loop.step()
+    assert loop.written == [greedy_text(target().model, prompt, 24) for prompt in PROMPTS]
+    total = loop.statistics()[0] + loop.statistics()[1] + loop.statistics()[2]
+    assert {label for label, counts in total.by_drafter.items() if counts["rounds"]} == {*drafters.labels, "plain"}
+    assert sum(counts["rounds"] for counts in total.by_drafter.values()) == total.rounds
+    assert sum(counts.get("calls", 0) for counts in total.by_drafter.values()) == total.drafter_calls
+    assert all(total.by_drafter[label]["bytes"] > 0 for label in TRAINABLE)
+    assert counterfactual or any(total.by_drafter[label]["catch_ups"] for label in TRAINABLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "draws", "shape"),
+    [
+        ("rejection", "iid", Chain(length=1)),
+        ("recursive", "deterministic", Static(children=(2,))),
+        ("recursive", "without_replacement", Static(children=(2,))),
+    ],
+)
+@pytest.mark.parametrize("arm", [0, 1, 2])
+def test_every_schedule_keeps_the_targets_distribution(
+    monkeypatch: pytest.MonkeyPatch, name: str, draws: Any, shape: Any, arm: int
+) -> None:
+    """Two rows that choose differently, the watched one each drafter in turn and none; exact enumeration of two tokens, across a switch."""
+    vocab, watch = 2, 1
+    table = TableTarget(vocab)
+    out, total = np.zeros((vocab, vocab)), 0.0
+    own = Sampling(1.0)
+
+    def target_probs(*context: int) -> np.ndarray:
+        return probs(1, context, vocab)
+
+    for rng in branches(2, watch):
+        monkeypatch.setattr(generate, "SeededRng", lambda seed, ids, rng=rng: rng)
+        drafters = TablePool(vocab)
+        schedules = {0: [0, 2], 1: [arm, 1 - arm if arm < 2 else 0]}
+        routed = Routed(drafters, lambda stream, schedules=schedules: Scheduled(3, 0, schedules[stream]))  # type: ignore[arg-type]
+        loop = DecodingLoop(table, routed, rule(name), Fixed(Plan(shape, draws, record_probs=True)), own, seed=0)  # type: ignore[arg-type]
+        loop.start([Request([0, 1, 1], 0, 9), Request([1, 1], 1, 9)])
+        while len(loop.written[watch]) < 3:
+            loop.step()
+        tokens = loop.written[watch][1:3]
+        out[tokens[0], tokens[1]] += rng.probability
+        total += rng.probability
+    assert abs(total - 1) < 1e-9
+    expected = np.array([[target_probs(1, 1, 0)[a] * target_probs(1, 1, 0, a)[b] for b in range(vocab)] for a in range(vocab)])
+    assert np.abs(out - expected).sum() / 2 < 1e-6
+
+
+class TablePool:
+    """Two tables behind the members of a real pool."""
+
+    def __init__(self, vocab: int) -> None:
+        self.members = [TableDrafter(vocab, 2), TableDrafter(vocab, 5)]
+        self.labels, self.needs = ("one", "other"), frozenset[str]()
+
+
+@pytest.mark.parametrize("family", TRAINABLE)
+def test_after_switches_a_drafters_distributions_are_those_of_a_fresh_prefill(family: str) -> None:
+    """It drafts, idles, drafts and idles again; then its draft is compared with one begun on the whole text."""
+    drafters = pool(family, "ngram")
+    text = PROMPTS[0] + greedy_text(target().model, PROMPTS[0], 25)
+    for schedule in ([0, 1, 1, 0, 2, 1], [1, 1, 1, 1, 0, 1], [0, 0, 2, 2, 1, 0]):
+        routed = Routed(drafters, lambda stream, schedule=schedule: Scheduled(3, 0, [*schedule]))
+        loop = DecodingLoop(target(), routed, rule("greedy"), Fixed(Plan(Chain(length=3))), Sampling(), seed=0)
+        loop.start([Request(PROMPTS[0], 0, 40)])
+        for _ in schedule:
+            loop.step()
+        length = len(PROMPTS[0]) + len(loop.written[0]) - 1
+        fresh = begun(family, text[:length])
+        plan = Plan(Chain(length=3), record_probs=True)
+        root, rng = torch.tensor([text[length]]), SeededRng(0, torch.arange(1))
+        with torch.inference_mode():
+            ours = trained(family).propose(routed.states[0], root, plan, Sampling(), rng)
+            theirs = trained(family).propose(fresh, root, plan, Sampling(), rng)
+        assert ours.draft_probs is not None and theirs.draft_probs is not None
+        torch.testing.assert_close(ours.draft_probs, theirs.draft_probs, atol=2e-5, rtol=1e-4)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("proposed", [False, True], ids=["idle", "proposing"])
+@pytest.mark.parametrize("family", sorted(DRAFTERS))
+def test_teacher_forced_logits_are_what_running_the_drafter_there_gives(family: str, proposed: bool) -> None:
+    drafter, text = trained(family), PROMPTS[0] + greedy_text(target().model, PROMPTS[0], 12)
+    start, stop = 12, 17
+    state = begun(family, text[:start])
+    roots, rng = torch.tensor([text[start]]), SeededRng(0, torch.arange(1))
+    with torch.inference_mode():
+        if proposed:
+            drafter.propose(state, roots, Plan(Chain(length=2)), Sampling(), rng)
+        logits = drafter.teacher_forced_logits(state, committed(drafter, text, start, stop))[0]
+        for place in range(start, stop):
+            first = Plan(Chain(length=1), record_probs=drafter.gives_draft_probs)
+            tree = drafter.propose(begun(family, text[:place]), torch.tensor([text[place]]), first, Sampling(), rng)
+            ours, theirs = logits[place - start], drafter._first_logits(tree)[0]
+            if family == "ngram" and (theirs == float("-inf")).all():
+                assert (ours == float("-inf")).all()
+            else:
+                torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), atol=2e-5, rtol=1e-4)
+        after = drafter.propose(state, torch.tensor([text[stop]]), Plan(Chain(length=3)), Sampling(), rng).tokens
+        fresh = drafter.propose(begun(family, text[:stop]), torch.tensor([text[stop]]), Plan(Chain(length=3)), Sampling(), rng).tokens
+    assert after.tolist() == fresh.tolist()  # it has observed them too
+
+
+def begun(family: str, text: list[int]) -> Any:
+    tokens = torch.tensor([text])
+    features = {name: value for name, value in encoded(tokens).items() if name in trained(family).needs}
+    with torch.inference_mode():
+        return trained(family).begin(tokens, torch.tensor([len(text)]), features, target().head, 90)
+
+
+def committed(drafter: Drafter, text: list[int], start: int, stop: int) -> Committed:
+    tokens = torch.tensor([text])
+    features = {name: value[:, start:stop] for name, value in encoded(tokens).items() if name in drafter.needs}
+    return Committed(tokens[:, start:stop], torch.tensor([stop - start]), features)
+
+
+def encoded(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    position = torch.arange(tokens.shape[1])[None]
+    return target().encode(tokens, position, torch.zeros_like(tokens), {"aux_hidden_states", "last_hidden_state"})
+
+
+@pytest.mark.parametrize("router", ["fixed", "ucb", "exp3", "halving", "hedge"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_router_decodes_the_targets_text_and_names_who_drafted(router: str, temperature: float) -> None:
+    runtime = {"drafters": ["ngram"], "router": {"name": router, "plain": True}, "shape": {"shape": "chain", "length": 3}}
+    speculative = SpeculativeDecoder(target(), trained("medusa"), runtime)
+    out = speculative.generate(PROMPTS, 20, temperature, seed=1, batch_size=2)
+    again = speculative.generate(PROMPTS, 20, temperature, seed=1, batch_size=2)
+    assert [one.tokens for one in out] == [one.tokens for one in again]  # a router's choices come from the seed too
+    if temperature == 0:
+        assert [one.tokens for one in out] == [greedy_text(target().model, prompt, 20) for prompt in PROMPTS]
+    assert set(out[0].statistics.by_drafter) == {"medusa", "ngram", "plain"}
+
+
+def test_scoring_takes_no_further_target_forward() -> None:
+    one = SpeculativeDecoder(target(), trained("medusa"), {"router": {"name": "hedge", "plain": True}})
+    (made,) = one.generate([PROMPTS[0]], 20)
+    assert made.statistics.target_forwards == made.statistics.rounds + 1
+
+
+def test_impossible_pools_are_refused_by_one_line() -> None:
+    other = Ngram(NgramConfig(), tiny_target(seed=3).shape)
+    other.target = type(other.target)(**{**vars(other.target), "fingerprint": "another"})
+    with pytest.raises(UserError, match="was made for target another"):
+        DrafterPool([trained("medusa"), other])
+    for runtime, said in (
+        ({"router": "ucb"}, "a pool of one drafter leaves nothing to choose"),
+        ({"drafters": ["medusa"]}, "is a family that is trained"),
+        ({"drafters": ["ngram"], "hybrid": {}}, "runtime.hybrid drafts beside one drafter"),
+        ({"drafters": ["ngram"], "prefetch": 2}, "runtime.prefetch"),
+        ({"drafters": ["ngram"], "router": {"name": "ucb", "costs": [1.0]}}, "one number above 0 for each of the 2"),
+        ({"drafters": ["ngram"], "router": {"name": "fixed", "arm": 4}}, "the pool's arms are 0 to 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            SpeculativeDecoder(target(), trained("medusa"), runtime)
+    with pytest.raises(UserError, match="there is no drafter to choose"):
+        SpeculativeDecoder(target(), None, {"router": "ucb"})
