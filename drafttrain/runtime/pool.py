@@ -27,6 +27,7 @@ from drafttrain.runtime.proposer import Prompts, Proposer, begun
 from drafttrain.runtime.router import RoundOutcome, Router, Trail
 from drafttrain.runtime.rows import CutVerdict, Rows
 from drafttrain.runtime.stats import Statistics
+from drafttrain.target.cache import TreeCache
 
 PLAIN = "plain"
 """What statistics call rounds without a drafter."""
@@ -213,7 +214,7 @@ def state_bytes(state: DrafterState) -> int:
             waiting += value
         elif isinstance(value, DrafterState):
             waiting += vars(value).values()
-        elif hasattr(value, "storage") and isinstance(value.storage, list):  # a key-value cache
+        elif isinstance(value, TreeCache):
             waiting += value.storage
     return total
 
