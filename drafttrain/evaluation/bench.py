@@ -25,7 +25,7 @@ from drafttrain.drafters import build
 from drafttrain.drafters.base import DrafterConfig
 from drafttrain.drafters.hybrid import AnyFree
 from drafttrain.evaluation.efficiency import Efficiency, measure
-from drafttrain.evaluation.execute import can_execute
+from drafttrain.evaluation.execute import OPEN, can_execute, guarded
 from drafttrain.evaluation.journal import ResultJournal, append_whole, read_lines
 from drafttrain.evaluation.loops import loops
 from drafttrain.evaluation.machine import commit, device_name, versions
@@ -93,8 +93,10 @@ class EvaluationConfig(Config):
     quality: bool = False
     """Quality columns for every contender. Those with a lossy rule have them in any case, and plain decoding beside them."""
     execute_code: bool = False
-    """Run the programs that the target writes (HumanEval), with limits but WITHOUT a barrier to files and network: only inside a
-    container, or with a model that you trust. Implies `quality`."""
+    """Run the programs that the target writes (HumanEval) in namespaces of their own, without files, network or other processes. Implies
+    `quality`."""
+    execute_unguarded: bool = False
+    """Run them with limits alone where the system lets nobody make namespaces: inside a container, or with a model that you trust."""
 
     @property
     def sampling(self) -> Sampling:
@@ -149,6 +151,11 @@ def evaluate(
         raise UserError(f"the label '{GENERATE}' means transformers' own decoding (evaluation.peers); give the contender another")
     if config.execute_code and not can_execute():
         raise UserError("evaluation.execute_code: this system lacks the limits that programs are run under (POSIX); leave it off")
+    if config.execute_code and not config.execute_unguarded and not guarded():
+        raise UserError(
+            f"evaluation.execute_code: this system makes no namespaces (unshare), so nothing holds what a program does: {OPEN}; run in a "
+            f"container of its own with evaluation.execute_unguarded=true, or leave it off"
+        )
     bench = Bench(target, runners, config, judged_labels(facts, config))
     bench.check(suite)
     setting = bench.setting(suite, out_path, facts)
