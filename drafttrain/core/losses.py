@@ -28,12 +28,39 @@ class OutputHead(Protocol):
         ...
 
 
-class OutputLayer(NamedTuple):
+class ScoringLayer(Protocol):
     """What turns a drafter's states into logits."""
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What it is made of, trained or not."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., Vd]."""
+        ...
+
+    def guesses(self, hidden: Tensor, vocab: Tensor | None, chunk: int) -> Tensor:
+        """[..., D] -> [...] the likeliest target token at each state; logits of `chunk` states stand in memory at a time."""
+        ...
+
+
+def guesses(layer: ScoringLayer, hidden: Tensor, vocab: Tensor | None, chunk: int) -> Tensor:
+    """`ScoringLayer.guesses`."""
+    best = torch.cat([likeliest(layer.logits(part)) for part in hidden.flatten(0, -2).split(chunk)])
+    return (best if vocab is None else vocab[best]).unflatten(0, hidden.shape[:-1])
+
+
+class OutputLayer(NamedTuple):
+    """One matrix."""
 
     weight: Tensor  # [Vd, D]
     bias: Tensor | None = None  # [Vd]
     finish: Callable[[Tensor], Tensor] | None = None  # what some model families do to their logits: a scale, a soft cap
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., Vd]."""
@@ -42,8 +69,7 @@ class OutputLayer(NamedTuple):
 
     def guesses(self, hidden: Tensor, vocab: Tensor | None, chunk: int) -> Tensor:
         """[..., D] -> [...] the likeliest target token at each state; logits of `chunk` states stand in memory at a time."""
-        best = torch.cat([likeliest(self.logits(part)) for part in hidden.flatten(0, -2).split(chunk)])
-        return (best if vocab is None else vocab[best]).unflatten(0, hidden.shape[:-1])
+        return guesses(self, hidden, vocab, chunk)
 
 
 def soft_cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
@@ -244,7 +270,7 @@ class _InChunks(torch.autograd.Function):
 
 def distill_plain(
     hidden: Sequence[Tensor],
-    output_layers: Sequence[OutputLayer],
+    output_layers: Sequence[ScoringLayer],
     weight: Tensor,
     teacher: Tensor,
     head: OutputHead,
@@ -265,7 +291,7 @@ def distill_plain(
 
 def distill(
     hidden: Sequence[Tensor],
-    output_layers: Sequence[OutputLayer],
+    output_layers: Sequence[ScoringLayer],
     weight: Tensor,
     teacher: Tensor,
     head: OutputHead,
@@ -281,9 +307,39 @@ def distill(
     the tokens the target wrote; vocab: [Vd] ascending ids of the draft vocabulary, None for all. Logits of `chunk` rows stand in memory
     at a time.
     """
-    finishes = [output_layer.finish for output_layer in output_layers]
-    layers = [tensor for output_layer in output_layers for tensor in (output_layer.weight, output_layer.bias)]
+    matrices = [layer for layer in output_layers if isinstance(layer, OutputLayer)]
+    if len(matrices) < len(output_layers):
+        return _distill_by_parts(hidden, output_layers, weight, teacher, head, labels, mix, vocab, chunk)
+    finishes = [output_layer.finish for output_layer in matrices]
+    layers = [tensor for output_layer in matrices for tensor in (output_layer.weight, output_layer.bias)]
     return _Distill.apply(weight, finishes, teacher, head, labels, mix, vocab, chunk, *hidden, *layers)
+
+
+def _distill_by_parts(
+    hidden: Sequence[Tensor],
+    output_layers: Sequence[ScoringLayer],
+    weight: Tensor,
+    teacher: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    mix: LossMix,
+    vocab: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """`distill` for layers that are more than a matrix."""
+
+    def loss(teacher: Tensor, labels: Tensor, weight: Tensor, *hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = head.logits(teacher, vocab)
+        total, hits = weight.new_zeros(()), []
+        for step, states in enumerate(hidden):
+            logits = output_layers[step % len(output_layers)].logits(states)
+            total = total + (mix.of(logits, theirs, labels, vocab) * weight[:, step]).sum()
+            hits.append(_hits(logits.detach(), labels, vocab, weight[:, step]))
+        return torch.stack([total, *hits])
+
+    parameters = [tensor for layer in output_layers for tensor in layer.parameters]
+    return summed_in_chunks(loss, [teacher, labels, weight.T, *hidden], parameters, chunk, figures=len(hidden))
 
 
 class _Distill(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
-from drafttrain.core.losses import LossMix, OutputLayer, distill
+from drafttrain.core.losses import LossMix, ScoringLayer, distill
 from drafttrain.core.nodes import Nodes, to_nodes
 from drafttrain.core.plan import Chain, Plan
 from drafttrain.core.rng import Rng, SeededRng
@@ -48,7 +48,7 @@ class Loss:
 
 
 def distilled(
-    batch: TrainingBatch, labels: Labels, hidden: Sequence[Tensor], output_layers: Sequence[OutputLayer], head: TargetHead, mix: LossMix,
+    batch: TrainingBatch, labels: Labels, hidden: Sequence[Tensor], output_layers: Sequence[ScoringLayer], head: TargetHead, mix: LossMix,
     vocab: Tensor | None, chunk: int, first_label: int = 2, decay: float = 1.0,
 ) -> Loss:
     """The loss of draft steps that all learn the target's distribution at the same labels, step k weighing `decay ** k` of it.
@@ -165,6 +165,14 @@ class Drafter(nn.Module, ABC):
         head: also reads the decoder layers that are wanted (`head.layer_weights`); counts: [V] how often each token stands in the
         training answers.
         """
+
+    @property
+    def reads_start_states(self) -> bool:
+        """Whether `start_output` wants to see states of the target."""
+        return False
+
+    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
+        """Fit the output head to states [R, D] of the target (`last_hidden_state`) in the training answers; after `start_from`."""
 
     @abstractmethod
     def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:

@@ -237,9 +237,9 @@ class BlockDrafter(Drafter):
         return self.output.reads_start_states
 
     @torch.no_grad()
-    def start_from(self, head: TargetHead, counts: Tensor, states: Tensor | None = None) -> None:
+    def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """Norm, output and layers from the target's last ones, where they fit; the highest captured layer as the context."""
-        self.output.start_from(head, counts, list(self.target.eos_ids), states)
+        self.output.start_from(head, counts)
         if head.norm is not None and head.norm.shape == self.norm.weight.shape:
             self.norm.weight.copy_(head.norm)
         size, first = self.target.hidden_size, self.target.num_layers - len(self.layers)
@@ -251,6 +251,9 @@ class BlockDrafter(Drafter):
             for name, parameter in layer.named_parameters():
                 if name in borrowed and borrowed[name].shape == parameter.shape:
                     parameter.copy_(borrowed[name])
+
+    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
+        self.output.start_from(head, counts, states)
 
     # -- what families add ------------------------------------------------------------------------------------------------------------
 

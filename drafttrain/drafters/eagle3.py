@@ -27,7 +27,7 @@ from drafttrain.core.layers import (
     rotate,
     unrolled_attention,
 )
-from drafttrain.core.losses import LossMix, OutputLayer
+from drafttrain.core.losses import LossMix, OutputLayer, ScoringLayer
 from drafttrain.core.plan import Plan
 from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
@@ -36,6 +36,7 @@ from drafttrain.core.types import Committed, Features, TrainingBatch, gathered
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Frontier, grow, widen_logits
+from drafttrain.drafters.output import LOW_RANK, LowRankHead, OutputHead
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 from drafttrain.target.rope import target_rotary
@@ -49,6 +50,8 @@ class Eagle3Config(DrafterConfig):
     name: Literal["eagle3"] = "eagle3"
     draft_vocab_size: int | None = Field(default=None, ge=2)
     """Tokens the drafter can propose, the most frequent of the training answers; None: all of the target's."""
+    output: LowRankHead | None = None
+    """`{kind: low_rank}`: two thin matrices over the whole vocabulary instead of an output matrix of its own."""
     intermediate_size: int | None = Field(default=None, ge=1)
     """Width of the gated MLP."""
     num_attention_heads: int | None = Field(default=None, ge=1)
@@ -69,6 +72,12 @@ class Eagle3Config(DrafterConfig):
     """Recompute each whole step in the backward pass, not only its norms and gates: less memory, more work."""
     norm_features: bool = False
     """Normalise each captured layer before fusing them (`fc_norm` in the engines' formats)."""
+
+    @model_validator(mode="after")
+    def _one_output(self) -> Eagle3Config:
+        if self.output is not None and self.draft_vocab_size is not None:
+            raise ValueError(LOW_RANK.format(other="draft_vocab_size"))
+        return self
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Eagle3Config:
@@ -169,7 +178,10 @@ class Eagle3(Drafter):
         self.midlayer = Eagle3Layer(size, inner, query_heads, kv_heads, self.head_dim, eps)
         self.norm = RMSNorm(size, eps)
         draft_size = min(config.draft_vocab_size or target.vocab_size, target.vocab_size)
-        self.lm_head = nn.Linear(size, draft_size, bias=False)
+        if config.output is None:
+            self.lm_head = nn.Linear(size, draft_size, bias=False)
+        else:
+            self.output = OutputHead(config.output, target)
         self.register_buffer("vocab", torch.arange(draft_size))
         self.rotary = target_rotary(target, self.head_dim)
 
@@ -184,7 +196,10 @@ class Eagle3(Drafter):
     def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """Head, norm and draft vocabulary from the target; attention over features and the MLP from its last layer, where they fit."""
         self.vocab.copy_(draft_vocab(counts, len(self.vocab), list(self.target.eos_ids)))
-        self.lm_head.weight.copy_(head.output[self.vocab])
+        if self.config.output is None:
+            self.lm_head.weight.copy_(head.output[self.vocab])
+        else:
+            self.output.start_from(head, counts)
         if head.norm is not None and head.norm.shape == self.norm.weight.shape:
             self.norm.weight.copy_(head.norm)
         size = self.target.hidden_size
@@ -202,6 +217,16 @@ class Eagle3(Drafter):
             elif name in READERS and parameter.shape == (source.shape[0], 2 * source.shape[1]):  # [embedding, feature]
                 parameter[:, :size].mul_(0.5)
                 parameter[:, size:].copy_(source)
+
+    @property
+    def reads_start_states(self) -> bool:
+        return self.config.output is not None
+
+    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
+        self.output.start_from(head, counts, states)
+
+    def _readout(self, head: TargetHead) -> ScoringLayer:
+        return OutputLayer(self.lm_head.weight) if self.config.output is None else self.output.layer(head)
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
@@ -230,24 +255,24 @@ class Eagle3(Drafter):
         return self.midlayer.finish(feature, mixed), key, value
 
     def readout(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
-        return self._logits(states)
+        return self._logits(states, head)
 
     def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
         labels, states = batch.labels(), self.teacher_forced_states(batch, head, self._steps_at(batch.progress))
         hidden = [self.norm(labels.before(state, step + 2)) for step, state in enumerate(states)]
         return distilled(
-            batch, labels, hidden, [OutputLayer(self.lm_head.weight)], head, self.config.loss, self.draft_ids, self.config.loss_chunk,
+            batch, labels, hidden, [self._readout(head)], head, self.config.loss, self.draft_ids, self.config.loss_chunk,
             decay=self.config.step_decay,
         )
 
     @torch.no_grad()
     def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
-        guesses = [self._guess(hidden) for hidden in self.teacher_forced_states(batch, head, length)]
+        guesses = [self._guess(hidden, head) for hidden in self.teacher_forced_states(batch, head, length)]
         return torch.stack(guesses, -1)
 
-    def _guess(self, hidden: Tensor) -> Tensor:
+    def _guess(self, hidden: Tensor, head: TargetHead) -> Tensor:
         """[B, T, D] -> [B, T] the likeliest token."""
-        return OutputLayer(self.lm_head.weight).guesses(self.norm(hidden), self.draft_ids, self.config.loss_chunk)
+        return self._readout(head).guesses(self.norm(hidden), self.draft_ids, self.config.loss_chunk)
 
     def _steps_at(self, progress: float) -> int:
         start, end = self.config.ttt_ramp
@@ -266,8 +291,8 @@ class Eagle3(Drafter):
         return self.fc(aux)
 
     @bare_forward
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self.norm(hidden))
+    def _logits(self, hidden: Tensor, head: TargetHead) -> Tensor:
+        return self.lm_head(self.norm(hidden)) if self.config.output is None else self.output.logits(self.norm(hidden), head)
 
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
@@ -305,7 +330,7 @@ class Eagle3(Drafter):
                 hidden = self._run(state, frontier.tokens, gathered(hidden, frontier.parent), slots, seen, base + (frontier.level - 1))
                 fed += W
             states.append(hidden)
-            return self._logits(hidden)
+            return self._logits(hidden, state.head)
 
         return grow(step, roots, plan, sampling, rng, self.draft_ids, self.target.vocab_size, states).tree
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drafttrain.core.losses import LossMix, OutputLayer
+from drafttrain.core.losses import LossMix, OutputLayer, ScoringLayer
 from drafttrain.core.plan import Plan
 from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
@@ -24,6 +24,7 @@ from drafttrain.core.types import Committed, Features, TrainingBatch
 from drafttrain.core.vocab import draft_vocab
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.grow import Parallel, grow, widen_logits
+from drafttrain.drafters.output import LOW_RANK, LowRankHead, OutputHead
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
@@ -42,12 +43,20 @@ class MedusaConfig(DrafterConfig):
     """The heads read the embedding of the round's first token, x[p + 1], beside the last state; the paper's read the state alone."""
     draft_vocab_size: int | None = Field(default=None, ge=2)
     """Tokens the heads can propose, the most frequent of the training answers; None: all of the target's."""
+    output: LowRankHead | None = None
+    """`{kind: low_rank}`: two thin matrices over the whole vocabulary, which all heads share, instead of a draft vocabulary."""
     head_decay: float = Field(default=0.8, gt=0, le=1)
     """Head k's loss weighs `head_decay ** k`."""
     loss: LossMix = LossMix()
     """What each head learns from the target's distribution."""
     loss_chunk: int = Field(default=1024, ge=1)
     """Labels whose [V] logits stand in memory at once."""
+
+    @model_validator(mode="after")
+    def _one_output(self) -> MedusaConfig:
+        if self.output is not None and (self.draft_vocab_size is not None or self.own_heads):
+            raise ValueError(LOW_RANK.format(other="own_heads" if self.own_heads else "draft_vocab_size"))
+        return self
 
 
 class ResidualBlock(nn.Module):
@@ -95,6 +104,8 @@ class Medusa(Drafter):
         self.register_buffer("vocab", torch.arange(draft_size))
         if config.own_heads:
             self.lm_heads = nn.ModuleList(nn.Linear(size, draft_size, bias=False) for _ in range(config.heads))
+        if config.output is not None:
+            self.output = OutputHead(config.output, target)
         self._borrowed: tuple[TargetHead, OutputLayer] | None = None  # the target's head, cut to the draft vocabulary
 
     @property
@@ -110,9 +121,18 @@ class Medusa(Drafter):
     def start_from(self, head: TargetHead, counts: Tensor) -> None:
         self.vocab.copy_(draft_vocab(counts, len(self.vocab), list(self.target.eos_ids)))
         self._borrowed = None
+        if self.config.output is not None:
+            self.output.start_from(head, counts)
         if self.config.own_heads:
             for own in self.lm_heads:
                 own.get_parameter("weight").copy_(head.output[self.vocab])
+
+    @property
+    def reads_start_states(self) -> bool:
+        return self.config.output is not None
+
+    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
+        self.output.start_from(head, counts, states)
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
@@ -206,10 +226,12 @@ class Medusa(Drafter):
 
     # -- parts ------------------------------------------------------------------------------------------------------------------------
 
-    def _readout(self, index: int, head: TargetHead) -> OutputLayer:
+    def _readout(self, index: int, head: TargetHead) -> ScoringLayer:
         """Head `index`'s output layer."""
         if self.config.own_heads:
             return OutputLayer(self.lm_heads[index].get_parameter("weight"))
+        if self.config.output is not None:
+            return self.output.layer(head)
         if self._borrowed is None or self._borrowed[0] is not head:
             rows = slice(None) if self.draft_ids is None else self.draft_ids
             bias = None if head.bias is None else head.bias[rows]

@@ -8,7 +8,7 @@ r rank.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError
+from drafttrain.core.losses import OutputLayer, ScoringLayer, guesses
 from drafttrain.core.packed import linear
 from drafttrain.core.vocab import draft_index, draft_vocab
 from drafttrain.target.files import TargetShape
@@ -53,6 +54,9 @@ class LowRankHead(Config):
 OutputConfig = Annotated[FullHead | SubsetHead | LowRankHead, Field(discriminator="kind")]
 
 
+LOW_RANK = "a low-rank output holds the whole vocabulary; leave {other} out, or the output"
+
+
 class OutputHead(nn.Module):
     """States that live where the target's last ones do, [..., D] -> logits [..., Vd]."""
 
@@ -60,8 +64,8 @@ class OutputHead(nn.Module):
 
     def __init__(self, config: FullHead | SubsetHead | LowRankHead, target: TargetShape) -> None:
         super().__init__()
-        self.config, self.size = config, target.vocab_size
-        self._rows: tuple[TargetHead, Tensor, Tensor | None] | None = None  # the target's matrix and bias, cut to the draft vocabulary
+        self.config, self.size, self.ends = config, target.vocab_size, list(target.eos_ids)
+        self._rows: tuple[TargetHead, OutputLayer] | None = None  # the target's own layer, cut to the draft vocabulary once
         if isinstance(config, SubsetHead):
             self.register_buffer("vocab", torch.arange(min(config.size, target.vocab_size)))
         if isinstance(config, LowRankHead):
@@ -84,11 +88,11 @@ class OutputHead(nn.Module):
         return draft_index(tokens, self.draft_ids)
 
     @torch.no_grad()
-    def start_from(self, head: TargetHead, counts: Tensor, ends: list[int], states: Tensor | None) -> None:
-        """counts: [V] how often each token stands in the training answers; states: [R, D] last states of the target on such texts."""
+    def start_from(self, head: TargetHead, counts: Tensor, states: Tensor | None = None) -> None:
+        """counts: [V] how often each token stands in the training answers; states: [R, D] last states of the target in such texts."""
         self._rows = None
         if isinstance(self.config, SubsetHead):
-            self.vocab.copy_(draft_vocab(counts, len(self.vocab), ends))
+            self.vocab.copy_(draft_vocab(counts, len(self.vocab), self.ends))
         if isinstance(self.config, LowRankHead):
             down, up = low_rank(head.output.float(), self.config.rank, states, counts if self.config.by_frequency else None)
             self.down.weight.copy_(down)
@@ -96,28 +100,46 @@ class OutputHead(nn.Module):
 
     def logits(self, states: Tensor, head: TargetHead) -> Tensor:
         """[..., D] -> [..., Vd]."""
-        if isinstance(self.config, LowRankHead):
-            return self._low_rank_logits(states, head, self.config.candidates)
-        weight, bias = self._frozen(head)
-        return head.finish(linear(states.to(weight.dtype), weight, bias))
+        return self.layer(head).logits(states)
 
-    def _low_rank_logits(self, states: Tensor, head: TargetHead, candidates: int) -> Tensor:
-        """Scores of all tokens by the thin matrices; the best few are replaced by what the target's own matrix says."""
-        scores = linear(linear(states.to(self.down.weight.dtype), self.down.weight), self.up.weight, head.bias)
-        if candidates:
-            best = scores.detach().topk(min(candidates, scores.shape[-1]), -1).indices  # [..., c]
+    def layer(self, head: TargetHead) -> ScoringLayer:
+        """The same as a layer that the losses take."""
+        if isinstance(self.config, LowRankHead):
+            return LowRankLayer(self.down.weight, self.up.weight, head, self.config.candidates)
+        if self._rows is None or self._rows[0] is not head:
+            rows = slice(None) if self.draft_ids is None else self.draft_ids
+            bias = None if head.bias is None else head.bias[rows]
+            self._rows = head, OutputLayer(head.output[rows], bias, head.finish)
+        return self._rows[1]
+
+
+class LowRankLayer(NamedTuple):
+    """Scores of all tokens by two thin matrices; the best few are replaced by what the target's own matrix says."""
+
+    down: Tensor  # [r, D]
+    up: Tensor  # [V, r]
+    head: TargetHead
+    candidates: int
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.down, self.up
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        head = self.head
+        scores = linear(linear(hidden.to(self.down.dtype), self.down), self.up, head.bias)
+        if self.candidates:
+            best = scores.detach().topk(min(self.candidates, scores.shape[-1]), -1).indices  # [..., c]
             rows = head.output[best]  # [..., c, D]
-            exact = (rows @ states.to(rows.dtype)[..., None])[..., 0]
+            exact = (rows @ hidden.to(rows.dtype)[..., None])[..., 0]
             exact = exact if head.bias is None else exact + head.bias[best]
             scores = scores.scatter(-1, best, exact.to(scores.dtype))
         return head.finish(scores)
 
-    def _frozen(self, head: TargetHead) -> tuple[Tensor, Tensor | None]:
-        """The target's matrix [Vd, D] and bias [Vd]; cut once."""
-        if self._rows is None or self._rows[0] is not head:
-            rows = slice(None) if self.draft_ids is None else self.draft_ids
-            self._rows = head, head.output[rows], None if head.bias is None else head.bias[rows]
-        return self._rows[1:]
+    def guesses(self, hidden: Tensor, vocab: Tensor | None, chunk: int) -> Tensor:
+        """See `OutputLayer.guesses`."""
+        return guesses(self, hidden, vocab, chunk)
 
 
 SMOOTHING = 0.01

@@ -104,6 +104,8 @@ def check_eagle3(form: FormatConfig, drafter: DrafterConfig) -> Eagle3Config:
     """The configuration, or a `UserError` for another family."""
     form.only(drafter, ["eagle3"], "other families have other formats")
     assert isinstance(drafter, Eagle3Config)
+    if drafter.output is not None:
+        raise form.refuse("drafter.output: no engine's EAGLE-3 reads a low-rank output", "use 'native', or train with draft_vocab_size")
     return drafter
 
 

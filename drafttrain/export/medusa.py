@@ -33,6 +33,8 @@ class MedusaFormat(FormatConfig):
         assert isinstance(drafter, MedusaConfig)
         if drafter.root:
             raise self.refuse("drafter.root: no engine's Medusa reads the embedding of the round's first token", "train with root: false")
+        if drafter.output is not None:
+            raise self.refuse("drafter.output: no engine's Medusa reads a low-rank output", "use 'native', or train without it")
         if drafter.draft_vocab_size is not None and drafter.draft_vocab_size < target.vocab_size:
             reason = f"drafter.draft_vocab_size {drafter.draft_vocab_size}: vLLM's loader stops at the map that a reduced vocabulary needs"
             raise self.refuse(reason, "train without draft_vocab_size")

@@ -54,6 +54,9 @@ SHARDED = {"ACCELERATE_USE_FSDP": "FSDP (configs/fsdp2.yaml)", "ACCELERATE_USE_D
 ALONE = {"ACCELERATE_USE_CPU", "MASTER_ADDR"}
 """What `accelerate launch` leaves in the environment where it starts a single process although several were asked for."""
 
+START_STATES = 16_384
+"""States of the target that low-rank output heads are fitted to; the demo target's need some 10,000."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -428,7 +431,19 @@ class TrainingRun:
     def _start(self, drafter: Drafter) -> None:
         drafter.to(self.accelerator.device)
         if self.config.start == "target":
-            drafter.start_from(self.head, self.store.answer_counts(drafter.target.vocab_size, self._split("train")))
+            counts = self.store.answer_counts(drafter.target.vocab_size, self._split("train"))
+            drafter.start_from(self.head, counts)
+            if drafter.reads_start_states:
+                drafter.start_output(self.head, counts, self._start_states())
+
+    def _start_states(self) -> Tensor:
+        """[R, D] last states of the target at answer tokens, the same on every rank."""
+        states: list[Tensor] = []
+        for batch in self._ready(self._packed(self._split("train"), 0, 1).batches(0)):
+            states.append(batch.features["last_hidden_state"][batch.mask].float())
+            if sum(len(part) for part in states) >= START_STATES:
+                break
+        return torch.cat(states)[:START_STATES]
 
     def _optimizer(self, drafter: Drafter) -> torch.optim.Optimizer:
         trained = [p for p in drafter.parameters() if p.requires_grad]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -313,3 +313,35 @@ def test_a_mix_without_weights_and_a_misspelt_weight_are_refused_by_name() -> No
         parse(LossMix, {"forward_kl": 0}, "recipe")
     with pytest.raises(UserError, match=r"unknown key 'reverse_kd' .*did you mean 'reverse_kl'"):
         parse(LossMix, {"reverse_kd": 1}, "recipe")
+
+
+class Thin(NamedTuple):
+    """A layer that is more than a matrix."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.down, self.up
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden @ self.down.T) @ self.up.T
+
+    def guesses(self, hidden: Tensor, vocab: Tensor | None, chunk: int) -> Tensor:
+        return self.logits(hidden).argmax(-1)
+
+
+@pytest.mark.parametrize("mix", [MIXES[0], MIXES[-1]], ids=str)
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_layers_that_are_more_than_a_matrix_are_learnt_in_chunks_too(mix: LossMix, chunk: int) -> None:
+    arguments = given(None)
+    layer = Thin(torch.randn(3, SIZE).requires_grad_(), torch.randn(VOCAB, 3).requires_grad_())
+    arguments |= {"output_layers": [layer]}
+    expected, hits = distill_plain(**arguments, mix=mix)
+    found, found_hits = distill(**arguments, mix=mix, chunk=chunk)
+    torch.testing.assert_close(found, expected)
+    assert found_hits.equal(hits)
+    leaves = [*arguments["hidden"], *layer.parameters]
+    for ours, plain in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)  # sums in another order
