@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from drafttrain.drafters.base import Drafter, DrafterConfig
 from drafttrain.drafters.dflash import DFlash
+from drafttrain.drafters.dflash2 import DFlash2
+from drafttrain.drafters.domino import Domino
 from drafttrain.drafters.dspark import DSpark
 from drafttrain.drafters.eagle3 import Eagle3
 from drafttrain.drafters.jetspec import JetSpec
@@ -14,6 +16,7 @@ from drafttrain.target.files import TargetShape
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3, "ngram": Ngram, "dflash": DFlash, "dspark": DSpark, "jetspec": JetSpec,
+    "domino": Domino, "dflash2": DFlash2,
 }  # fmt: skip
 
 

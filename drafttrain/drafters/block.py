@@ -46,6 +46,8 @@ class BlockConfig(DrafterConfig):
     """The anchor's own slot gives the first token; otherwise the first mask behind it does, which costs one slot more."""
     qk_norm: bool = False
     """Normalise queries and keys, head by head."""
+    conv_group: int | None = Field(default=None, ge=1)
+    """Causal two-tap convolutions along the block, one kernel for so many channels (a divisor of the hidden size); None: none."""
     intermediate_size: int | None = Field(default=None, ge=1)
     """Width of the gated MLP."""
     num_attention_heads: int | None = Field(default=None, ge=1)
@@ -66,10 +68,29 @@ class BlockConfig(DrafterConfig):
     """Labels whose [V] logits stand in memory at once."""
 
 
+class BlockConvolution(nn.Module):
+    """A causal two-tap depthwise convolution along the block, its kernels predicted from the states; a fresh one changes nothing."""
+
+    def __init__(self, size: int, group: int) -> None:
+        super().__init__()
+        self.group = group
+        self.base_kernel = nn.Parameter(torch.stack([torch.ones(size), torch.zeros(size)]))  # [taps, D]
+        self.kernel_projection = nn.Linear(size, 2 * (size // group), bias=False)
+        nn.init.zeros_(self.kernel_projection.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, S, D] -> [N, S, D]."""
+        kernel = self.kernel_projection(x).unflatten(-1, (2, -1)).repeat_interleave(self.group, -1) + self.base_kernel  # [N, S, 2, D]
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # the slot before each
+        return kernel[..., 0, :] * x + kernel[..., 1, :] * before
+
+
 class BlockLayer(nn.Module):
     """One decoder layer. Context and block go through the same key and value projections."""
 
-    def __init__(self, size: int, inner: int, query_heads: int, kv_heads: int, head_dim: int, eps: float, qk_norm: bool) -> None:
+    def __init__(
+        self, size: int, inner: int, query_heads: int, kv_heads: int, head_dim: int, eps: float, qk_norm: bool, conv_group: int | None
+    ) -> None:
         super().__init__()
         self.query_heads, self.kv_heads = query_heads, kv_heads
         self.input_layernorm = RMSNorm(size, eps)
@@ -86,6 +107,17 @@ class BlockLayer(nn.Module):
         self.qk_norm = qk_norm
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = GatedMLP(size, inner)
+        self.convolves = conv_group is not None
+        if conv_group is not None:
+            places = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+            self.convolutions = nn.ModuleDict({place: BlockConvolution(size, conv_group) for place in places})
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """The block's states as attention reads them: [N, S, D] -> [N, S, D]."""
+        return self._convolved("before_attention", self.input_layernorm(hidden))
+
+    def _convolved(self, place: str, x: Tensor) -> Tensor:
+        return self.convolutions[place](x) if self.convolves else x
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, D] -> [B, Hkv, T, d] twice."""
@@ -101,8 +133,10 @@ class BlockLayer(nn.Module):
 
     def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The block's states [B, S, D] and what attention read [B, H, S, d] -> the layer's output [B, S, D]."""
-        hidden = hidden + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        read = self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + self._convolved("after_attention", read)
+        normed = self._convolved("before_mlp", self.post_attention_layernorm(hidden))
+        return hidden + self._convolved("after_mlp", self.mlp(normed))
 
 
 class Anchors(NamedTuple):
@@ -186,12 +220,13 @@ class BlockState(DrafterState):
 
 
 class BlockDrafter(Drafter):
-    """Drafts a block in one pass. A family adds `extra` where a position's distribution depends on the tokens drawn before it."""
+    """Drafts a block in one pass. A family adds numbers to a position's state where its distribution depends on the tokens before it."""
 
     config: BlockConfig
     needs = frozenset({"aux_hidden_states"})
     first_label = 1  # the anchor's row gives the token after it
-    extra_size = 0  # numbers that `extra` adds to a position's state
+    extra_size = 0  # numbers that `extra_of_text` adds to a position's state
+    learns_base = False  # `loss` is of the block's own distribution; what the extra makes of it learns by `more_loss`
 
     def __init__(self, config: BlockConfig, target: TargetShape) -> None:
         super().__init__(config, target)
@@ -210,8 +245,11 @@ class BlockDrafter(Drafter):
         self.fc = nn.Linear(size * len(target.aux_layers), size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
         self.mask_embedding = nn.Parameter(torch.randn(size) * 0.02)
+        group = config.conv_group
+        if group is not None and size % group:
+            raise UserError(f"drafter.conv_group {group} does not divide the hidden size {size}; give a divisor, or null for none")
         self.layers = nn.ModuleList(
-            BlockLayer(size, inner, query_heads, kv_heads, self.head_dim, eps, config.qk_norm) for _ in range(config.layers)
+            BlockLayer(size, inner, query_heads, kv_heads, self.head_dim, eps, config.qk_norm, group) for _ in range(config.layers)
         )
         self.norm = RMSNorm(size, eps)
         self.output = OutputHead(config.output, target)
@@ -265,8 +303,13 @@ class BlockDrafter(Drafter):
         """[..., extra_size] -> [..., Vd], added to what the block's own state says."""
         raise NotImplementedError(f"{type(self).__name__} has extra numbers and does not say what they add")
 
+    @bare_forward
+    def combined(self, base: Tensor, extra: Tensor) -> Tensor:
+        """[..., 1, Vd] or [..., W, Vd] of the block's own states and [..., W, extra_size] -> [..., W, Vd]."""
+        return base + self.extra_logits(extra)
+
     def extra_parameters(self) -> list[nn.Parameter]:
-        """What `extra_logits` and `more_loss` read and is to be trained."""
+        """What `combined` and `more_loss` read and is to be trained."""
         return []
 
     def more_loss(self, states: Tensor, base: Tensor, p: Tensor, log_q: Tensor, labels: BlockLabels, progress: float) -> Tensor | None:
@@ -314,7 +357,8 @@ class BlockDrafter(Drafter):
         with torch.no_grad():
             p = head.logits(labels.teacher, vocab).float().softmax(-1)
         index, inside = self.output.index(labels.tokens)
-        each = self.mix_share(progress) * self.config.loss.between(p, log_q, labels.tokens, vocab)
+        learning = base.float().log_softmax(-1) if self.learns_base else log_q
+        each = self.mix_share(progress) * self.config.loss.between(p, learning, labels.tokens, vocab)
         more = self.more_loss(states, base, p, log_q, labels, progress)
         each = each if more is None else each + more
         weight = self._weights(log_q, index, real & inside)
@@ -342,7 +386,7 @@ class BlockDrafter(Drafter):
         at_context, at_block = self.rotary(batch.position), self.rotary(position[:, None] + slots)
         for layer in self._decoder_layers:
             context_keys, context_values = layer.keys_and_values(context, *at_context)
-            x = layer.input_layernorm(hidden)
+            x = layer.enter(hidden)
             keys, values = layer.keys_and_values(x, *at_block)
             query = layer.queries(x, *at_block)
             mixed = block_attention(query, keys, values, context_keys, context_values, row, first, place, self.config.causal)
@@ -385,7 +429,7 @@ class BlockDrafter(Drafter):
         """[..., D + extra_size] -> [..., Vd] of the block's own states, and with the extra."""
         size = self.target.hidden_size
         base = self.output.logits(states[..., :size], head)
-        return base, base + self.extra_logits(states[..., size:]) if self.extra_size else base
+        return base, self.combined(base, states[..., size:]) if self.extra_size else base
 
     @bare_forward
     def _logits(self, states: Tensor, head: TargetHead) -> Tensor:
@@ -453,7 +497,7 @@ class BlockDrafter(Drafter):
         seen = torch.arange(reach, device=roots.device) <= end[..., None]  # [B, S, reach]
         turned = self.rotary(slots)
         for index, layer in enumerate(self._decoder_layers):
-            x = layer.input_layernorm(hidden)
+            x = layer.enter(hidden)
             self._write(state, index, slots, *layer.keys_and_values(x, *turned))
             keys, values = (repeat_heads(kept[:, index, :, :reach], self.groups) for kept in (state.keys, state.values))
             mixed = F.scaled_dot_product_attention(layer.queries(x, *turned), keys, values, attn_mask=seen[:, None])

@@ -100,11 +100,6 @@ class DSpark(BlockDrafter):
         assert isinstance(step, MarkovStep)
         return replace(plan, stop=either(plan.stop, step.unlikely))
 
-    @bare_forward
-    def moved(self, base: Tensor, markov: Tensor) -> Tensor:
-        """[B, 1, Vd] and [B, W, r] -> [B, W, Vd]."""
-        return base + self.extra_logits(markov)
-
 
 class MarkovStep:
     """The growing of one round's trees: each node's token moves the distribution below it, and its confidence ends the row."""
@@ -122,7 +117,7 @@ class MarkovStep:
         if self.drafter.config.stop_below:
             confidence = self.drafter.confidence_at(state, level)
             self.survival = confidence if self.survival is None else confidence * self.survival.gather(1, frontier.parent)
-        return self.drafter.moved(self.base[:, level, None], markov)
+        return self.drafter.combined(self.base[:, level, None], markov)
 
     def unlikely(self, level: int, logits: Tensor) -> Tensor:
         """[B] bool: rows of which no token of this level, none of which is drawn yet, is likely enough to be accepted."""

@@ -104,9 +104,14 @@ def check_eagle3(form: FormatConfig, drafter: DrafterConfig) -> Eagle3Config:
     """The configuration, or a `UserError` for another family."""
     form.only(drafter, ["eagle3"], "other families have other formats")
     assert isinstance(drafter, Eagle3Config)
-    if drafter.output is not None:
-        raise form.refuse("drafter.output: no engine's EAGLE-3 reads a low-rank output", "use 'native', or train with draft_vocab_size")
+    check_output(form, drafter)
     return drafter
+
+
+def check_output(form: FormatConfig, config: Eagle3Config) -> None:
+    """A `UserError` where the output is no matrix of its own."""
+    if config.output is not None:
+        raise form.refuse("drafter.output: no engine's EAGLE-3 reads a low-rank output", "use 'native', or train with draft_vocab_size")
 
 
 def check_three_layers(form: FormatConfig, config: Eagle3Config, target: TargetShape, engine: str) -> None:

@@ -14,7 +14,7 @@ from drafttrain.drafters.base import Drafter, DrafterConfig
 from drafttrain.drafters.eagle3 import Eagle3, Eagle3Config
 from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig
 from drafttrain.export.base import FormatConfig, Source, shell
-from drafttrain.export.eagle3 import TOP_IDS, check_three_layers, layer_config, read_eagle3
+from drafttrain.export.eagle3 import TOP_IDS, check_output, check_three_layers, layer_config, read_eagle3
 from drafttrain.export.gguf_file import (
     LLAMA_KEYS,
     Quantization,
@@ -59,6 +59,7 @@ class GGUF(FormatConfig):
     def check(self, drafter: DrafterConfig, target: TargetShape) -> None:
         self.only(drafter, ["eagle3", "small_lm"], "llama.cpp has no such drafter")
         if isinstance(drafter, Eagle3Config):
+            check_output(self, drafter)
             check_three_layers(self, drafter, target, "llama.cpp")
 
     def write(self, source: Source, folder: Path) -> None:

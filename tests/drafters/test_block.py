@@ -204,7 +204,7 @@ def test_drafts_of_every_declared_draw_keep_the_targets_distribution(
     assert two_tokens(monkeypatch, drafter, target, draws, shape, Sampling(temperature=1.0)) < 1e-6
 
 
-SMALL: dict[str, dict[str, Any]] = {"dspark": {"output": {"kind": "full"}, "stop_below": 0.3}}
+SMALL: dict[str, dict[str, Any]] = {"dspark": {"output": {"kind": "full"}, "stop_below": 0.3}, "dflash2": {"selector_candidates": 2}}
 """Options with which families are walked over two or three tokens."""
 
 

@@ -113,7 +113,7 @@ def own_states(target: Target) -> Tensor:
     return batch.features["last_hidden_state"].flatten(0, 1)
 
 
-@pytest.mark.parametrize(("family", "form"), [("eagle3", "speculators"), ("eagle3", "gguf"), ("medusa", "medusa")])
+@pytest.mark.parametrize(("family", "form"), [("eagle3", "speculators"), ("eagle3", "sglang"), ("eagle3", "gguf"), ("medusa", "medusa")])
 def test_engines_formats_refuse_a_low_rank_output(family: str, form: str) -> None:
     config = DRAFTERS[family].Config(name=family, output=LOW_RANK)
     with pytest.raises(UserError, match="low-rank output"):
