@@ -64,7 +64,7 @@ class DFlash2(BlockDrafter):
         return self.predecessor(previous).to(hidden.dtype) * self.hidden_projection(hidden)
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        return [self.successor.weight]
+        return list(self.successor.parameters())
 
     def combined(self, base: Tensor, extra: Tensor) -> Tensor:
         """Logits of the candidates alone; those of all other tokens are -inf."""

@@ -69,7 +69,7 @@ class Domino(BlockDrafter):
         return linear(extra.to(self.outer.weight.dtype), self.outer.weight)
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        return [self.outer.weight]
+        return list(self.outer.parameters())
 
     def mix_share(self, progress: float) -> float:
         return progress

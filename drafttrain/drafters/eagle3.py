@@ -360,7 +360,7 @@ class Eagle3(Drafter):
         hidden = gathered(outputs, places.clamp_max(outputs.shape[1] - 1))
         aux = gathered(committed.features["aux_hidden_states"], last)
         state.pending = Committed(newest_token, (committed.count > 0).long(), {"aux_hidden_states": aux})
-        return widen_logits(self._logits(hidden), self.draft_ids, self.target.vocab_size)
+        return widen_logits(self._logits(hidden, state.head), self.draft_ids, self.target.vocab_size)
 
     def _refresh(self, state: Eagle3State, roots: Tensor) -> Tensor:
         """Reads the pairs of what was committed; returns the newest one's output [B, 1, D]; of a row that committed nothing, the one it
