@@ -263,9 +263,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _content(text: str) -> str | None:
-    """A hash of the file (also behind a prefix, as in `gsm8k:FILE`), the store's index, or the config.json of a folder of weights that
-    `text` names; None where it names none."""
-    for path in (text, text.partition(":")[2], os.path.join(text, INDEX), os.path.join(text, "config.json")):
+    """A hash of the file (also behind a prefix, as in `gsm8k:FILE`), the store's index, or the config.json of a folder of weights (of a
+    run: its drafter's) that `text` names; None where it names none."""
+    inside = [os.path.join(text, *place) for place in ((INDEX,), ("config.json",), ("drafter", "config.json"))]
+    for path in (text, text.partition(":")[2], *inside):
         if os.path.isfile(path):
             return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return None

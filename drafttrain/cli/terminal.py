@@ -40,6 +40,9 @@ def summary(statistics: Statistics, drafted: bool) -> Text:
         line.append(f"; tau {statistics.tau:.2f}, alpha {alpha_text(reached)}; ")
         line.append("green", "green")
         line.append(": the drafter's tokens, plain: the target's")
+    if statistics.by_drafter:
+        shares = [f"{label} {counts['rounds'] / max(1, statistics.rounds):.0%}" for label, counts in statistics.by_drafter.items()]
+        line.append(f"; rounds drafted by: {', '.join(shares)}")
     if statistics.prefetched:
         line.append(
             f"; prefetch: {statistics.prefetch_hits / statistics.prefetched:.0%} of {statistics.prefetched} prefetched drafts hit, "

@@ -338,6 +338,11 @@ class SpeculativeDecoder:
         assert isinstance(self.drafter, DrafterPool)
         return [*self.drafter.labels, *[PLAIN] * self.runtime.router_config.plain]
 
+    def _keep_scores(self) -> None:
+        """After each decoding, where a file was named."""
+        if self._shared_router is not None and self.runtime.router_config.scores is not None:
+            self.save_scores()
+
     def save_scores(self, path: Path | None = None) -> None:
         """Writes what the router has learnt; by default to `runtime.router.scores`."""
         path = Path(self.runtime.router_config.scores or "") if path is None else path
@@ -414,8 +419,7 @@ class SpeculativeDecoder:
         origins: list[list[int]] = [[] for _ in requests]
         for gained in chain.from_iterable(served(loop, requests, batch_size)):
             origins[gained.row] += gained.origins
-        if self._shared_router is not None and self.runtime.router_config.scores:
-            self.save_scores()
+        self._keep_scores()
         finished = zip(loop.written, origins, loop.statistics(), strict=True)
         return [self._generation(written, origin, stops, max_new_tokens, counts) for written, origin, counts in finished]
 
@@ -443,6 +447,7 @@ class SpeculativeDecoder:
                 if sure.startswith(shown):
                     yield from _pieces(sure, origins, len(shown))
                     shown = sure
+        self._keep_scores()
         yield from _pieces(text, origins + [0] * len(text), len(shown))
 
     def _stops(self, stop: Stop) -> tuple[str, ...]:

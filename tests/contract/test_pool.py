@@ -3,7 +3,9 @@ a drafter that was idle drafts as a fresh one would."""
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from drafttrain.runtime.rows import Request
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES
 from tests.contract.tables import TableDrafter, TableTarget, probs
-from tests.families import TRAINABLE, trained_drafter
+from tests.families import TRAINABLE, tiny_drafter, trained_drafter
 from tests.tiny import greedy_text, tiny_target
 
 PROMPTS = [[5, 9, 11, 30, 5, 9, 11, 30, 5, 9], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
@@ -134,24 +136,28 @@ class TablePool:
 
 @pytest.mark.parametrize("family", TRAINABLE)
 def test_after_switches_a_drafters_distributions_are_those_of_a_fresh_prefill(family: str) -> None:
-    """It drafts, idles, drafts and idles again; then its draft is compared with one begun on the whole text."""
-    drafters = pool(family, "ngram")
-    text = PROMPTS[0] + greedy_text(target().model, PROMPTS[0], 25)
-    for schedule in ([0, 1, 1, 0, 2, 1], [1, 1, 1, 1, 0, 1], [0, 0, 2, 2, 1, 0]):
-        routed = Routed(drafters, lambda stream, schedule=schedule: Scheduled(3, 0, [*schedule]))
+    """Each of two rows drafts with it, idles, drafts and idles again, at times of its own; then its draft is compared with one begun on the
+    whole text. It is untrained, and the other one is right where it is wrong: what was accepted is not what it drafted."""
+    drafter = tiny_drafter(family, target(), seed=3)
+    helper = trained("small_lm" if family == "medusa" else "medusa")
+    drafters, prompts = DrafterPool([drafter, helper]), [PROMPTS[0], PROMPTS[2]]
+    for schedule in ([0, 1, 1, 0, 2, 1], [1, 0, 0, 1, 0, 0], [0, 0, 2, 2, 1, 0]):
+        plans = {0: schedule, 1: schedule[::-1]}
+        routed = Routed(drafters, lambda stream, plans=plans: Scheduled(3, 0, [*plans[stream]]))
         loop = DecodingLoop(target(), routed, rule("greedy"), Fixed(Plan(Chain(length=3))), Sampling(), seed=0)
-        loop.start([Request(PROMPTS[0], 0, 40)])
+        loop.start([Request(prompt, number, 40) for number, prompt in enumerate(prompts)])
         for _ in schedule:
             loop.step()
-        length = len(PROMPTS[0]) + len(loop.written[0]) - 1
-        fresh = begun(family, text[:length])
-        plan = Plan(Chain(length=3), record_probs=True)
-        root, rng = torch.tensor([text[length]]), SeededRng(0, torch.arange(1))
+        texts = [prompt + written for prompt, written in zip(prompts, loop.written, strict=True)]
+        plan, rng = Plan(Chain(length=3), record_probs=True), SeededRng(0, torch.arange(2))
         with torch.inference_mode():
-            ours = trained(family).propose(routed.states[0], root, plan, Sampling(), rng)
-            theirs = trained(family).propose(fresh, root, plan, Sampling(), rng)
-        assert ours.draft_probs is not None and theirs.draft_probs is not None
-        torch.testing.assert_close(ours.draft_probs, theirs.draft_probs, atol=2e-5, rtol=1e-4)  # fp32 sums in another order
+            roots = torch.tensor([text[-1] for text in texts])
+            ours = drafter.propose(routed.states[0], roots, plan, Sampling(), rng).draft_probs
+            for row, text in enumerate(texts):
+                fresh = begun(drafter, text[:-1])
+                alone = drafter.propose(fresh, roots[row : row + 1], plan, Sampling(), rng).draft_probs
+                assert ours is not None and alone is not None
+                torch.testing.assert_close(ours[row], alone[0], atol=2e-5, rtol=1e-4)  # fp32 sums in another order
 
 
 @pytest.mark.parametrize("proposed", [False, True], ids=["idle", "proposing"])
@@ -159,7 +165,7 @@ def test_after_switches_a_drafters_distributions_are_those_of_a_fresh_prefill(fa
 def test_teacher_forced_logits_are_what_running_the_drafter_there_gives(family: str, proposed: bool) -> None:
     drafter, text = trained(family), PROMPTS[0] + greedy_text(target().model, PROMPTS[0], 12)
     start, stop = 12, 17
-    state = begun(family, text[:start])
+    state = begun(drafter, text[:start])
     roots, rng = torch.tensor([text[start]]), SeededRng(0, torch.arange(1))
     with torch.inference_mode():
         if proposed:
@@ -167,22 +173,22 @@ def test_teacher_forced_logits_are_what_running_the_drafter_there_gives(family: 
         logits = drafter.teacher_forced_logits(state, committed(drafter, text, start, stop))[0]
         for place in range(start, stop):
             first = Plan(Chain(length=1), record_probs=drafter.gives_draft_probs)
-            tree = drafter.propose(begun(family, text[:place]), torch.tensor([text[place]]), first, Sampling(), rng)
+            tree = drafter.propose(begun(drafter, text[:place]), torch.tensor([text[place]]), first, Sampling(), rng)
             ours, theirs = logits[place - start], drafter._first_logits(tree)[0]
             if family == "ngram" and (theirs == float("-inf")).all():
                 assert (ours == float("-inf")).all()
             else:
                 torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), atol=2e-5, rtol=1e-4)
         after = drafter.propose(state, torch.tensor([text[stop]]), Plan(Chain(length=3)), Sampling(), rng).tokens
-        fresh = drafter.propose(begun(family, text[:stop]), torch.tensor([text[stop]]), Plan(Chain(length=3)), Sampling(), rng).tokens
+        fresh = drafter.propose(begun(drafter, text[:stop]), torch.tensor([text[stop]]), Plan(Chain(length=3)), Sampling(), rng).tokens
     assert after.tolist() == fresh.tolist()  # it has observed them too
 
 
-def begun(family: str, text: list[int]) -> Any:
+def begun(drafter: Drafter, text: list[int]) -> Any:
     tokens = torch.tensor([text])
-    features = {name: value for name, value in encoded(tokens).items() if name in trained(family).needs}
+    features = {name: value for name, value in encoded(tokens).items() if name in drafter.needs}
     with torch.inference_mode():
-        return trained(family).begin(tokens, torch.tensor([len(text)]), features, target().head, 90)
+        return drafter.begin(tokens, torch.tensor([len(text)]), features, target().head, 90)
 
 
 def committed(drafter: Drafter, text: list[int], start: int, stop: int) -> Committed:
@@ -232,3 +238,20 @@ def test_impossible_pools_are_refused_by_one_line() -> None:
             SpeculativeDecoder(target(), trained("medusa"), runtime)
     with pytest.raises(UserError, match="there is no drafter to choose"):
         SpeculativeDecoder(target(), None, {"router": "ucb"})
+
+
+def test_scores_go_on_from_request_to_request_and_from_process_to_process(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    runtime = {"drafters": ["ngram"], "router": {"name": "ucb", "remember": True, "scores": str(path)}}
+    first = SpeculativeDecoder(target(), trained("medusa"), runtime)
+    assert not path.exists()
+    first.generate(PROMPTS, 16)
+    rounds = [sum(json.loads(path.read_text())["state"]["count"])]
+    for _ in first.stream(PROMPTS[0], 16):
+        pass
+    rounds.append(sum(json.loads(path.read_text())["state"]["count"]))
+    SpeculativeDecoder(target(), trained("medusa"), runtime).generate(PROMPTS[:1], 16)
+    rounds.append(sum(json.loads(path.read_text())["state"]["count"]))
+    assert 0 < rounds[0] < rounds[1] < rounds[2]
+    with pytest.raises(UserError, match="is of router 'ucb' over medusa, ngram"):
+        SpeculativeDecoder(target(), trained("medusa"), {**runtime, "router": {**runtime["router"], "plain": True}})  # type: ignore[dict-item]
