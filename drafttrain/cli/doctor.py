@@ -28,6 +28,7 @@ from drafttrain.recipe import Recipe
 from drafttrain.stages import conversations_folder, new_drafter
 from drafttrain.target.adapter import check_tokenizer, load_tokenizer, read_shape
 from drafttrain.target.files import DTYPES, TargetShape, resolve
+from drafttrain.target.template import check_answer_end
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -121,6 +122,7 @@ def end(patient: Patient) -> str:
     ids = patient.shape.eos_ids
     if not ids:
         raise UserError("the target has no end token, so no answer could end; set eos_token_id in generation_config.json")
+    check_answer_end(patient.tokenizer, ids, patient.recipe.target.model)
     return ", ".join(f"{patient.tokenizer.convert_ids_to_tokens(id)!r} ({id})" for id in ids)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError, first_line, nearest
-from drafttrain.target.template import render
+from drafttrain.target.template import plain_ids, render
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +84,9 @@ class DataPrompt:
     domain: str = ""
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where: str) -> list[int]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where: str, tools: list[Any] | None = None
+) -> list[int]:
     """A prompt's ids: messages through the chat template, text as a user turn (or plainly, where there is no template).
 
     Special tokens come from the template alone: adding the tokenizer's would double the first (pitfall P6).
@@ -93,10 +95,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where: 
         raise UserError(f"{where}: the prompt is empty; give it some text, or remove it")
     if not tokenizer.chat_template:
         if isinstance(prompt, str):
-            return list(tokenizer(prompt)["input_ids"])
+            return plain_ids(tokenizer, prompt)
         raise UserError(f"{where}: `messages` need a chat template, which this target lacks; give `prompt` texts")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return list(tokenizer(render(tokenizer, messages, where), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(render(tokenizer, messages, where, tools), add_special_tokens=False)["input_ids"])
 
 
 def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTokenizerBase) -> list[DataPrompt]:
@@ -112,7 +114,8 @@ def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTok
         if source.limit is not None and len(out) == source.limit:
             break
         try:
-            out.append(DataPrompt(tokenize(tokenizer, _content(record, where), where), str(record.get("domain", ""))))
+            tokens = tokenize(tokenizer, _content(record, where), where, _tools(record, where))
+            out.append(DataPrompt(tokens, str(record.get("domain", ""))))
         except UserError as error:
             if isinstance(source, JsonlPrompts):
                 raise
@@ -190,18 +193,35 @@ def _content(record: dict[str, Any], where: str) -> str | Messages:
     return asked
 
 
+def _tools(record: dict[str, Any], where: str) -> list[Any] | None:
+    """What the conversation may call, as templates take it: a list, also as JSON text."""
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: `tools` is text that is not JSON ({error}); give a list") from error
+    if tools and not isinstance(tools, list):
+        raise UserError(f"{where}: `tools` is {reprlib.repr(tools)}; expected a list of functions")
+    return tools or None
+
+
 def _turn(message: Any, where: str) -> dict[str, Any]:
+    """A message with `role` and `content`; what else it holds goes to the template as it is."""
     names = {"human": "user", "gpt": "assistant"}
     if isinstance(message, dict) and isinstance(message.get("from"), str) and "value" in message:
-        return {"role": names.get(message["from"], message["from"]), "content": message["value"]}
+        others = {key: value for key, value in message.items() if key not in ("from", "value")}
+        return {**others, "role": names.get(message["from"], message["from"]), "content": message["value"]}
     if isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message:
-        return {"role": message["role"], "content": message["content"]}
+        return {key: value for key, value in message.items() if value is not None or key == "content"}
     raise UserError(f"{where}: a message without `role` and `content`: {str(message)[:80]}")
 
 
 def _text(turn: dict[str, Any], where: str) -> str:
     """The words of a turn: its content, or the text parts of it, one below the other."""
     content = turn["content"]
+    if content is None and turn.get("tool_calls"):
+        return ""  # the turn says nothing but its calls, which the template renders
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):

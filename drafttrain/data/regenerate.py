@@ -27,6 +27,7 @@ from drafttrain.data.store import Conversation, Store, StoreWriter, feature_widt
 from drafttrain.data.turns import Turn, all_openings, kept_prompts, openings, turn_jobs
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Finished, Job, Sampler
+from drafttrain.target.template import check_answer_end
 
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -88,6 +89,8 @@ def regenerate(
         raise UserError(
             f"target '{target.name}': no end token, so no answer could end; set eos_token_id in generation_config.json"
         )
+    if target.tokenizer is not None:
+        check_answer_end(target.tokenizer, target.eos_ids, target.name)
     with only_writer(folder):
         prompts = collect(target, config, folder / "prompts", flush_seconds)
         return Regeneration(target, config, prompts, folder, flush_seconds, licences).run()

@@ -40,7 +40,7 @@ from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
-from drafttrain.target.template import render
+from drafttrain.target.template import plain_ids, render, special_tokens
 from drafttrain.verify import RULES, build
 from drafttrain.verify.base import Rule, RuleConfig
 
@@ -459,7 +459,19 @@ class SpeculativeDecoder:
             raise UserError("stop '': an empty string stands everywhere and would end every text; leave it out")
         if stops and self.target.tokenizer is None:
             raise UserError(f"stop {stops[0]!r}: this target has no tokenizer to read texts with; leave stop out")
+        special = {} if self.target.tokenizer is None else special_tokens(self.target.tokenizer)
+        for word in stops:
+            inside = next((token for token in special if token and token in word and token != word), None)
+            if inside is not None:
+                raise UserError(f"stop {word!r} holds the special token {inside!r}, which texts leave out; give {inside!r} alone")
         return stops
+
+    def _stop_ids(self, stops: tuple[str, ...]) -> set[int]:
+        """Stop strings that are special tokens: no text shows them, so that they are looked for among the ids."""
+        if not stops or self.target.tokenizer is None:
+            return set()
+        special = special_tokens(self.target.tokenizer)
+        return {special[word] for word in stops if word in special}
 
     def _requests(self, prompts: Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:
         _check_count("max_new_tokens", max_new_tokens, "an answer has at least one token")
@@ -496,7 +508,7 @@ class SpeculativeDecoder:
         if tokenizer is None:
             raise UserError("this target has no tokenizer: give prompts as token ids")
         if isinstance(given, str) and not tokenizer.chat_template:
-            return list(tokenizer(given)["input_ids"])
+            return plain_ids(tokenizer, given)
         messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
         return list(tokenizer(render(tokenizer, messages, "prompt"), add_special_tokens=False)["input_ids"])
 
@@ -528,7 +540,12 @@ class SpeculativeDecoder:
         return Drafting(drafter, runtime.treat_as, rule.leaves_next_open)
 
     def _keep(self, tokens: list[int], stop: tuple[str, ...]) -> int:
-        """The fewest tokens whose text holds a stop string, or all."""
+        """The fewest tokens that hold a stop string, or all."""
+        stop_ids = self._stop_ids(stop)
+        for count, token in enumerate(tokens, 1):
+            if token in stop_ids:
+                tokens = tokens[:count]
+                break
         if self._stop_at(self._decode(tokens), stop) < 0:
             return len(tokens)
         return next(count for count in range(1, len(tokens) + 1) if self._stop_at(self._decode(tokens[:count]), stop) >= 0)
@@ -539,7 +556,7 @@ class SpeculativeDecoder:
         finish: Literal["eos", "stop", "length"] = "length"
         if tokens and tokens[-1] in self.target.eos_ids:
             finish = "eos"
-        elif stop and self._stop_at(self._decode(tokens), stop) >= 0:
+        elif stop and ((tokens[-1:] and tokens[-1] in self._stop_ids(stop)) or self._stop_at(self._decode(tokens), stop) >= 0):
             finish = "stop"
         return Generation(tokens, self._text(tokens, stop), origins, finish, statistics)
 

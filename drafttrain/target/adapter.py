@@ -52,8 +52,9 @@ class Target:
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None, aux_layers: tuple[int, ...] | None = None,
         fingerprint: str = "in-memory", name: str = "in-memory", max_context: int | None = None, ignored: tuple[str, ...] = (),
+        extra_ends: tuple[int, ...] = (),
     ) -> None:
-        """model: a causal LM in eval mode, already on its device. max_context, ignored: as `TargetConfig` has them.
+        """model: a causal LM in eval mode, already on its device. max_context, ignored, extra_ends: as `TargetConfig` has them.
 
         Raises `UserError` where it cannot be verified as a tree target, or asks for more than decoding here does.
         """
@@ -68,7 +69,7 @@ class Target:
         refuse_generation_options(model.generation_config, ignored, name)
         self.aux_layers = checked_aux_layers(aux_layers, self.config.num_hidden_layers)
         self.head = TargetHead.from_model(model)
-        self.eos_ids = end_ids(model.generation_config, tokenizer)
+        self.eos_ids = end_ids(model.generation_config, tokenizer, extra_ends)
         check_end_ids(self.eos_ids, self.vocab_size, name)
         self.forwards = 0  # target passes so far: tests count them
         try:
@@ -90,7 +91,8 @@ class Target:
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
         model = load_model(folder, config.torch_dtype(), config.trust_remote_code).to(config.torch_device())
         target = cls(
-            packed(model), tokenizer, config.aux_layers, fingerprint, config.model, config.max_context, config.ignore_generation_options
+            packed(model), tokenizer, config.aux_layers, fingerprint, config.model, config.max_context, config.ignore_generation_options,
+            config.extra_end_ids,
         )
         check_tokenizer(tokenizer, target.vocab_size)
         return target
@@ -279,7 +281,7 @@ def read_shape(config: TargetConfig) -> TargetShape:
     except OSError:  # no generation_config.json
         generation = GenerationConfig.from_model_config(whole)
     refuse_generation_options(generation, config.ignore_generation_options, config.model)
-    eos_ids = end_ids(generation, load_tokenizer(folder, config.trust_remote_code))
+    eos_ids = end_ids(generation, load_tokenizer(folder, config.trust_remote_code), config.extra_end_ids)
     check_end_ids(eos_ids, text.vocab_size, config.model)
     layers = text.num_hidden_layers
     aux_layers = checked_aux_layers(config.aux_layers, layers)
@@ -296,9 +298,11 @@ def checked_aux_layers(wanted: tuple[int, ...] | None, layers: int) -> tuple[int
     return aux_layers
 
 
-def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Tokens that end an answer: the generation configuration's and the tokenizer's."""
+def end_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None, extra: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """Tokens that end an answer: the generation configuration's, the tokenizer's, and those that the caller adds."""
     config = generation.eos_token_id if generation is not None else None
     ids = config if isinstance(config, list) else [config]
     own = None if tokenizer is None else tokenizer.eos_token_id
-    return tuple(sorted({token for token in [*ids, own] if token is not None}))
+    return tuple(sorted({token for token in [*ids, own, *extra] if token is not None}))

@@ -47,6 +47,8 @@ class TargetConfig(Config):
     max_context: int | None = Field(default=None, ge=2)
     """Positions that are decoded at most; by default all that the model was made for. Models with longrope or dynamic rotary scaling are
     exact up to their original context only, and need it."""
+    extra_end_ids: tuple[int, ...] = ()
+    """Tokens that end an answer beside those of generation_config.json and the tokenizer, for models whose files forget one."""
     ignore_generation_options: tuple[str, ...] = ()
     """Options of the model's generation_config.json that are left out, such as repetition_penalty; otherwise such a model is refused, as
     its texts would not be those of its own `generate`."""

@@ -19,6 +19,7 @@ from drafttrain.drafters.files import save_drafter
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime.decoder import RESOLVED, RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.rows import Request
+from tests.data.stores import make_target
 from tests.tiny import VOCAB, fitted, greedy_text, tiny_eagle3, tiny_target
 
 SHAPES = [Chain(length=4), Static(children=(3, 2)), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
@@ -321,3 +322,15 @@ def test_plain_decoding_goes_through_the_same_loop() -> None:
     assert [one.tokens for one in plain] == [greedy_text(target.model, prompt, 16) for prompt in PROMPTS]
     assert plain[0].statistics.tau == 1.0
     assert torch.tensor(plain[0].tokens).max() < VOCAB
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_text_and_one_that_holds_one_is_refused() -> None:
+    made = make_target()
+    decoder = SpeculativeDecoder(made)
+    text = decoder.generate([[4, 9, 11]], max_new_tokens=24)[0].tokens
+    word = made.tokenizer.convert_ids_to_tokens(text[1])
+    made.tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    stopped = decoder.generate([[4, 9, 11]], max_new_tokens=24, stop=word)[0]
+    assert (stopped.tokens, stopped.finish) == (text[: text.index(text[1]) + 1], "stop")
+    with pytest.raises(UserError, match="holds the special token"):
+        decoder.generate([[4, 9, 11]], max_new_tokens=4, stop=f"{word}x")
