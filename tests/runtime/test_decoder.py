@@ -140,6 +140,9 @@ def _at(temperature: float) -> Any:
 
 class Letters:
     """A tokenizer of one letter a token."""
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+    all_special_tokens: tuple[str, ...] = ()
+    all_special_ids: tuple[int, ...] = ()
 
     chat_template = None
     eos_token_id = None
