@@ -71,7 +71,7 @@ the study's, which keeps its own accounts."""
 class Recipe(Config):
     """Everything about one drafter. Every command reads its own sections."""
 
-    name: str = Field(default="drafter", min_length=1, pattern=r"^[\w.-]+$")
+    name: str = Field(default="drafter", min_length=1, pattern=r"^[\w-][\w.-]*$")
     """What this recipe is called; its output folder is `runs/NAME` unless `output` says otherwise."""
     output: str | None = Field(default=None, min_length=1)
     """Folder of everything that is made."""
@@ -96,12 +96,17 @@ class Recipe(Config):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, or of a run (a folder), with `section.key=value` overrides.
 
+    What a run's own recipe says of `target.trust_remote_code` does not count: an override must say so.
+
     Raises `UserError` for a file that cannot be read, an unknown key or a value out of range (both named), and a rule that does not fit.
     """
-    source = path / RESOLVED if path.is_dir() else path
+    of_run = os.path.isdir(path)
+    source = path / RESOLVED if of_run else path
     data = read_yaml(source)
-    if path.is_dir():
+    if of_run:
         data["output"] = str(path)  # it may have been moved
+    if source.name == RESOLVED and isinstance(data.get("target"), dict):
+        data["target"].pop("trust_remote_code", None)  # whoever sent the folder does not decide what code runs here
     for override in overrides:
         apply_override(data, override)
     for section in SEEDED:
@@ -143,17 +148,28 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_yaml(text: str) -> Any:
+    """A document's value; a `yaml.YAMLError` for whatever is none, values that Python cannot make and too deep nesting included."""
+    try:
+        return yaml.load(text, UniqueKeys)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise yaml.YAMLError(f"a value cannot be read ({first_line(error)})") from error
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file's mapping, or a `UserError`."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise UserError(f"recipe '{path}': no such file{near}; give a recipe (YAML) or the folder of a run") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe '{path}': cannot be read ({error})") from error
     except yaml.YAMLError as error:
         raise UserError(f"recipe '{path}': not YAML: {_yaml_reason(error)}") from error
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        said = first_line(error)
+        raise UserError(f"recipe '{path}': cannot be read ({said}); give a recipe (YAML in UTF-8) or the folder of a run") from error
     if not isinstance(data, dict):
         raise UserError(f"recipe '{path}': expected sections ({', '.join(Recipe.model_fields)}), got {type(data).__name__}")
     return data
@@ -166,7 +182,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not found or not all(path):
         raise UserError(f"override '{override}': expected section.key=value, such as train.lr=0.0005")
     try:
-        value = yaml.load(text, UniqueKeys)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': the value is not YAML: {_yaml_reason(error)}") from error
     place: Any = data

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
+from rich.text import Text
 
 from drafttrain.core.config import Config, fingerprint, parse
+from drafttrain.core.console import SafeConsole
 from drafttrain.core.disk import folder_fingerprint, locked, read_json, writable, write_text
 from drafttrain.core.errors import UserError
 from drafttrain.data import capture as capturing
@@ -55,7 +56,7 @@ STATE = "state.json"
 LEAD = os.environ.get("RANK", "0") == "0"
 """Of the processes that `accelerate launch` started, the one that writes records and speaks."""
 
-console = Console(stderr=True, quiet=not LEAD)
+console = SafeConsole(stderr=True, quiet=not LEAD)
 
 
 class Record(Config):
@@ -89,11 +90,11 @@ def _perform(stage: str, recipe: Recipe, again: bool) -> Record:
     record = planned(stage, recipe)
     held = read_record(recipe, stage)
     if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe, held) and not again:
-        console.print(f"[bold]{stage}[/]: done already ({recipe.folder})")
+        console.print(Text.assemble((stage, "bold"), f": done already ({recipe.folder})"))
         return held
     if stage == "train":
         refuse_other_options(held, record, recipe)
-    console.print(f"[bold]{stage}[/]: {recipe.folder}")
+    console.print(Text.assemble((stage, "bold"), f": {recipe.folder}"))
     write_record(recipe, stage, record)
     begun = time.monotonic()
     notes = STAGES[stage](recipe)
@@ -244,7 +245,7 @@ def compare_rules(recipe: Recipe, chances: int) -> list[RuleRow]:
         runs = bench.contenders(target, recipe.folder / "drafter", recipe.runtime, recipe.evaluation)
         rows, left_out = replay_rules(target, runs, load_suite(recipe.evaluation.suite), recipe.evaluation, recipe.folder, chances)
     for note in left_out:
-        console.print(f"left out: {note}", markup=False)
+        console.print(f"left out: {note}")
     return rows
 
 

@@ -16,10 +16,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
+from rich.text import Text
 from typer.core import TyperGroup
 
 from drafttrain import __version__
+from drafttrain.core.console import SafeConsole, printable
 from drafttrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 BAD_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT
 DISK_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
 """What safetensors and torch say when the disk is full."""
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""The disk is full or closed to us, or a file stands where a folder should."""
 
 
 class Terminated(BaseException):
@@ -75,10 +79,12 @@ def mistakes_in_one_line() -> Iterator[None]:
         _end("interrupted; what was finished is saved, run the same command to go on", INTERRUPTED)
     except Terminated as error:
         _end("terminated; what was finished is saved, run the same command to go on", 128 + error.args[0])
+    except RecursionError:
+        _end("error: something that was read is nested too deeply; write it flatter", BAD_INPUT)
     except Exception as error:
-        if not cannot_write(error):
+        if not isinstance(error, OSError) and not cannot_write(error):
             raise
-        _end(f"error: cannot write ({error}); make room or choose another output folder, then run the same command to go on", BAD_INPUT)
+        _end(f"error: {_system_says(error)}", BAD_INPUT)
 
 
 @contextmanager
@@ -90,14 +96,19 @@ def warnings_in_one_line() -> Iterator[None]:
 
 
 def cannot_write(error: Exception) -> bool:
-    """Whether the disk is full or closed to us, or a file stands where a folder should."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+    """Whether the disk is full."""
     return any(text in str(error) for text in DISK_FULL)
 
 
+def _system_says(error: Exception) -> str:
+    """A failed access to a file or a network, in one line."""
+    if cannot_write(error) or not isinstance(error, OSError) or error.errno in WRITING:
+        return f"cannot write ({error}); make room or choose another output folder, then run the same command to go on"
+    return f"{error}; check that name (is it there, is it yours, was it removed meanwhile?), then run the same command again"
+
+
 def _end(line: str, code: int) -> None:
-    print(" ".join(line.split()), file=sys.stderr)
+    print(printable(" ".join(line.split())), file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -350,7 +361,7 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     with stopped_training_exits():
         records = {stage: stages.perform(stage, resolved) for stage in stages.STAGES}
     _print_table(stages.rows_of(resolved, records["eval"]))
-    stages.console.print(f"\n[bold]{first.turns[0]}[/]")
+    stages.console.print(Text(f"\n{first.turns[0]}", "bold"))
     _stream(resolved, first.opening(), max_new_tokens=config.max_new_tokens, seed=config.seed, **config.sampling._asdict())
 
 
@@ -425,12 +436,12 @@ def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     from drafttrain.cli.doctor import Patient, examine
 
-    console, patient = Console(highlight=False), Patient(_load(recipe, overrides))
+    console, patient = SafeConsole(), Patient(_load(recipe, overrides))
     failed = 0
     for check in examine(patient):
         failed += not check.ok
-        console.print(f"[green]ok    [/]{check.name}: " if check.ok else f"[red]failed[/] {check.name}: ", end="")
-        console.print(check.note, markup=False, soft_wrap=True)
+        console.print(Text("ok    ", "green") if check.ok else Text("failed ", "red"), Text(f"{check.name}: "), sep="", end="")
+        console.print(check.note, soft_wrap=True)
         if check.name == "mask" and patient.sample is not None:
             console.print(patient.sample)
     if failed:
@@ -475,8 +486,8 @@ def _print(table: Group) -> None:
     _wide_console().print(table)
 
 
-def _wide_console() -> Console:
-    console = Console(highlight=False)
+def _wide_console() -> SafeConsole:
+    console = SafeConsole()
     if not console.is_terminal:
         console.width = 160  # a file has no edge
     return console
@@ -491,7 +502,7 @@ def _print_cells(head: Sequence[str], body: Iterable[Sequence[str]]) -> None:
         table.add_column(name, justify="right" if place else "left", overflow="fold")
     for cells in body:
         table.add_row(*cells)
-    console = Console()
+    console = SafeConsole()
     if not console.is_terminal:
         console.width = 240  # a file has no edge
     console.print(table)
@@ -522,8 +533,8 @@ def _stream(recipe: Recipe, prompt: Any, plain: bool = False, trace: Path | None
     folder = None if plain else recipe.folder
     decoder = SpeculativeDecoder.from_pretrained(recipe.target, folder, recipe.runtime)
     recorder = None if trace is None else TraceRecorder(decoder.target)
-    notes = Console(stderr=True, highlight=False)
-    answer = terminal.stream(decoder, prompt, Console(highlight=False), notes, on_round=recorder, **options)
+    notes = SafeConsole(stderr=True)
+    answer = terminal.stream(decoder, prompt, SafeConsole(), notes, on_round=recorder, **options)
     if trace is not None and recorder is not None:
         write_trace(trace, decoder, answer, recorder, prompt, options)
         notes.print(f"trace: {trace}", soft_wrap=True, style="dim")

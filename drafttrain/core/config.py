@@ -6,13 +6,15 @@ import hashlib
 import json
 import re
 import reprlib
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from drafttrain.core.errors import UserError, nearest
 from drafttrain.core.renamed import current_key, current_value
 
+NAMES: dict[type, str] = {bool: "a switch (true or false)", int: "a number", float: "a number", str: "a text"}
 C = TypeVar("C", bound="Config")
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -38,7 +40,43 @@ class Config(BaseModel):
             if key != old and key in data:
                 raise ValueError(f"'{old}' is the old name of '{key}', and both are given; keep '{key}'")
             current[key] = current_value(key, data[old])
+            _check_kind(key, cls.model_fields[key].annotation, current[key])
         return current
+
+
+def _check_kind(key: str, annotation: Any, value: Any) -> None:
+    """A `ValueError` for a value of another kind (a text or a switch where a number belongs), which pydantic would convert."""
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_kind(key, annotation, inner)
+        return
+    kinds = _kinds(annotation)
+    if not kinds or not isinstance(value, (bool, str, int, float)) or type(value) in kinds:
+        return
+    if (type(value) is int and float in kinds) or (type(value) is float and int in kinds):
+        return
+    if isinstance(value, str) and not value.strip().isdigit() and (bool not in kinds or not value.isalpha()):
+        return  # pydantic says what is wrong with other words; `5e-4` is a number that YAML takes for a text
+    wanted = " or ".join(sorted({NAMES[kind] for kind in kinds}))
+    raise ValueError(f"{key}: {NAMES[type(value)]} {value!r} where {wanted} belongs")
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The plain kinds of value that a field takes; none where it takes anything else too, which pydantic judges alone."""
+    if annotation in NAMES:
+        return {annotation}
+    if annotation is type(None) or annotation is Ellipsis:
+        return set()
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation) if type(value) in NAMES}
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType, tuple, list):
+        parts = [part for part in get_args(annotation) if part is not type(None) and part is not Ellipsis]
+        kinds = [_kinds(part) for part in parts]
+        return set[type]().union(*kinds) if all(kinds) else set()
+    return set()
 
 
 def parse(cls: type[C], data: Any, where: str) -> C:

@@ -16,6 +16,10 @@ from torch.nn import functional as F
 from drafttrain.core.errors import UserError
 
 
+def _number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 class Sampling(NamedTuple):
     """How tokens are drawn. The default is greedy decoding."""
 
@@ -33,11 +37,11 @@ class Sampling(NamedTuple):
     def check(self) -> Sampling:
         """Itself, or a `UserError` that names the value out of range."""
         temperature, top_k, top_p = self
-        if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):  # also where it is not a number
+        if not (_number(temperature, Real) and 0 <= temperature < math.inf):  # also where it is not a number
             raise UserError(f"temperature {temperature!r} is not 0 or a finite positive number; use 0 for greedy decoding, or 0.7")
-        if not (isinstance(top_k, Integral) and top_k >= 0):
+        if not (_number(top_k, Integral) and top_k >= 0):
             raise UserError(f"top_k {top_k!r} is not a whole number from 0 up; use 0 to keep every token")
-        if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        if not (_number(top_p, Real) and 0 < top_p <= 1):
             raise UserError(f"top_p {top_p!r} is outside (0, 1]; use 1 to keep every token")
         return self
 

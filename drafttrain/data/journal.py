@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from drafttrain.core.console import SafeConsole
 from drafttrain.core.types import Features
 from drafttrain.data.store import Conversation, StoreWriter
 
@@ -24,7 +24,7 @@ class StoreJournal:
             TextColumn(f"{{task.completed:,}}/{{task.total:,}} {unit}"),
             TextColumn("{task.fields[speed]:,.0f} tokens/s"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=SafeConsole(stderr=True),
         )
         self.task = self.bar.add_task(what, total=goal, completed=done, speed=0.0)
         self.begun = self.flushed = time.monotonic()

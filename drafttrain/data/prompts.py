@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.config import Config
+from drafttrain.core.console import SafeConsole
 from drafttrain.core.errors import UserError, first_line, nearest
 from drafttrain.target.template import plain_ids, render
 
@@ -125,7 +125,7 @@ def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTok
         raise UserError(f"prompt source '{source.kind}' holds {found}; give at least one")
     if unfit:
         said = f"{len(unfit):,} of {len(out) + len(unfit):,} rows left out, the first: {unfit[0]}"
-        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+        SafeConsole(stderr=True).print(said, soft_wrap=True)
     return out
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from rich.console import Console
 
 from drafttrain.core.config import Config, Seed, fingerprint
+from drafttrain.core.console import SafeConsole
 from drafttrain.core.disk import only_writer
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
@@ -151,7 +151,7 @@ def write_turns(
         turns.append(Turn(head, words[:-1] if ended else words, ended, opening, domain))
     prompts, dropped = kept_prompts(target.tokenizer, turns)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    Console(stderr=True).print(f"self-written prompts: {len(prompts)} kept of {len(turns)} ({reasons})")
+    SafeConsole(stderr=True).print(f"self-written prompts: {len(prompts)} kept of {len(turns)} ({reasons})")
     return prompts
 
 
@@ -202,7 +202,7 @@ class Regeneration:
             limit = self._write()
         store = self.writer.finish(limit)
         if short := self.shortage(store.tokens):
-            Console(stderr=True).print(short, highlight=False, soft_wrap=True)
+            SafeConsole(stderr=True).print(short, soft_wrap=True)
         return store
 
     def shortage(self, written: int) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from drafttrain import stages
 from drafttrain.core.config import fingerprint
@@ -157,7 +158,7 @@ def train(made: Sequence[Cell]) -> None:
     """Every drafter that is not there yet."""
     distinct = {cell.recipe.folder: cell.recipe for cell in made}
     for number, one in enumerate(distinct.values(), 1):
-        stages.console.print(f"[bold]drafter {number} of {len(distinct)}[/]: {one.folder.name}")
+        stages.console.print(Text.assemble((f"drafter {number} of {len(distinct)}", "bold"), f": {one.folder.name}"))
         for stage in ("regenerate", "capture", "train"):
             stages.perform(stage, one)
 

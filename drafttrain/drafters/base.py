@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.config import Config
+from drafttrain.core.counts import ThreadCount
 from drafttrain.core.errors import UserError
 from drafttrain.core.losses import LossMix, ScoringLayer, distill
 from drafttrain.core.nodes import Nodes, to_nodes
@@ -130,10 +131,12 @@ class Drafter(nn.Module, ABC):
     weight_version = 0  # whoever changes the weights while decoding counts it up: the records of rounds name it
     files: Path | None = None  # the folder it was loaded from; `drafters.files.folder_fingerprint` tells drafters apart by it
 
+    calls = ThreadCount()
+    """Forwards while decoding, of this thread."""
+
     def __init__(self, config: DrafterConfig, target: TargetShape) -> None:
         super().__init__()
         self.config, self.target = config, target
-        self.calls = 0  # forwards while decoding: tests and statistics count them
 
     @property
     def max_depth(self) -> int | None:

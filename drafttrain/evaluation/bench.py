@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from drafttrain.core.config import Config, Seed, fingerprint
+from drafttrain.core.console import SafeConsole
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters import build
@@ -336,4 +336,4 @@ def _hybrid_costs(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, floa
 def progress_bar() -> Progress:
     """On stderr: what is done, how many units of it, and for how long."""
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*shown, console=Console(stderr=True))
+    return Progress(*shown, console=SafeConsole(stderr=True))

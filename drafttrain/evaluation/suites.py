@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.config import fingerprint
-from drafttrain.core.errors import UserError, nearest
+from drafttrain.core.errors import UserError, nearest, refuse_halves
 from drafttrain.evaluation.check import KINDS, NUMBER, AnswerCheck
 from drafttrain.evaluation.layouts import LAYOUTS, layout_lines
 
@@ -121,6 +121,9 @@ def read_item(line: str, where: str) -> Item:
         data = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: a number is too long, or values are nested too deeply; write a plain object a line") from error
+    refuse_halves(data, where)
     if not isinstance(data, dict):
         raise UserError(f"{where}: an object is needed, got {line[:60]!r}")
     return item_of(data, where)
@@ -153,10 +156,13 @@ def _check(data: dict[str, Any], where: str) -> AnswerCheck | None:
     kind = data.get("check", "number" if all(NUMBER.fullmatch(answer.strip()) for answer in answers) else "word")
     if kind not in KINDS:
         raise UserError(f"{where}: 'check' {kind!r}{nearest(str(kind), KINDS)} is not one of {', '.join(KINDS)}")
-    options = tuple(str(option) for option in data.get("options", ()))
+    listed = data.get("options")
+    if not isinstance(listed, (list, tuple, type(None))):
+        raise UserError(f"{where}: 'options' is a list of words, got {type(listed).__name__}")
+    options = tuple(str(option) for option in listed or ())
     if kind == "option" and not set(answers) <= set(options):
         raise UserError(f"{where}: 'options' lists the words to choose from, the answer among them; got {list(options)}")
-    return AnswerCheck(kind, answers, options, str(data.get("header", "")))
+    return AnswerCheck(kind, answers, options, str(data.get("header") or ""))
 
 
 def _conversation(data: dict[str, Any], form: str, where: str) -> tuple[tuple[tuple[str, str], ...], list[Any]]:
@@ -172,6 +178,8 @@ def _conversation(data: dict[str, Any], form: str, where: str) -> tuple[tuple[tu
         raise UserError(f"{where}: every message has 'role' and 'content'")
     if not value or value[-1]["role"] != "user":
         raise UserError(f"{where}: the last message must be the user's; the target writes what follows it")
+    if not all(isinstance(message["role"], str) and isinstance(message["content"], str) for message in value):
+        raise UserError(f"{where}: 'role' and 'content' of every message are texts")
     return tuple((message["role"], message["content"]) for message in value[:-1]), [value[-1]["content"]]
 
 

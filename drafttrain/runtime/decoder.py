@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, groupby
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from drafttrain.core.config import Config, parse
-from drafttrain.core.errors import UserError, first_line, nearest
+from drafttrain.core.errors import UserError, first_line, nearest, refuse_halves
 from drafttrain.core.layers import in_precision
 from drafttrain.core.packed import packed
 from drafttrain.core.plan import Chain, Plan, Shape
@@ -233,11 +233,21 @@ class Piece:
 class Stream(Iterator[Piece]):
     """One answer as it is written, piece by piece, and what it took so far."""
 
-    def __init__(self, pieces: Iterator[Piece], loop: DecodingLoop) -> None:
+    def __init__(self, pieces: Generator[Piece, None, None], loop: DecodingLoop) -> None:
         self._pieces, self._loop = pieces, loop
 
     def __next__(self) -> Piece:
         return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the decoding early and lets go of what it holds; what was measured so far stays."""
+        self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def statistics(self) -> Statistics:
@@ -258,6 +268,12 @@ class SpeculativeDecoder:
     ) -> None:
         """runtime: a configuration, or what a recipe's `runtime` section would hold."""
         self.target = target
+        if isinstance(target, (str, Path, TargetConfig, type(None))):
+            raise UserError(f"target {shortened(target)}: expected a loaded target; from_pretrained loads one by its name")
+        if isinstance(drafter, (str, Path)):
+            raise UserError(f"drafter {shortened(drafter)}: expected a loaded drafter, or none; from_pretrained loads one from its folder")
+        if not isinstance(runtime, (RuntimeConfig, Mapping, type(None))):
+            raise UserError(f"runtime {shortened(runtime)}: expected a RuntimeConfig, or a mapping of what a recipe's section would hold")
         self.runtime = runtime if isinstance(runtime, RuntimeConfig) else parse(RuntimeConfig, dict(runtime or {}), "runtime")
         if drafter is not None:
             drafter.check_layers(target.aux_layers)
@@ -375,7 +391,7 @@ class SpeculativeDecoder:
 
     @classmethod
     def from_pretrained(
-        cls, target: str | TargetConfig | Target, drafter: str | Path | None = None,
+        cls, target: str | Path | TargetConfig | Target, drafter: str | Path | Drafter | None = None,
         runtime: RuntimeConfig | Mapping[str, Any] | None = None, **options: Any,
     ) -> SpeculativeDecoder:
         """Loads both.
@@ -386,16 +402,20 @@ class SpeculativeDecoder:
         without `aux_layers`, the target hands over the layers that the drafter was trained on. Raises `UserError` for unknown options, and
         where the drafter was trained on another target, or on other layers.
         """
-        if runtime is None and drafter is not None:
+        if not isinstance(target, (str, Path, TargetConfig, Target)):
+            raise UserError(f"target {shortened(target)}: expected a Hub id, a folder, `smollm2-demo`, a TargetConfig or a loaded target")
+        if not isinstance(drafter, (str, Path, Drafter, type(None))):
+            raise UserError(f"drafter {shortened(drafter)}: expected the folder of a trained drafter or of its run, or a loaded drafter")
+        if runtime is None and isinstance(drafter, (str, Path)):
             runtime = runtime_of(Path(drafter))
-        if isinstance(target, str):
-            target = TargetConfig(model=target)
+        if isinstance(target, (str, Path)):
+            target = TargetConfig(model=str(target))
         if isinstance(target, TargetConfig):
             target = parse(TargetConfig, {**target.model_dump(), **options}, "SpeculativeDecoder.from_pretrained")
         elif options:
             raise UserError(f"option '{next(iter(options))}' beside a target that is loaded already: it is of loading; give it there")
         loaded = Target.load(target) if isinstance(target, TargetConfig) else target
-        made = None if drafter is None else load_drafter(found_drafter(drafter), target=loaded)
+        made = load_drafter(found_drafter(drafter), target=loaded) if isinstance(drafter, (str, Path)) else drafter
         if made is not None and isinstance(target, TargetConfig) and target.aux_layers is None:
             loaded.aux_layers = made.target.aux_layers
         return cls(loaded, made, runtime)
@@ -433,7 +453,7 @@ class SpeculativeDecoder:
         loop = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
         return Stream(self._written(loop, request, stops), loop)
 
-    def _written(self, loop: DecodingLoop, request: list[Request], stops: tuple[str, ...]) -> Iterator[Piece]:
+    def _written(self, loop: DecodingLoop, request: list[Request], stops: tuple[str, ...]) -> Generator[Piece, None, None]:
         tokens: list[int] = []
         origins: list[int] = []  # of each whole character
         text = shown = ""
@@ -507,6 +527,7 @@ class SpeculativeDecoder:
             )
         if tokenizer is None:
             raise UserError("this target has no tokenizer: give prompts as token ids")
+        refuse_halves(given, "prompt")
         if isinstance(given, str) and not tokenizer.chat_template:
             return plain_ids(tokenizer, given)
         messages = [{"role": "user", "content": given}] if isinstance(given, str) else given

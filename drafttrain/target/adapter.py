@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from drafttrain.core.counts import ThreadCount
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.packed import packed
 from drafttrain.core.sampling import Sampling
@@ -49,6 +50,9 @@ class Prefill:
 class Target:
     """A loaded target. Weights are frozen; state lives in the caches it hands out."""
 
+    forwards = ThreadCount()
+    """Passes so far, of this thread."""
+
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None, aux_layers: tuple[int, ...] | None = None,
         fingerprint: str = "in-memory", name: str = "in-memory", max_context: int | None = None, ignored: tuple[str, ...] = (),
@@ -71,7 +75,6 @@ class Target:
         self.head = TargetHead.from_model(model)
         self.eos_ids = end_ids(model.generation_config, tokenizer, extra_ends)
         check_end_ids(self.eos_ids, self.vocab_size, name)
-        self.forwards = 0  # target passes so far: tests count them
         try:
             self.kv_shapes = self._probe()
         except (UserError, torch.OutOfMemoryError):

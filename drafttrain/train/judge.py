@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
 from drafttrain.core.config import Config, Seed
+from drafttrain.core.console import SafeConsole
 from drafttrain.core.disk import load_tensors, write_whole
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import in_precision
@@ -195,7 +195,7 @@ def labelled(
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=Console(stderr=True)) as progress:
+    with Progress(*shown, console=SafeConsole(stderr=True)) as progress:
         bar = progress.add_task("labelling questions", total=len(prompts))
         for first in range(0, len(prompts), PART):
             path, some = folder / f"{first:06d}.safetensors", prompts[first : first + PART]

@@ -25,13 +25,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from pydantic import Field, model_validator
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from drafttrain.core.config import Config, Seed, fingerprint
+from drafttrain.core.console import SafeConsole
 from drafttrain.core.disk import locked, writable, write_text
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
@@ -487,7 +487,7 @@ class TrainingRun:
     def _bar(self) -> Bar:
         note = TextColumn("{task.fields[note]}")
         columns = (TextColumn("{task.description}"), BarColumn(), note, TimeElapsedColumn(), TimeRemainingColumn())
-        return Bar(*columns, console=Console(stderr=True), disable=not self.lead)
+        return Bar(*columns, console=SafeConsole(stderr=True), disable=not self.lead)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
