@@ -121,7 +121,8 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands, name="drafttrain", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    cls=Commands, name="drafttrain", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train draft models for speculative decoding from a frozen target's own outputs, and decode with them.
 
     A recipe is one YAML file; every command that reads one takes [b]section.key=value[/b] to change it. Start with [b]drafttrain run
@@ -285,9 +286,9 @@ def generate(
 
 @app.command()
 def export(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Write the trained drafter in other formats.
+    """Write the trained drafter in other formats: native, causal_lm, speculators, sglang, gguf, openvino, medusa.
 
-    [dim]drafttrain export runs/small 'export.formats=[native, causal_lm]'[/dim]
+    [dim]drafttrain export runs/small 'export.formats=\\[native, causal_lm]'[/dim]
     """
     from drafttrain import stages
 
@@ -415,6 +416,23 @@ def tune(
     write_recipe(kept.model_copy(update={"runtime": tuned.recipe.runtime}), path)  # overrides said what to tune on, no more
     slower = "; slower than plain decoding by forecast, so policy is adaptive" if tuned.forecasts[tuned.chosen].speedup < 1 else ""
     print(f"{tuned.labels[tuned.chosen]}{slower}: written to {path}")
+
+
+@app.command()
+def recipes(
+    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy this one, to change it.", show_default=False)] = None,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the copy goes.")] = Path("."),
+) -> None:
+    """List the recipes that come with the package, or copy one.
+
+    [dim]drafttrain recipes --copy smollm2-eagle3[/dim]
+    """
+    from drafttrain.cli.recipes import copy_recipe, purpose, shipped
+
+    if copy is not None:
+        print(copy_recipe(copy, to))
+        return
+    _print_cells(("recipe", "what it is"), [(name, purpose(path)) for name, path in shipped().items()])
 
 
 @app.command()
