@@ -108,6 +108,8 @@ class Contender:
         rule, plan = runtime.fitted(sampling, drafter)
         shape = runtime.shape
         options = runtime.model_dump(mode="json", exclude={"shape", "rule", "draws"}, exclude_defaults=True)
+        if runtime.pooled:  # a default name is left out above, and says which router it was
+            options["router"] = runtime.router_config.model_dump(mode="json", exclude_none=True)
         knobs = {} if rule.lossless else rule.config.model_dump(mode="json", exclude={"name"})  # what a lossy row's quality hangs on
         return Facts(
             drafter.config.name, self._fingerprint, rule.config.name, rule.lossless, runtime.treat_as or plan.draws,

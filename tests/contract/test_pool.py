@@ -21,6 +21,7 @@ from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.ngram import Ngram, NgramConfig
 from drafttrain.drafters.pool import DrafterPool
+from drafttrain.evaluation.runners import Contender
 from drafttrain.runtime import generate
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import DecodingLoop
@@ -213,6 +214,9 @@ def test_every_router_decodes_the_targets_text_and_names_who_drafted(router: str
     if temperature == 0:
         assert [one.tokens for one in out] == [greedy_text(target().model, prompt, 20) for prompt in PROMPTS]
     assert set(out[0].statistics.by_drafter) == {"medusa", "ngram", "plain"}
+    facts = Contender("pool", speculative).facts(Sampling(temperature))
+    assert facts.options is not None and facts.options["router"]["name"] == router
+    assert (facts.options["drafters"], facts.draws) == (["ngram"], "deterministic")
 
 
 def test_scoring_takes_no_further_target_forward() -> None:
