@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,11 @@ def test_core_knows_no_model_zoo_and_no_network(path: Path) -> None:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not {name.split(".")[0] for name in names} & {"transformers", "huggingface_hub", "datasets", "pathlib", "os", "safetensors"}
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)
+def test_files_of_one_room_import_each_other_in_no_circle(folder: Path) -> None:
+    """A package's own file, which names what the room holds, is read last."""
+    modules = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in folder.glob("[!_]*.py")}
+    graph = {name: [module for module in imports(path) if module in modules and module != name] for name, path in modules.items()}
+    list(TopologicalSorter(graph).static_order())  # a circle raises CycleError, which names it

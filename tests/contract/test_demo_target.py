@@ -35,16 +35,12 @@ from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.files import TargetConfig
 from drafttrain.train.loop import TrainConfig, train
-from tests.families import TRAINABLE
+from tests.families import FAMILIES, TRAINABLE, demo_drafter
 from tests.tiny import packed
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 PROMPTS, NEW_TOKENS, MARGIN = 20, 128, 1e-4
 SHAPES = [Chain(length=4), Dynamic(depth=3, beam=3, top_k=3, nodes=8)]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "eagle3": {"draft_vocab_size": 4096, "ttt_steps": 2}, "medusa": {"heads": 4, "draft_vocab_size": 4096}, "small_lm": {"layers": 2},
-    "ngram": {},
-}  # fmt: skip
 DATA = DataConfig(
     sources=(SelfPrompts(count=160, max_tokens=48),), temperatures=(0.0,), max_new_tokens=64, conversations=96, batch_size=48,
     capture=("aux_hidden_states", "last_hidden_state"),
@@ -140,12 +136,6 @@ def check(generations: Sequence[Generation]) -> tuple[int, float]:
     return differing, total.tau
 
 
-def fresh(family: str) -> Drafter:
-    """An untrained drafter that starts from the target where its family can."""
-    torch.manual_seed(0)
-    return DRAFTERS[family](DRAFTERS[family].Config(name=family, **OPTIONS[family]), demo().shape).eval()
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Conversations that the target wrote greedily, with features."""
@@ -159,10 +149,10 @@ def trained(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
     def loaded(family: str) -> Drafter:
         if not DRAFTERS[family].trainable:
-            return fresh(family)
+            return demo_drafter(family, demo())
         if family not in folders:
             folders[family] = tmp_path_factory.mktemp(family)
-            train(fresh(family), store, TRAIN, demo().head, folders[family], demo())
+            train(demo_drafter(family, demo()), store, TRAIN, demo().head, folders[family], demo())
         return load_drafter(folders[family] / "drafter", demo().fingerprint)
 
     return loaded
@@ -180,7 +170,7 @@ def test_a_short_training_raises_held_out_acceptance_and_replay_counts_what_is_s
 ) -> None:
     held = store.split("held_out", TRAIN.held_out, TRAIN.seed)
     rows = list(batches(store, held, TRAIN.batch_rows, TRAIN.row_length, ("aux_hidden_states", "last_hidden_state")))
-    before, drafter = fresh(family), trained(family)
+    before, drafter = demo_drafter(family, demo()), trained(family)
     before.start_from(demo().head, store.answer_counts(demo().vocab_size))
     at_first, after = (
         replay(lambda batch, K, one=one: one.teacher_forced_drafts(batch, demo().head, K), rows, 4) for one in (before, drafter)
@@ -201,7 +191,7 @@ def test_a_short_training_raises_held_out_acceptance_and_replay_counts_what_is_s
 
 
 CASES = [
-    *((family, shape, None) for family in sorted(DRAFTERS) for shape in SHAPES),
+    *((family, shape, None) for family in FAMILIES for shape in SHAPES),
     *((family, SHAPES[1], HybridConfig()) for family in TRAINABLE),
 ]
 

@@ -14,17 +14,15 @@ from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed
-from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter, DrafterState
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.replay import replay
 from drafttrain.target.adapter import Target
-from tests.families import TINY, TRAINABLE, tiny_drafter, trained_drafter
+from tests.families import FAMILIES, TINY, TRAINABLE, tiny_drafter, trained_drafter
 from tests.tiny import VOCAB, greedy_text, packed, tiny_target
 
-FAMILIES = sorted(DRAFTERS)
 SHAPES = [Chain(length=3), Static(children=(2, 2, 1)), Dynamic(depth=3, beam=3, top_k=3, nodes=9)]
 PROMPTS = [[5, 9, 11, 30, 5, 9, 11, 30, 5, 9], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
 HYBRIDS = {"alone": None, "hybrid": HybridConfig(draft_cost=0.1)}

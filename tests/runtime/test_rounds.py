@@ -15,7 +15,7 @@ from drafttrain.core.plan import Chain, Dynamic, Plan, Static
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.drafters import DRAFTERS, build
+from drafttrain.drafters import build
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.hybrid import HybridConfig
 from drafttrain.drafters.ngram import NgramConfig
@@ -24,16 +24,16 @@ from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.generate import RoundRecord
 from drafttrain.runtime.rounds import LoggedProbs, RoundLog, RoundRecorder, joined, log_rounds
 from drafttrain.target.adapter import Target
+from tests.families import GIVES_STATES, TINY, bare_drafter
 from tests.tiny import VOCAB, fitted, tiny_target
 
 PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48], [7, 7]]
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "eagle3": ("eagle3", {"ttt_steps": 3, "draft_vocab_size": 48}),
-    "medusa": ("medusa", {"heads": 3}),
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, TINY[family]) for family in GIVES_STATES},
     "medusa, own heads": ("medusa", {"heads": 3, "own_heads": True, "draft_vocab_size": 40}),
-    "small_lm": ("small_lm", {"layers": 2}),
     "small_lm, narrow": ("small_lm", {"layers": 1, "hidden_size": 16}),
 }
+"""Every family whose distributions can be computed again, and its further ways: label -> family, options."""
 RAGGED = Static(choices=((0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0)))
 HOT = Sampling(temperature=0.9, top_k=20, top_p=0.95)
 
@@ -45,9 +45,8 @@ def target() -> Target:
 
 @lru_cache
 def drafter(name: str) -> Drafter:
-    family, options = FAMILIES[name]
-    torch.manual_seed(1)
-    made = DRAFTERS[family](DRAFTERS[family].Config(name=family, **options), target().shape)
+    family, options = WAYS[name]
+    made = bare_drafter(family, target(), 1, **options)
     made.start_from(target().head, torch.arange(VOCAB))
     return fitted(made, target(), PROMPTS, new_tokens=16, steps=10)
 
@@ -94,7 +93,7 @@ class Spy(RoundRecorder):
 
 
 @pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2)), RAGGED], ids=["chain", "3-2", "ragged"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WAYS)
 def test_distributions_recomputed_from_logged_states_are_those_the_rounds_used(
     name: str, shape: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

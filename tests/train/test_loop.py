@@ -35,14 +35,9 @@ from drafttrain.target.head import TargetHead
 from drafttrain.train import loop
 from drafttrain.train.checkpoint import checkpoints
 from drafttrain.train.loop import Stopped, TrainConfig, TrainingRun, new_accelerator, train
-from tests.families import TRAINABLE
+from tests.families import TINY, TRAINABLE, bare_drafter
 from tests.tiny import VOCAB, tiny_target
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "eagle3": {"ttt_steps": 2, "draft_vocab_size": 40},
-    "medusa": {"heads": 2},
-    "small_lm": {"layers": 1},
-}
 OPTIONS: dict[str, Any] = {
     "steps": 8, "batch_rows": 2, "row_length": 64, "lr": 3e-3, "precision": "float32", "eval_every": 4, "save_every": 3, "eval_length": 2,
     "held_out": 0.2,
@@ -61,17 +56,12 @@ def tiny_store(target: Target, folder: Path, conversations: int = 24, new_tokens
 
 
 def run(family: str, store: Store, target: Target, output: Path, **changes: Any) -> loop.TrainResult:
-    torch.manual_seed(0)
-    drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
+    drafter = bare_drafter(family, target, **TINY[family])
     return train(drafter, store, TrainConfig(**{**OPTIONS, **changes}), target.head, output, target)
 
 
 def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "train.jsonl").read_text().splitlines()]
-
-
-def test_every_family_has_options_here() -> None:
-    assert sorted(FAMILIES) == TRAINABLE
 
 
 @contextmanager
@@ -91,7 +81,7 @@ def asked_to_stop_after(steps: int) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", TRAINABLE)
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_loss_by_loss(family: str, tmp_path: Path) -> None:
     target = tiny_target(11)
     store = tiny_store(target, tmp_path / "data")
@@ -217,7 +207,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", TRAINABLE)
 def test_two_processes_of_accelerate_launch_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
     target = tiny_target(16)
     store = tiny_store(target, tmp_path / "data")
@@ -238,12 +228,11 @@ def test_two_processes_of_accelerate_launch_equal_one_loss_by_loss(family: str, 
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", TRAINABLE)
 def test_replayed_accepted_length_is_what_decoding_measures(family: str, tmp_path: Path) -> None:
     target = tiny_target(17)
     store = tiny_store(target, tmp_path / "data")
-    torch.manual_seed(0)
-    drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
+    drafter = bare_drafter(family, target, **TINY[family])
     trainer = TrainingRun(
         drafter, store, TrainConfig(**{**OPTIONS, "steps": 30}), target.head, tmp_path / "run", target, accelerator(tmp_path)
     )
@@ -432,6 +421,36 @@ def test_numbers_that_torch_would_choke_on_are_refused(key: str, value: Any) -> 
         parse(TrainConfig, {"steps": 3, key: value}, "recipe")
 
 
+@pytest.mark.parametrize("family", TRAINABLE)
+def test_weights_decay_in_matrices_and_not_in_norms_and_biases(family: str, tmp_path: Path) -> None:
+    """A step without gradients shows what decays."""
+    target = tiny_target(14)
+    drafter = bare_drafter(family, target, **TINY[family])
+    config = TrainConfig(**{**OPTIONS, "weight_decay": 0.5})
+    store = tiny_store(target, tmp_path / "data")
+    trainer = TrainingRun(drafter, store, config, target.head, tmp_path / "run", target, accelerator(tmp_path))
+    trained = [weight for weight in drafter.parameters() if weight.requires_grad]
+    before = [weight.detach().clone() for weight in trained]
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    trainer.optimizer.step()
+    for weight, was in zip(trained, before, strict=True):
+        left = 1 - config.lr * 0.5 if weight.dim() > 1 else 1.0
+        torch.testing.assert_close(weight.detach(), was * left)
+
+
+@pytest.mark.parametrize("family", TRAINABLE)
+def test_a_run_is_not_gone_on_with_by_a_drafter_of_another_configuration(family: str, tmp_path: Path) -> None:
+    """Of the same shapes, so that nothing but the configuration tells them apart."""
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "data")
+    with asked_to_stop_after(1):
+        run(family, store, target, tmp_path / "run")
+    other = bare_drafter(family, target, **{**TINY[family], "loss": {"tv": 1.0}})
+    with pytest.raises(UserError, match="was written with other options or data"):
+        train(other, store, TrainConfig(**OPTIONS), target.head, tmp_path / "run", target)
+
+
 def test_learning_rate_rises_and_falls_as_the_schedule_says() -> None:
     cosine = TrainConfig(steps=1, lr=1.0, warmup=0.1, lr_floor=0.1)
     assert [round(cosine.lr_at(done), 3) for done in (0.05, 0.1, 0.55, 1.0)] == [0.5, 1.0, 0.55, 0.1]
@@ -501,8 +520,7 @@ PartialState(cpu=True)  # joins the gloo group; accelerate shards for devices on
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 family, steps = sys.argv[3], int(sys.argv[4])
 target = tiny_target(16)
-torch.manual_seed(0)
-drafter = DRAFTERS[family](DRAFTERS[family].Config(name=family, **FAMILIES[family]), target.shape)
+drafter = bare_drafter(family, target, **TINY[family])
 made = new_accelerator(TrainConfig(**OPTIONS), Path(sys.argv[2]))
 assert made.is_fsdp2, made.distributed_type
 config = TrainConfig(**{**OPTIONS, "batch_rows": 1})
@@ -523,7 +541,7 @@ made.end_training()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", TRAINABLE)
 def test_two_sharded_processes_stop_go_on_and_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
     """FSDP2 with the settings of configs/fsdp2.yaml, on CPUs."""
     target = tiny_target(16)
