@@ -37,8 +37,12 @@ def tiny_drafter(family: str, target: Target, seed: int = 0, **options: Any) -> 
 
 def demo_drafter(family: str, target: Target) -> Drafter:
     """The same for the demo target, whose vocabulary is larger."""
-    reduced = {"draft_vocab_size": DEMO_VOCAB} if "draft_vocab_size" in TINY[family] else {}
-    return started({**TINY[family], **reduced}, family, target, 0)
+    options = dict(TINY[family])
+    if "draft_vocab_size" in options:
+        options["draft_vocab_size"] = DEMO_VOCAB
+    if "size" in options.get("output", {}):
+        options["output"] = {**options["output"], "size": DEMO_VOCAB}
+    return started(options, family, target, 0)
 
 
 def started(options: dict[str, Any], family: str, target: Target, seed: int) -> Drafter:

@@ -28,7 +28,10 @@ LEAST_P = 1e-4
 
 
 def check_training_alpha(drafter: Drafter, batch: TrainingBatch, target: Target) -> int:
-    """Training's alpha_k are the hits of the family's own teacher-forced drafts at the labels; returns how many K there are."""
+    """Training's alpha_k are the hits of the family's own teacher-forced drafts at the labels; returns how many K there are.
+
+    A family counts all labels that its step reaches, or those below the roots that decoding can have, which are answer tokens.
+    """
     with torch.no_grad():
         metrics = drafter.loss(batch, target.head).metrics
         steps = [name for name in metrics if name.startswith("alpha_") and not name.endswith("_count")]
@@ -36,9 +39,12 @@ def check_training_alpha(drafter: Drafter, batch: TrainingBatch, target: Target)
     labels = batch.labels()
     for step in range(len(steps)):
         reaches = labels.reaches(step + 2)  # draft k at t is of token t + k + 2
-        hits = (labels.before(drafts[..., step], step + 2) == labels.tokens) & reaches
-        assert int(metrics[f"alpha_{step}_count"]) == int(reaches.sum()), f"alpha_{step} counts other labels"
-        assert int(metrics[f"alpha_{step}"]) == int(hits.sum()), f"alpha_{step} counts other drafts"
+        answered = reaches & labels.before(batch.mask, step + 1)
+        right = labels.before(drafts[..., step], step + 2) == labels.tokens
+        count, hits = int(metrics[f"alpha_{step}_count"]), int(metrics[f"alpha_{step}"])
+        counted = {int(some.sum()): int((right & some).sum()) for some in (reaches, answered)}
+        assert count in counted, f"alpha_{step} counts other labels: {count}, not {sorted(counted)}"
+        assert hits == counted[count], f"alpha_{step} counts other drafts"
     return len(steps)
 
 
