@@ -8,25 +8,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout
-from drafttrain.runtime.generate import RoundRecord
+from drafttrain.drafters.base import Drafter
+from drafttrain.runtime.generate import DecodingLoop, RoundHook, RoundRecord
 from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import now
 from drafttrain.target.adapter import Target
-
-if TYPE_CHECKING:
-    from drafttrain.runtime.decoder import SpeculativeDecoder
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP = 3
 TEXT, TEXTS = 32, 3  # tokens of a text that prices are measured behind, and how many such texts
 
 Compared = TypeVar("Compared")
+
+
+class Decoder(Protocol):
+    """What is measured of a decoder: whoever makes loops (`runtime.decoder.SpeculativeDecoder` does) can be."""
+
+    target: Target
+    drafter: Drafter | None
+
+    def batch(self, sampling: Sampling, *, on_round: RoundHook | None = None) -> DecodingLoop:
+        """A loop, ready to start."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def score_curve(target: Target, context: int, needs: Iterable[str], passes: int 
 
 
 def round_costs(
-    decoders: Sequence[SpeculativeDecoder], prompts: Sequence[list[int]], max_new_tokens: int, rounds: int = 12
+    decoders: Sequence[Decoder], prompts: Sequence[list[int]], max_new_tokens: int, rounds: int = 12
 ) -> list[RoundCost]:
     """Of each decoder, over the first `rounds` rounds on each prompt (token ids)."""
     played: list[list[Played]] = [[] for _ in decoders]
@@ -107,7 +116,7 @@ def cost_of(played: Sequence[Played]) -> RoundCost:
     return RoundCost(draft, other, tuple(one.nodes for one in played), median(one.seconds["score"] for one in played))
 
 
-def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, rounds: int) -> list[Played]:
+def _play(decoder: Decoder, prompt: list[int], max_new_tokens: int, rounds: int) -> list[Played]:
     """The first `rounds` rounds."""
     drafter, nodes = decoder.drafter, [0]
 
@@ -125,7 +134,7 @@ def _play(decoder: SpeculativeDecoder, prompt: list[int], max_new_tokens: int, r
     return out
 
 
-def measured_hybrid_costs(alone: SpeculativeDecoder, nodes: int) -> dict[str, float]:
+def measured_hybrid_costs(alone: Decoder, nodes: int) -> dict[str, float]:
     """`prices` for trees of `nodes`, in a few seconds and without a suite: rounds and forwards behind texts of random tokens.
 
     alone: decodes with the trained drafter alone. Its counters and the target's stay as they were.

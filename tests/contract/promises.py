@@ -95,7 +95,8 @@ def check_node_distributions(drafter: Drafter, target: Target, shape: Shape, pro
         assert torch.equal(chain.tokens[:, 1:][rows], tokens[rows])
         ours = tree.draft_probs_at(torch.full((len(prompts),), node))[rows]
         along = chain.draft_probs_at(torch.full((len(prompts),), depth))[rows]
-        torch.testing.assert_close(ours, along, atol=1e-5, rtol=1e-4, msg=lambda text, node=node: f"node {node}: {text}")
+        gap = float((ours - along).abs().max())
+        assert gap < 1e-5, f"node {node} of depth {depth}: another distribution than its path's as a chain, by {gap:.1e}"
     return len(paths)
 
 

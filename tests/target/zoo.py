@@ -26,7 +26,7 @@ from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
 
 VOCAB, LAYERS, NEW_TOKENS = 64, 2, 36
-WINDOW, ORIGINAL_CONTEXT = 6, 32  # both are passed
+WINDOW, ORIGINAL_CONTEXT = 6, 48  # both are passed
 PROMPTS = [[(7 * n + 3) % VOCAB for n in range(41)], [5, 9, 11], [(11 * n + 1) % VOCAB for n in range(20)]]  # 41 + 36 is past a bucket
 MARGIN = 1e-4
 """Between the target's two likeliest tokens, in fp32 logits: below it either may come first."""
@@ -34,7 +34,7 @@ MARGIN = 1e-4
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "n_embed"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "moe_intermediate_size", "mlp_intermediate_size"), 48),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "moe_intermediate_size"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
@@ -64,14 +64,17 @@ SCALED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Kinds of rotary scaling, each beyond its original context."""
 
+
+def scaled(model_type: str, kind: str, **further: Any) -> tuple[str, dict[str, Any]]:
+    return model_type, {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **SCALED[kind], **further}}
+
+
+LONG_PHI3 = (
+    "phi3", {**scaled("phi3", "longrope", partial_rotary_factor=1.0)[1], "original_max_position_embeddings": ORIGINAL_CONTEXT},
+)  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"llama, {kind} rotary": ("llama", {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **how}}) for kind, how in SCALED.items()},
-    "phi3, longrope rotary": (
-        "phi3", {
-            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **SCALED["longrope"]},
-            "original_max_position_embeddings": ORIGINAL_CONTEXT,
-        },
-    ),
+    **{f"llama, {kind} rotary": scaled("llama", kind) for kind in SCALED},
+    "phi3, longrope rotary": LONG_PHI3, "phi3, longrope rotary, max_context 48": LONG_PHI3,
     "mistral, all layers windowed": ("mistral", {"sliding_window": WINDOW}),
     "qwen2, one layer windowed": (
         "qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]},
@@ -81,13 +84,35 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, soft-capped": ("gemma2", {"final_logit_softcapping": 5.0}),
 }  # fmt: skip
 """Further ways of an architecture: label -> model type, options."""
+MAX_CONTEXT = {"phi3, longrope rotary, max_context 48": ORIGINAL_CONTEXT}
+"""`target.max_context`, where it is given."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "mpt": {"max_seq_len": 128},
+    **{kind: {"num_key_value_heads": 4} for kind in ("deepseek_v2", "deepseek_v3", "minicpm3", "longcat_flash", "youtu")},
+    **{
+        kind: {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1} for kind in ("bamba", "granitemoehybrid")
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
 }  # fmt: skip
 """What a model type needs beside `SIZES`."""
+
+
+ARCHITECTURES = (
+    "bamba", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "gemma", "gemma2", "gemma3_text",
+    "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese",
+    "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "jamba", "jetmoe", "kimi_linear", "laguna", "lfm2", "llama",
+    "llama4_text", "longcat_flash", "mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "ministral",
+    "ministral3", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid",
+    "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe",
+    "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm",
+    "youtu",
+)  # fmt: skip
+"""Decoder-only model types, as transformers names them."""
 
 
 def tiny_config(model_type: str, **options: Any) -> PretrainedConfig:
@@ -137,7 +162,8 @@ class Knowing(Drafter):
     def loss(self, *_: Any) -> Any:
         raise AssertionError("it knows everything")
 
-    teacher_forced_drafts = loss
+    def teacher_forced_drafts(self, *_: Any) -> Any:
+        raise AssertionError("it is not replayed")
 
     def begin(self, prompts: Tensor, lengths: Tensor, *_: Any) -> KnowingState:
         rows = [prompt[:length] for prompt, length in zip(prompts.tolist(), lengths.tolist(), strict=True)]
@@ -149,7 +175,6 @@ class Knowing(Drafter):
         V = self.target.vocab_size
 
         def step(frontier: Frontier) -> Tensor:
-            B, W = frontier.tokens.shape
             logits = (frontier.tokens[..., None] * 5 + torch.arange(V) * 3) % V / V  # [B, W, V]
             for row, (text, written) in enumerate(zip(state.texts, state.written, strict=True)):
                 index = written + 1 + frontier.level
@@ -177,7 +202,7 @@ class Finding:
     tau: float = 0.0  # accepted length with the knowing drafter
 
 
-class Differs(AssertionError):
+class Differs(AssertionError):  # noqa: N818 - what the text does
     """A text was not the target's own."""
 
 
@@ -185,18 +210,19 @@ def check(label: str) -> Finding:
     """Raises `Differs` where a text differs from `generate`'s; a `UserError` at load is a refusal."""
     model_type, options = VARIANTS.get(label, (label, {}))
     model = tiny_model(model_type, **options)
-    own = [own_text(model, prompt) for prompt in PROMPTS]
     try:
-        target = Target(model, name=label)
+        target = Target(model, name=label, max_context=MAX_CONTEXT.get(label))
     except UserError as error:
         return Finding(label, False, str(error))
-    knowing = Knowing(target, [prompt + text for prompt, text in zip(PROMPTS, own, strict=True)])
+    prompts = [prompt for prompt in PROMPTS if len(prompt) + NEW_TOKENS <= target.max_context]
+    own = [own_text(model, prompt) for prompt in prompts]
+    knowing = Knowing(target, [prompt + text for prompt, text in zip(prompts, own, strict=True)])
     drafting = SpeculativeDecoder(target, knowing, RuntimeConfig(shape=Static(children=(2, 1, 1))))
     for how, decoder in {"plainly": SpeculativeDecoder(target), "drafted": drafting}.items():
-        together = [one.tokens for one in decoder.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
-        compare(model, own, together, f"{how}, in a batch")
-        alone = decoder.generate(PROMPTS[0], max_new_tokens=NEW_TOKENS)[0]
-        compare(model, own[:1], [alone.tokens], f"{how}, alone")
+        together = [one.tokens for one in decoder.generate(prompts, max_new_tokens=NEW_TOKENS)]
+        compare(model, prompts, own, together, f"{how}, in a batch")
+        alone = decoder.generate(prompts[0], max_new_tokens=NEW_TOKENS)[0]
+        compare(model, prompts, own, [alone.tokens], f"{how}, alone")
     return Finding(label, True, tau=alone.statistics.tau)
 
 
@@ -208,12 +234,13 @@ def own_text(model: Any, prompt: list[int]) -> list[int]:
         text = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None
         )
-    return text[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+    written: list[int] = text[0, len(prompt) :].tolist()
+    return written
 
 
-def compare(model: Any, own: list[list[int]], ours: list[list[int]], how: str) -> None:
+def compare(model: Any, prompts: list[list[int]], own: list[list[int]], ours: list[list[int]], how: str) -> None:
     """Raises `Differs` unless they are equal, up to a token at which the target itself is undecided."""
-    for prompt, theirs, text in zip(PROMPTS, own, ours, strict=False):
+    for prompt, theirs, text in zip(prompts, own, ours, strict=False):
         if text == theirs:
             continue
         at = next(index for index, pair in enumerate(zip(theirs, text, strict=True)) if pair[0] != pair[1])
