@@ -203,6 +203,7 @@ class Target:
         self.kv_shapes = shapes
         cache = self.new_cache(1, length + 4)
         first = self.prefill(cache, tokens[:, :-2], torch.tensor([length - 2], device=self.device))
+        cache.set_lengths([length - 2])  # the next forward may read one bucket more
         zero = torch.zeros(1, 3, dtype=torch.long, device=self.device)
         tree = Tree(torch.cat([tokens[:, -2:-1], tokens[:, :1], tokens[:, -1:]], 1), zero, zero == 0, "deterministic", 1, 2)
         branched = self.score(cache, tree.layout(), Sampling()).logits[0]
