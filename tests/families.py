@@ -16,7 +16,6 @@ TINY: dict[str, dict[str, Any]] = {
     "medusa": {"heads": 4, "root": True},
     "small_lm": {"layers": 1},
     "ngram": {"branches": 2},
-    "bigram": {},
     "dflash": {"block": 4, "layers": 1},
     "dspark": {"block": 4, "layers": 1, "markov_rank": 8, "output": {"kind": "subset", "size": 40}},
     "domino": {"block": 4, "layers": 1, "gru_size": 8, "inner_size": 8},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from drafttrain.drafters.base import Drafter, DrafterConfig
-from drafttrain.drafters.bigram import Bigram
 from drafttrain.drafters.dflash import DFlash
 from drafttrain.drafters.dflash2 import DFlash2
 from drafttrain.drafters.domino import Domino
@@ -17,7 +16,7 @@ from drafttrain.target.files import TargetShape
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3, "ngram": Ngram, "dflash": DFlash, "dspark": DSpark, "jetspec": JetSpec,
-    "domino": Domino, "dflash2": DFlash2, "bigram": Bigram,
+    "domino": Domino, "dflash2": DFlash2,
 }  # fmt: skip
 
 
