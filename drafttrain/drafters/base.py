@@ -44,7 +44,7 @@ class Loss:
     """One batch's loss, unreduced across processes: the loop divides `sum` by the global `count`."""
 
     sum: Tensor  # scalar
-    count: Tensor  # scalar: supervised labels
+    count: Tensor  # scalar: what the sum is over, in labels as the family weighs them
     metrics: dict[str, Tensor] = field(default_factory=dict)  # `x` with `x_count`: the loop logs sum(x) / sum(x_count)
 
 
@@ -122,7 +122,7 @@ class Drafter(nn.Module, ABC):
     Config: ClassVar[type[DrafterConfig]]
     config: DrafterConfig
     needs: frozenset[str] = frozenset()  # features the target must hand over, decoding and training alike
-    first_label: ClassVar[int] = 2  # the row of token t first predicts token t + first_label; `Loss.count` counts those labels
+    first_label: ClassVar[int] = 2  # the row of token t first predicts token t + first_label
     trainable: ClassVar[bool] = True  # False: no weights, `loss` and `start_from` are never called
     gives_draft_probs: bool = True  # the distributions that chose the tokens of `deterministic` trees can be recorded (`plan.record_probs`)
     draws: ClassVar[frozenset[str]] = frozenset({"deterministic", "iid", "without_replacement"})  # how it can draw siblings
@@ -178,8 +178,13 @@ class Drafter(nn.Module, ABC):
         """Fit the output head to states [R, D] of the target (`last_hidden_state`) in the training answers; after `start_from`."""
 
     @abstractmethod
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
-        """Sum of the losses over the batch's labels, how many there were, and what to log."""
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
+        """Sum of the losses over what the batch teaches, how much that was (the loop divides by this number, summed over all processes),
+        and what to log.
+
+        rng: the only source of randomness, one stream a row, so that two processes that share the rows draw what one would; None: the
+        streams of seed 0.
+        """
 
     @abstractmethod
     def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
@@ -271,8 +276,8 @@ class WrappedDrafter(Drafter):
     def watcher(self, watcher: Callable[[Callable[[], object]], None] | None) -> None:
         self.inner.watcher = watcher
 
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
-        return self.inner.loss(batch, head)
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
+        return self.inner.loss(batch, head, rng)
 
     def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:
         return self.inner.teacher_forced_drafts(batch, head, length)

@@ -21,7 +21,7 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.layers import GatedMLP, RMSNorm, block_attention, heads, repeat_heads, rotate
 from drafttrain.core.losses import LossMix, decay_weights, dpace_weights, overlap, summed_in_chunks
 from drafttrain.core.plan import Plan
-from drafttrain.core.rng import Rng
+from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch
@@ -149,13 +149,13 @@ class Anchors(NamedTuple):
         return Anchors(self.row[rows], self.place[rows])
 
 
-def sampled_anchors(batch: TrainingBatch, per_document: int, rng: torch.Generator) -> Anchors:
+def sampled_anchors(batch: TrainingBatch, per_document: int, rng: SeededRng) -> Anchors:
     """At most `per_document` roots of every document, drawn without replacement among those whose next token is a label; in the order of
     the text."""
     _, supervised = batch.ahead(1)
     row, place = (supervised & (batch.position > 0)).nonzero(as_tuple=True)  # a root at the start of a document has no context
     document = row * (int(batch.document.max()) + 1) + batch.document[row, place]
-    shuffled = torch.rand(len(row), generator=rng, device=rng.device).to(row.device).argsort()
+    shuffled = rng.uniform(batch.tokens.shape[1])[row, place].argsort()  # a place's number hangs on its row alone
     grouped = shuffled[document[shuffled].argsort(stable=True)]  # document by document, each in random order
     numbers = document[grouped]
     rank = torch.arange(len(row), device=row.device) - torch.searchsorted(numbers, numbers)
@@ -331,8 +331,9 @@ class BlockDrafter(Drafter):
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: TrainingBatch, head: TargetHead, rng: torch.Generator | None = None) -> Loss:
-        anchors = sampled_anchors(batch, self.config.anchors, rng or torch.Generator().manual_seed(0))
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
+        rng = rng or SeededRng(0, torch.arange(len(batch.tokens), device=batch.tokens.device))
+        anchors = sampled_anchors(batch, self.config.anchors, rng)
         labels = BlockLabels.of(batch, anchors, self.config.block)
         states = self._states(self._hidden_of_text(batch, anchors, head), labels.previous, head)
         K, rows = self.config.block, [states, labels.tokens, labels.previous, labels.real, labels.teacher]

@@ -29,7 +29,7 @@ from drafttrain.core.layers import (
 )
 from drafttrain.core.losses import LossMix, OutputLayer, ScoringLayer
 from drafttrain.core.plan import Plan
-from drafttrain.core.rng import Rng
+from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch, gathered
@@ -257,7 +257,7 @@ class Eagle3(Drafter):
     def readout(self, states: Tensor, level: int, head: TargetHead) -> Tensor:
         return self._logits(states, head)
 
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
         labels, states = batch.labels(), self.teacher_forced_states(batch, head, self._steps_at(batch.progress))
         hidden = [self.norm(labels.before(state, step + 2)) for step, state in enumerate(states)]
         return distilled(

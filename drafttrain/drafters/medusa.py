@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from drafttrain.core.losses import LossMix, OutputLayer, ScoringLayer
 from drafttrain.core.plan import Plan
-from drafttrain.core.rng import Rng
+from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch
@@ -136,7 +136,7 @@ class Medusa(Drafter):
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
         labels, read = batch.labels(), self._read_text(batch, head)
         hidden = [block(labels.before(read, index + 2)) for index, block in enumerate(self.blocks)]
         output_layers = [self._readout(index, head) for index in range(len(self.lm_heads) if self.config.own_heads else 1)]

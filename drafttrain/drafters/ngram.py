@@ -18,7 +18,7 @@ from torch import Tensor
 from drafttrain.core.errors import UserError
 from drafttrain.core.nodes import Branch, Nodes, from_nodes, of_branches
 from drafttrain.core.plan import Plan
-from drafttrain.core.rng import Rng
+from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch
@@ -188,7 +188,7 @@ class Ngram(Drafter):
         if config.shortest > config.longest:
             raise UserError(f"drafter.shortest {config.shortest} is above drafter.longest {config.longest}; lower it")
 
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
         raise UserError("drafter 'ngram' has no weights: there is nothing to train; use it in `drafttrain eval` or `generate`")
 
     @torch.no_grad()

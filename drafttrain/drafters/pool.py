@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Plan
-from drafttrain.core.rng import Rng
+from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch
@@ -80,7 +80,7 @@ class DrafterPool(Drafter):
         for drafter in self.members:
             drafter.check_layers(aux_layers)
 
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
         raise self._alone()
 
     def teacher_forced_drafts(self, batch: TrainingBatch, head: TargetHead, length: int) -> Tensor:

@@ -20,7 +20,7 @@ from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import document_mask
 from drafttrain.core.losses import LossMix, OutputLayer
 from drafttrain.core.plan import Plan
-from drafttrain.core.rng import Rng
+from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch, appended, gathered
@@ -174,7 +174,7 @@ class SmallLM(Drafter):
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
         labels = batch.labels()
         hidden = labels.before(self._encode(batch, head), self.first_label)
         return distilled(

@@ -1,7 +1,7 @@
 """The one training loop: anything with `needs` and `loss`, on one process or under `accelerate launch`.
 
-A step sums the loss over its labels on all ranks and micro-batches and divides by their number, so that how rows are spread over
-processes changes nothing. What it reports on the held-out part is the accepted length that decoding will measure.
+A step sums the loss over all ranks and micro-batches and divides by the sum of the counts that the losses return, so that how rows are
+spread over processes changes nothing. What it reports on the held-out part is the accepted length that decoding will measure.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from drafttrain.core.console import SafeConsole
 from drafttrain.core.disk import locked, writable, write_text
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import TrainingBatch
 from drafttrain.data.collate import PackedRows
@@ -56,6 +57,9 @@ ALONE = {"ACCELERATE_USE_CPU", "MASTER_ADDR"}
 
 START_STATES = 16_384
 """States of the target that low-rank output heads are fitted to; the demo target's need some 10,000."""
+
+LOSS_NUMBERS = 1
+"""The purpose of the random numbers that losses draw (`SeededRng`)."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -166,7 +170,8 @@ class Learner(nn.Module):
         self.drafter = drafter
 
     def forward(
-        self, batch: TrainingBatch, head: TargetHead, draft_length: int = 0, sampling: Sampling | None = None
+        self, batch: TrainingBatch, head: TargetHead, draft_length: int = 0, sampling: Sampling | None = None,
+        rng: SeededRng | None = None,
     ) -> Loss | Tensor | tuple[Tensor, Tensor]:
         """The loss; or with `draft_length` the greedy guesses of that many steps, with `sampling` too how likely their draws stand
         (`stands`)."""
@@ -174,7 +179,7 @@ class Learner(nn.Module):
             return stands(self.drafter, batch, head, sampling, draft_length)
         if draft_length:
             return self.drafter.teacher_forced_drafts(batch, head, draft_length)
-        return self.drafter.loss(batch, head)
+        return self.drafter.loss(batch, head, rng)
 
 
 def train(
@@ -204,6 +209,11 @@ def new_accelerator(config: TrainConfig, output: Path) -> Accelerator:
         raise UserError(
             f"train.tracker '{config.tracker}': the package is not installed; pip install {config.tracker} (all of them: "
             f"'drafttrain[trackers]'), or set train.tracker=none: the curves are in train.jsonl anyway"
+        )
+    if config.accumulate > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(  # its engine steps inside `backward`: gradients cannot be divided once the last count is known
+            f"train.accumulate {config.accumulate}: DeepSpeed steps before the labels of all micro-batches are counted; set "
+            f"train.accumulate=1 with more train.batch_rows, or launch with configs/fsdp2.yaml"
         )
     cpu = not torch.accelerator.is_available()
     for switch, name in SHARDED.items():
@@ -298,21 +308,28 @@ class TrainingRun:
             if stopping and not last:
                 raise Stopped(stopping)
 
-    def _step(self, batches: list[TrainingBatch]) -> dict[str, float]:
+    def _step(self, batches: list[tuple[TrainingBatch, SeededRng]]) -> dict[str, float]:
         """One optimizer step; returns what to log."""
         accelerator, config, done = self.accelerator, self.config, self._done()
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(done)
-        labels = sum(batch.ahead(self.family.first_label)[1].sum() for batch in batches)
-        total = accelerator.reduce(torch.as_tensor(labels, device=accelerator.device, dtype=torch.float32), "sum").clamp_min(1)
+        count = torch.zeros((), device=accelerator.device)
+        divisor = float(config.batch_rows * config.row_length)  # stands in for the total until the last micro-batch has said its count
         logged: dict[str, Tensor] = {"loss": torch.zeros((), device=accelerator.device)}
-        for batch in batches:
+        for batch, rng in batches:
             batch.progress = done
             with accelerator.accumulate(self.learner), accelerator.autocast():
-                loss = self.learner(batch, self.head)
-                # processes average their gradients and accelerate divides by the micro-batches: undo both
-                accelerator.backward(loss.sum * (accelerator.num_processes * config.accumulate / total))
+                loss = self.learner(batch, self.head, rng=rng)
+                count += loss.count.detach()
                 if accelerator.sync_gradients:
+                    total = float(accelerator.reduce(count, "sum").clamp_min(1))
+                if config.accumulate == 1:
+                    divisor = total
+                # processes average their gradients and accelerate divides by the micro-batches: undo both
+                accelerator.backward(loss.sum * (accelerator.num_processes * config.accumulate / divisor))
+                if accelerator.sync_gradients:
+                    if config.accumulate > 1:
+                        self._scale_gradients(divisor / total)
                     accelerator.clip_grad_norm_(self.learner.parameters(), config.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -320,7 +337,8 @@ class TrainingRun:
             for name, value in loss.metrics.items():
                 logged[name] = logged.get(name, 0) + value.detach()
         summed = accelerator.reduce(logged, "sum")
-        tokens = accelerator.reduce(torch.tensor(sum(int((b.document >= 0).sum()) for b in batches), device=accelerator.device), "sum")
+        own_tokens = sum(int((batch.document >= 0).sum()) for batch, _ in batches)
+        tokens = accelerator.reduce(torch.tensor(own_tokens, device=accelerator.device), "sum")
         self.progress.step += 1
         self.progress.tokens += int(tokens)
         line = {"step": self.progress.step, "loss": float(summed["loss"] / total), "lr": config.lr_at(done)}
@@ -328,6 +346,11 @@ class TrainingRun:
             raise self._diverged(f"the loss is {line['loss']}")
         names = [name for name in summed if f"{name}_count" in summed]
         return line | {name: float(summed[name] / summed[f"{name}_count"].clamp_min(1)) for name in names}
+
+    def _scale_gradients(self, factor: float) -> None:
+        for weight in self.learner.parameters():
+            if weight.grad is not None:
+                weight.grad.mul_(factor)
 
     def _check_weights(self) -> None:
         """A finite loss says nothing of the step after it: looked at before weights are kept."""
@@ -410,12 +433,20 @@ class TrainingRun:
         self.judged_at = Sampling(temperature, 0, top_p)
         return [index for index in alike if drawn[index].get("top_p", 1.0) == top_p]
 
-    def _micro_batches(self, skip: int) -> Iterator[TrainingBatch]:
-        """This rank's batches from number `skip` on, epoch after epoch."""
+    def _micro_batches(self, skip: int) -> Iterator[tuple[TrainingBatch, SeededRng]]:
+        """This rank's batches from number `skip` on, epoch after epoch, with the random numbers of their rows."""
         epoch, first = divmod(skip, len(self.data))
         while True:
-            yield from self._ready(self.data.batches(epoch, first))
+            for number, batch in enumerate(self._ready(self.data.batches(epoch, first)), start=first):
+                yield batch, self._loss_rng(epoch, number, len(batch.tokens))
             epoch, first = epoch + 1, 0
+
+    def _loss_rng(self, epoch: int, number: int, rows: int) -> SeededRng:
+        """Of this rank's batch `number` of an epoch: streams by the rows' places in the epoch, which no number of processes changes."""
+        accelerator = self.accelerator
+        before = (number * accelerator.num_processes + accelerator.process_index) * rows
+        places = torch.arange(before, before + rows, device=accelerator.device)
+        return SeededRng(self.config.seed, places + (epoch << 32), LOSS_NUMBERS)
 
     def _ready(self, batches: Any) -> Iterator[TrainingBatch]:
         """Batches on the device, with the features that were not stored."""

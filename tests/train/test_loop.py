@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
+from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.types import TrainingBatch
 from drafttrain.data.collate import PackedRows
@@ -253,6 +254,71 @@ def accelerator(folder: Path) -> Any:
     return new_accelerator(TrainConfig(**OPTIONS), folder)
 
 
+# -- what a step divides by -------------------------------------------------------------------------------------------------------------
+
+
+def run_blocks(store: Store, target: Target, output: Path, **changes: Any) -> list[float]:
+    """The losses of a block drafter that draws its anchors at random: counts differ from row to row and are no count of labels."""
+    torch.manual_seed(0)
+    drafter = DRAFTERS["dflash"](DRAFTERS["dflash"].Config.model_validate({"name": "dflash", **BLOCKS}), target.shape)
+    train(drafter, store, TrainConfig(**{**OPTIONS, **changes}), target.head, output, target)
+    return losses(output)
+
+
+BLOCKS: dict[str, Any] = {"layers": 1, "block": 3, "anchors": 2}
+
+
+def test_micro_batches_equal_one_big_batch_loss_by_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By plain gradient descent, unclipped: AdamW would forgive gradients of another size."""
+    monkeypatch.setattr(TrainingRun, "_optimizer", lambda self, drafter: torch.optim.SGD(drafter.parameters()))
+    target = tiny_target(16)
+    store = tiny_store(target, tmp_path / "data")
+    options: dict[str, Any] = {"steps": 2, "lr": 0.1, "clip": 1e9}
+    big = run_blocks(store, target, tmp_path / "big", batch_rows=4, **options)
+    small = run_blocks(store, target, tmp_path / "small", batch_rows=1, accumulate=4, **options)
+    torch.testing.assert_close(torch.tensor(small), torch.tensor(big), rtol=1e-5, atol=1e-6)
+    ours, expected = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("small", "big"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_draw_the_anchors_that_one_draws(tmp_path: Path) -> None:
+    target = tiny_target(16)
+    store = tiny_store(target, tmp_path / "data")
+    one = run_blocks(store, target, tmp_path / "one", batch_rows=2, steps=4)
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys\nfrom tests.train.test_loop import *\n"
+        "run_blocks(Store.open(sys.argv[1]), tiny_target(16), Path(sys.argv[2]), batch_rows=1, steps=4)\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/cpu.yaml"]
+    command = [*launch, str(script), str(store.folder), str(tmp_path / "two")]
+    done = subprocess.run(command, check=False, cwd=Path.cwd(), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(one), rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_divided_by_the_count_that_it_returns(tmp_path: Path) -> None:
+    target = tiny_target(16)
+    drafter = Changing(target)
+    plain_loss = drafter.loss
+
+    def threefold(batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
+        loss = plain_loss(batch, head)
+        return Loss(3 * loss.sum, 3 * loss.count)
+
+    drafter.loss = threefold  # type: ignore[method-assign]
+    store = tiny_store(target, tmp_path / "data")
+    train(drafter, store, TrainConfig(**{**OPTIONS, "steps": 1, "held_out": 0}), target.head, tmp_path / "run", target)
+    assert losses(tmp_path / "run") == [1.5]
+
+
+def test_deepspeed_with_micro_batches_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"train\.accumulate 2: DeepSpeed"):
+        new_accelerator(TrainConfig(**OPTIONS, accumulate=2), tmp_path)
+
+
 # -- which drafter is best -----------------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +337,7 @@ class Changing(Drafter):
     def what(self) -> str:
         return "sharp" if self.left > 0 else "swapped" if self.left > -1 else "uniform"
 
-    def loss(self, batch: TrainingBatch, head: TargetHead) -> Loss:
+    def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
         count = batch.ahead(2)[1].sum()
         return Loss(self.left.sum() * count, count)
 
@@ -376,8 +442,8 @@ def test_a_training_that_diverges_says_so_and_keeps_what_was_saved(
     store = tiny_store(target, tmp_path / "data")
     step, loss = TrainingRun._step, DRAFTERS["medusa"].loss
 
-    def bad_loss(self: Any, batch: TrainingBatch, head: TargetHead) -> Loss:
-        found = loss(self, batch, head)
+    def bad_loss(self: Any, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
+        found = loss(self, batch, head, rng)
         return found if batch.progress < 0.5 else Loss(found.sum * float("nan"), found.count, found.metrics)
 
     def bad_weights(self: TrainingRun, batches: Any) -> dict[str, float]:
