@@ -295,6 +295,37 @@ def export(recipe: RecipePath, overrides: Overrides = None) -> None:
     stages.perform("export", _load(recipe, overrides), again=True)
 
 
+@app.command("verify")
+def verify_engine(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    engine: Annotated[str, typer.Option(help="vllm, llamacpp, openvino, transformers, or speculators (its own class, tensor by tensor).")],
+    form: Annotated[str | None, typer.Option("--format", help="Another format that the engine reads.", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Option(help="A folder exported already.", show_default=False)] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Of the suite, spread over its tasks.")] = 12,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Tokens drafted a round, in a chain.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 2,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Append the result to a JSONL file.", show_default=False)] = None,
+) -> None:
+    """Serve the exported drafter in a real engine, and compare its rounds with ours.
+
+    Both decode the same prompts greedily in fp32. Exit code 1 where they really differ, with the likely cause.
+
+    [dim]drafttrain verify runs/quickstart --engine vllm[/dim]
+    """
+    from drafttrain.engines.report import append_result, tensors_text, verdict_text
+    from drafttrain.engines.verify import Order, TensorVerdict, verify, verify_tensors
+
+    recipe = _load(run, None)
+    order = Order(recipe.folder, recipe.target, engine, form, folder, recipe.evaluation.suite, prompts, max_new_tokens, length, threads)
+    result = verify_tensors(order) if engine == "speculators" else verify(order)
+    print(tensors_text(result) if isinstance(result, TensorVerdict) else verdict_text(result))
+    if output is not None:
+        append_result(output, order, result)
+    if result.differs:
+        raise typer.Exit(1)
+
+
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or results files.", show_default=False)],

@@ -80,6 +80,12 @@ def write_layers(path: Path, aux_layers: tuple[int, ...]) -> None:
     tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
+def copy_tokenizer(target: Path, folder: Path) -> None:
+    """GenAI looks for the tokenizer beside the drafter too; it is the target's."""
+    for path in target.glob("openvino_*tokenizer.*"):
+        shutil.copy(path, folder / path.name)
+
+
 def recognises(folder: Path, config: dict[str, Any]) -> bool:
     return (folder / MODEL).exists()
 

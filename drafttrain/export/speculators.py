@@ -12,7 +12,7 @@ from drafttrain.export.base import FormatConfig, Precision, Source, shell
 from drafttrain.export.eagle3 import TOP_IDS, check_eagle3, layer_config, own_weights, read_eagle3, vocabulary_maps
 from drafttrain.export.reading import EMBEDDING, ImportTarget
 from drafttrain.export.tensors import Values, Weights, in_dtype, read_tensors, write_folder
-from drafttrain.target.files import TargetShape, load_config
+from drafttrain.target.files import DEMO, TargetShape, load_config
 
 LAYER = "layers.0"
 VERSION = "0.9.0"
@@ -51,7 +51,7 @@ class Speculators(FormatConfig):
 
     def _config(self, drafter: Eagle3, source: Source) -> dict[str, Any]:
         named: Any = load_config(source.home, source.target.trust_remote_code)
-        name = self.verifier or (source.target.model if source.target.model != str(source.home) else str(source.home))
+        name = self.verifier or (str(source.home) if source.target.model == DEMO else source.target.model)
         proposal = {"proposal_type": "greedy", "speculative_tokens": self.draft_length, "verifier_accept_k": 1, "accept_tolerance": 0.0}
         return {
             "architectures": ["Eagle3DraftModel"],
