@@ -25,7 +25,7 @@ from drafttrain.core.disk import folder_fingerprint, locked, read_json, writable
 from drafttrain.core.errors import UserError
 from drafttrain.data import capture as capturing
 from drafttrain.data import regenerate as regenerating
-from drafttrain.data.licences import licences
+from drafttrain.data.licences import licences, of_folder
 from drafttrain.data.origin import Origin
 from drafttrain.data.shards import INDEX, read_index
 from drafttrain.data.store import Store
@@ -331,7 +331,8 @@ def export(recipe: Recipe) -> dict[str, Any]:
     """The drafter as others read it, each format with its card."""
     source = recipe.folder / "drafter"
     folders = export_drafter(source, recipe.target, recipe.export, recipe.folder / "export")
-    story = Story(recipe.name, recipe.target, _told(recipe), results(recipe), versions()["drafttrain"])
+    licence = of_folder(resolve(recipe.target))
+    story = Story(recipe.name, recipe.target, _told(recipe), results(recipe), versions()["drafttrain"], licence)
     for form, folder in zip(recipe.export.configs, folders, strict=True):
         write_resolved(recipe, folder)
         write_card(folder, form, source, story)

@@ -285,14 +285,33 @@ def generate(
 
 
 @app.command()
-def export(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Write the trained drafter in other formats: native, causal_lm, speculators, sglang, gguf, openvino, medusa.
+def export(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    to: Annotated[str | None, typer.Option(help="`hub`: upload it too.", show_default=False)] = None,
+    repo: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Of the Hub.", show_default=False)] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, where it is new.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
+) -> None:
+    """Write the trained drafter in other formats: native, causal_lm, speculators, sglang, gguf, openvino, medusa; the first also to the Hub.
 
     [dim]drafttrain export runs/small 'export.formats=\\[native, causal_lm]'[/dim]
+    [dim]drafttrain export runs/quickstart 'export.formats=\\[speculators]' --to hub --repo me/my-drafter --dry-run[/dim]
     """
     from drafttrain import stages
+    from drafttrain.export.hub import Upload, check_name, plan_text, push
 
-    stages.perform("export", _load(recipe, overrides), again=True)
+    if to not in (None, "hub"):
+        raise UserError(f"--to '{to}': expected hub; leave it out to write folders only")
+    if (to is None) != (repo is None):
+        raise UserError("--to hub and --repo user/name go together; give both, or neither")
+    if repo is not None:
+        check_name(repo)  # before long work
+    record = stages.perform("export", _load(recipe, overrides), again=True)
+    if repo is not None:
+        upload = Upload(Path(record.notes["folders"][0]), repo, private, revision)
+        print(plan_text(upload) if dry_run else push(upload))
 
 
 @app.command("verify")

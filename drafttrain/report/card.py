@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from drafttrain.core.disk import folder_fingerprint, write_text
 from drafttrain.core.errors import UserError
+from drafttrain.data.licences import UNSTATED, of_folder
 from drafttrain.drafters.files import load_drafter
 from drafttrain.evaluation.bench import read_rows
 from drafttrain.export.base import FormatConfig
 from drafttrain.report.tables import results_table
 from drafttrain.runtime.stats import alpha_text
-from drafttrain.target.files import DEMO, TargetConfig
+from drafttrain.target.files import DEMO, TargetConfig, resolve
 
 CARD, TEMPLATE = "README.md", Path(__file__).with_name("card.md")
 TOLD = ("batch_rows", "row_length", "accumulate", "lr", "schedule", "weight_decay", "precision", "seed")
@@ -31,6 +34,7 @@ class Story:
     data: str  # the conversations, in words
     results: Path  # what `eval` measured; may not exist
     version: str  # of this package
+    licence: str | None = None  # of the target; None: what its card says, if it lies here
 
 
 def write_card(folder: Path, form: FormatConfig, drafter: Path, story: Story) -> Path:
@@ -47,11 +51,24 @@ def card(form: FormatConfig, drafter: Path, story: Story) -> str:
     model = story.target.model
     return TEMPLATE.read_text(encoding="utf-8").format(
         name=story.name, family=made.config.name, target=model, fingerprint=made.target.fingerprint, dtype=story.target.dtype,
-        base=f"base_model: {model}\n" if model != DEMO and not Path(model).is_dir() else "",
+        metadata=metadata(made.config.name, form, story),
         parameters=f"{sum(weight.numel() for weight in made.parameters()):,}", version=story.version,
         use=form.use(model), results=_results(drafter, story.results), training=_training(notes), data=story.data,
         options=_listed(made.config.model_dump(mode="json")),
     )  # fmt: skip
+
+
+def metadata(family: str, form: FormatConfig, story: Story) -> str:
+    """The card's front matter. A drafter of a target on the Hub names it; a licence stands there where the target's card states one."""
+    model = story.target.model
+    on_hub = model != DEMO and not Path(model).is_dir()
+    licence = story.licence or (UNSTATED if on_hub else of_folder(resolve(story.target)))
+    data = ModelCardData(
+        library_name="transformers" if form.name == "causal_lm" else "drafttrain", pipeline_tag="text-generation",
+        tags=["speculative-decoding", "draft-model", family, form.name], license=None if licence == UNSTATED else licence,
+        base_model=model if on_hub else None, base_model_relation="adapter" if on_hub else None, ignore_metadata_errors=False,
+    )  # fmt: skip
+    return data.to_yaml().strip()
 
 
 def _results(drafter: Path, results: Path) -> str:

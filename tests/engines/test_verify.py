@@ -23,13 +23,13 @@ from drafttrain.engines.verify import engine_of
 from drafttrain.target.adapter import Target
 from tests.tiny import fitted, tiny_eagle3, tiny_target
 
-PROMPTS = [[5, 9, 11, 2, 30, 7], [8, 41, 3, 17], [22, 6, 19, 33, 12], [40, 2, 2, 13, 9]]
-LENGTH, NEW = 3, 40
+PROMPTS = [[5, 9, 11, 2, 30, 7], [8, 41, 3, 17]]
+LENGTH, NEW = 3, 24
 
 
 @cache
 def target() -> Target:
-    return tiny_target(num_hidden_layers=8, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
+    return tiny_target(num_hidden_layers=6, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
 
 
 @cache
@@ -41,7 +41,7 @@ def trained() -> Eagle3:
         kept = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:50].sort().values
         drafter.vocab.copy_(kept)
         drafter.lm_head.weight.copy_(target().head.output[kept])
-    learnt = fitted(drafter, target(), PROMPTS, NEW, 150)
+    learnt = fitted(drafter, target(), PROMPTS, NEW, 80)
     assert isinstance(learnt, Eagle3)
     return learnt
 
@@ -61,7 +61,7 @@ def verdict(theirs: list[Counted], by_position: bool = True) -> Verdict:
 
 
 def test_the_drafter_is_often_right_or_nothing_would_show() -> None:
-    assert sum(sum(count.accepted) for count in ours()) > 20
+    assert sum(sum(count.accepted) for count in ours()) > 10
 
 
 def test_an_engine_that_drafts_as_we_do_is_found_equal() -> None:
@@ -120,7 +120,7 @@ def test_another_text_is_a_difference_unless_the_target_hardly_prefers_its_token
     found = verdict(other)
     assert found.differing == list(range(len(PROMPTS)))
     found.comparisons[0].tie = 1e-6
-    assert found.differing == [1, 2, 3]
+    assert found.differing == [1]
 
 
 def test_an_unknown_engine_is_named_with_the_nearest() -> None:

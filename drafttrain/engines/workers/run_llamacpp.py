@@ -13,10 +13,12 @@ def server(job: dict) -> xlc.Server:
     params = xlc.CommonParams()
     params.model.path = job["target"]
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = job["context"], 1, False, 0
+    params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32  # half precision by default
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
     params.speculative.types = [getattr(xlc.common_speculative_type, KINDS[job["method"]])]
     draft = params.speculative.draft
     draft.mparams.path, draft.n_max, draft.n_min, draft.p_min = job["drafter"], job["length"], 0, 0.0
+    draft.cache_type_k = draft.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
     draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = job["threads"]
     return xlc.Server(params)
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 from safetensors.torch import load_file, save_file
-from speculators import SpeculatorModel
+from speculators import SpeculatorModel, SpeculatorModelConfig
 
 
 def first(output: tuple | torch.Tensor) -> torch.Tensor:
@@ -20,8 +20,9 @@ def main(path: str) -> None:
     with open(path) as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])
-    model = SpeculatorModel.from_pretrained(job["drafter"]).float().eval()
-    model.config.transformer_layer_config._attn_implementation = "eager"
+    config = SpeculatorModelConfig.from_pretrained(job["drafter"])
+    config.transformer_layer_config._attn_implementation = "eager"  # the default needs compiled kernels
+    model = SpeculatorModel.from_pretrained(job["drafter"], config=config).float().eval()
     given = load_file(job["tensors"])
     layers = model.config.eagle_aux_hidden_state_layer_ids
     features = torch.cat([given["hidden_states"][layer] for layer in layers], -1)[None]  # [1, T, A * D]
