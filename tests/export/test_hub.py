@@ -77,7 +77,8 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def do_GET(self) -> None:
-        self.answer(200, {"orgs": [], "name": "me", "type": "user"})
+        status = self.server.store["refuse"]  # type: ignore[attr-defined]
+        self.answer(status or 200, {"id": "me/drafter", "name": "me"})
 
     @property
     def url(self) -> str:
