@@ -20,6 +20,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dspark": {"block": 4, "layers": 1, "markov_rank": 8, "output": {"kind": "subset", "size": 40}},
     "domino": {"block": 4, "layers": 1, "gru_size": 8, "inner_size": 8},
     "dflash2": {"block": 4, "layers": 1, "conv_group": 8, "selector_rank": 8, "selector_candidates": 6},
+    "specdiff": {"block": 4, "layers": 1},
     "jetspec": {"block": 4, "layers": 2, "qk_norm": True, "dpace": True},
 }
 FAMILIES = sorted(DRAFTERS)

@@ -12,11 +12,12 @@ from drafttrain.drafters.jetspec import JetSpec
 from drafttrain.drafters.medusa import Medusa
 from drafttrain.drafters.ngram import Ngram
 from drafttrain.drafters.small_lm import SmallLM
+from drafttrain.drafters.specdiff import SpecDiff
 from drafttrain.target.files import TargetShape
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "small_lm": SmallLM, "medusa": Medusa, "eagle3": Eagle3, "ngram": Ngram, "dflash": DFlash, "dspark": DSpark, "jetspec": JetSpec,
-    "domino": Domino, "dflash2": DFlash2,
+    "domino": Domino, "dflash2": DFlash2, "specdiff": SpecDiff,
 }  # fmt: skip
 
 

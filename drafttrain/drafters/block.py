@@ -295,6 +295,10 @@ class BlockDrafter(Drafter):
 
     # -- what families add ------------------------------------------------------------------------------------------------------------
 
+    def revealed(self, batch: TrainingBatch, anchors: Anchors, rng: SeededRng) -> tuple[Tensor, Tensor] | None:
+        """Which slots hold their own label instead of a mask in training, [N, K] bool, and what the others' loss weighs, [N, K]."""
+        return None
+
     def extra_of_text(self, hidden: Tensor, previous: Tensor, head: TargetHead) -> Tensor | None:
         """Of given texts: states and the token before each position, [N, K, D] and [N, K] -> [N, K, extra_size]."""
         return None
@@ -335,11 +339,14 @@ class BlockDrafter(Drafter):
         rng = rng or SeededRng(0, torch.arange(len(batch.tokens), device=batch.tokens.device))
         anchors = sampled_anchors(batch, self.config.anchors, rng)
         labels = BlockLabels.of(batch, anchors, self.config.block)
-        states = self._states(self._hidden_of_text(batch, anchors, head), labels.previous, head)
-        K, rows = self.config.block, [states, labels.tokens, labels.previous, labels.real, labels.teacher]
+        shown, share = self.revealed(batch, anchors, rng) or (None, torch.ones_like(labels.real, dtype=torch.float32))
+        states = self._states(self._hidden_of_text(batch, anchors, head, shown, labels.tokens), labels.previous, head)
+        if shown is not None:
+            labels.real = labels.real & ~shown
+        K, rows = self.config.block, [states, labels.tokens, labels.previous, labels.real, labels.teacher, share]
 
-        def loss_of(states: Tensor, tokens: Tensor, previous: Tensor, real: Tensor, teacher: Tensor) -> Tensor:
-            return self._chunk_loss(states, BlockLabels(tokens, previous, real, teacher), head, batch.progress)
+        def loss_of(states: Tensor, tokens: Tensor, previous: Tensor, real: Tensor, teacher: Tensor, share: Tensor) -> Tensor:
+            return self._chunk_loss(states, BlockLabels(tokens, previous, real, teacher), share, head, batch.progress)
 
         trained = [*self.output.parameters(), *self.extra_parameters()]
         total, hits = summed_in_chunks(loss_of, rows, trained, max(1, self.config.loss_chunk // K), figures=2 * K)
@@ -350,7 +357,7 @@ class BlockDrafter(Drafter):
             metrics |= {f"overlap_{position}": hits[K + position], f"overlap_{position}_count": counts[position]}
         return Loss(total, counts.sum(), metrics)
 
-    def _chunk_loss(self, states: Tensor, labels: BlockLabels, head: TargetHead, progress: float) -> Tensor:
+    def _chunk_loss(self, states: Tensor, labels: BlockLabels, share: Tensor, head: TargetHead, progress: float) -> Tensor:
         """[n, K, D + extra] -> the loss of these blocks, then at how many labels each position was right, then their overlaps."""
         vocab, real = self.draft_ids, labels.real
         base, logits = self._both_logits(states, head)
@@ -362,7 +369,7 @@ class BlockDrafter(Drafter):
         each = self.mix_share(progress) * self.config.loss.between(p, learning, labels.tokens, vocab)
         more = self.more_loss(states, base, p, log_q, labels, progress)
         each = each if more is None else each + more
-        weight = self._weights(log_q, index, real & inside)
+        weight = share * self._weights(log_q, index, real & inside)
         with torch.no_grad():
             right = (likeliest(logits) == index) & inside & real
             accepted = overlap(p, log_q) * real
@@ -376,11 +383,16 @@ class BlockDrafter(Drafter):
             return torch.ones(self.config.block, device=log_q.device)
         return decay_weights(self.config.block, self.config.decay, log_q.device)
 
-    def _hidden_of_text(self, batch: TrainingBatch, anchors: Anchors, head: TargetHead) -> Tensor:
-        """[N, K, D] normed states of the blocks that begin at `anchors`, all in one forward."""
+    def _hidden_of_text(
+        self, batch: TrainingBatch, anchors: Anchors, head: TargetHead, shown: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """[N, K, D] normed states of the blocks that begin at `anchors`, all in one forward.
+
+        shown: [N, K] bool, slots that hold a token instead of a mask; tokens: [N, K].
+        """
         row, place = anchors
         context = self._fuse(batch.features["aux_hidden_states"])  # [B, T, D]
-        hidden = self._slots(head.embed(batch.tokens[row, place]), context.dtype)  # [N, S, D]
+        hidden = self._slots(head, batch.tokens[row, place], context.dtype, shown, tokens)  # [N, S, D]
         position = batch.position[row, place]
         first = place - position  # where the document begins
         slots = torch.arange(self.slots, device=row.device)
@@ -441,10 +453,14 @@ class BlockDrafter(Drafter):
         """[..., A * D] captured states -> [..., D]."""
         return self.hidden_norm(self.fc(aux.to(self.fc.weight.dtype)))
 
-    def _slots(self, embedded: Tensor, dtype: torch.dtype) -> Tensor:
-        """[N, D] anchors -> [N, S, D] what the block begins as."""
-        masks = self.mask_embedding.to(dtype).expand(len(embedded), self.slots - 1, -1)
-        return torch.cat([embedded.to(dtype)[:, None], masks], 1)
+    def _slots(
+        self, head: TargetHead, roots: Tensor, dtype: torch.dtype, shown: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """[N] roots -> [N, S, D] what the block begins as: the root, then masks, or tokens [N, K] where they are `shown`."""
+        masks = self.mask_embedding.to(dtype).expand(len(roots), self.slots - 1, -1)
+        if shown is not None and tokens is not None:
+            masks = torch.where(shown[..., None], head.embed(tokens).to(dtype), masks)
+        return torch.cat([head.embed(roots).to(dtype)[:, None], masks], 1)
 
     # -- decoding ---------------------------------------------------------------------------------------------------------------------
 
@@ -489,11 +505,11 @@ class BlockDrafter(Drafter):
         state.values[row, layer, :, slots] = value.transpose(1, 2)
 
     @bare_forward
-    def _block(self, state: BlockState, roots: Tensor) -> Tensor:
+    def _block(self, state: BlockState, roots: Tensor, shown: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         """[B] roots -> [B, K, D] normed states. The block's own keys stand behind the committed ones until others overwrite them."""
-        hidden = self._slots(state.head.embed(roots), state.keys.dtype)
+        hidden = self._slots(state.head, roots, state.keys.dtype, shown, tokens)
         slots = state.lengths[:, None] + torch.arange(self.slots, device=roots.device)
-        reach = state.max_length + self.slots
+        reach = min(state.max_length + self.slots, state.keys.shape[3])
         end = slots if self.config.causal else slots[:, -1:].expand_as(slots)
         seen = torch.arange(reach, device=roots.device) <= end[..., None]  # [B, S, reach]
         turned = self.rotary(slots)
