@@ -48,6 +48,7 @@ from drafttrain.runtime.stats import Statistics
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
 from drafttrain.train.checkpoint import Progress, resume, save
+from drafttrain.train.optimizers import WeightAverage, new_optimizer
 
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP (configs/fsdp2.yaml)", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (configs/zero2.yaml, zero3.yaml)"}
 """What `accelerate launch` says in the environment: on CPUs accelerate would drop it and train unsharded."""
@@ -81,7 +82,7 @@ class TrainConfig(Config):
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches an optimizer step."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     """What the learning rate does after its warm-up."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -92,6 +93,12 @@ class TrainConfig(Config):
     """Decoupled, on matrices only."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moments."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for matrices, AdamW for vectors and tables over a vocabulary, at one learning rate."""
+    momentum: Beta = 0.95
+    """Muon's."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Evaluate and keep an exponential moving average of the weights, of this decay a step; None: the weights themselves."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -260,6 +267,9 @@ class TrainingRun:
         self.family = drafter
         self._start(drafter)
         self.learner, self.optimizer = accelerator.prepare(Learner(drafter), self._optimizer(drafter))
+        self.average = None if config.ema is None else WeightAverage(self.learner.parameters(), config.ema)
+        if self.average is not None:
+            accelerator.register_for_checkpointing(self.average)
         self.progress = resume(accelerator, output / "checkpoints", self._fingerprint())
         self.signal: int | None = None
 
@@ -298,7 +308,8 @@ class TrainingRun:
             last = self._done() >= 1.0
             if last or self.progress.step % self.config.eval_every == 0:
                 self._check_weights()
-                line |= self._evaluate()
+                with self.average.in_place() if self.average is not None else nullcontext():
+                    line |= self._evaluate()
             self._log(line)
             bar.update(task, completed=min(1.0, self._done()), note=_note(line, self.progress))
             stopping = self._asked_to_stop()
@@ -336,6 +347,8 @@ class TrainingRun:
             logged["loss"] += loss.sum.detach()
             for name, value in loss.metrics.items():
                 logged[name] = logged.get(name, 0) + value.detach()
+        if self.average is not None:
+            self.average.update()
         summed = accelerator.reduce(logged, "sum")
         own_tokens = sum(int((batch.document >= 0).sum()) for batch, _ in batches)
         tokens = accelerator.reduce(torch.tensor(own_tokens, device=accelerator.device), "sum")
@@ -477,13 +490,8 @@ class TrainingRun:
         return torch.cat(states)[:START_STATES]
 
     def _optimizer(self, drafter: Drafter) -> torch.optim.Optimizer:
-        trained = [p for p in drafter.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+        config = self.config
+        return new_optimizer(drafter, config.optimizer, config.lr, config.betas, config.weight_decay, config.momentum)
 
     def _done(self) -> float:
         """Share of the training that is over."""
