@@ -23,7 +23,7 @@ from drafttrain.runtime.policy import Fixed
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES
 from tests.families import tiny_drafter
-from tests.tiny import tiny_target
+from tests.tiny import packed, tiny_target
 
 FAMILIES = sorted(name for name, family in DRAFTERS.items() if issubclass(family, BlockDrafter))
 
@@ -125,6 +125,18 @@ def test_labels_of_a_block_end_where_the_answer_does() -> None:
     assert labels.tokens[0].tolist()[:2] == [4, 5] and labels.previous[0].tolist()[:2] == [3, 4]
     assert labels.real.sum(1).tolist() == [2, 1, 0, 3, 3, 2, 1, 0]
     assert labels.teacher[4].equal(batch.features["last_hidden_state"][0, [10, 11, 12]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_without_labels_gives_every_weight_a_gradient_of_zeros(family: str) -> None:
+    """Ranks wait for each other's gradients, weight by weight."""
+    target = tiny_target()
+    drafter = tiny_drafter(family, target).train()
+    batch = packed(target, [[5, 9, 11, 30]], [4])
+    loss = drafter.loss(batch, target.head)
+    loss.sum.backward()
+    assert (float(loss.sum), float(loss.count)) == (0, 0)
+    assert all(weight.grad is not None and not weight.grad.any() for weight in drafter.parameters() if weight.requires_grad)
 
 
 # -- the cache of the context ----------------------------------------------------------------------------------------------------------
