@@ -54,7 +54,7 @@ def test_a_matrix_fitted_to_states_is_the_best_of_its_rank_for_them() -> None:
 
 def test_a_matrix_weighted_by_frequency_errs_less_on_frequent_tokens() -> None:
     torch.manual_seed(0)
-    weight, counts = torch.randn(50, 16), torch.zeros(50)
+    weight, counts = torch.randn(2000, 16), torch.zeros(2000)
     counts[:10] = 100
     states = states_of(weight)
     often = (counts > 0).float()
