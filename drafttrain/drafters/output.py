@@ -143,7 +143,7 @@ class LowRankLayer(NamedTuple):
 
 
 SMOOTHING = 10.0
-"""In mean frequencies, what every token is given: without it, tokens that were seen rarely would not be fitted at all (EAGLE-4's figure)."""
+"""In mean frequencies, what every token is given: without it, rare tokens would not be fitted at all (EAGLE-4's figure)."""
 
 
 def low_rank(weight: Tensor, rank: int, states: Tensor | None = None, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
