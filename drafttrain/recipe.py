@@ -21,7 +21,7 @@ from pydantic import Field
 
 from drafttrain.core.config import Config, Seed, fingerprint, parse
 from drafttrain.core.disk import write_text
-from drafttrain.core.errors import UserError, first_line, nearest
+from drafttrain.core.errors import UserError, first_line, nearest, refuse_halves
 from drafttrain.data.origin import dtype_name
 from drafttrain.data.regenerate import DataConfig
 from drafttrain.data.shards import INDEX
@@ -151,11 +151,13 @@ class UniqueKeys(yaml.SafeLoader):
 def load_yaml(text: str) -> Any:
     """A document's value; a `yaml.YAMLError` for whatever is none, values that Python cannot make and too deep nesting included."""
     try:
-        return yaml.load(text, UniqueKeys)
+        value = yaml.load(text, UniqueKeys)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise yaml.YAMLError(f"a value cannot be read ({first_line(error)})") from error
     except RecursionError as error:
         raise yaml.YAMLError("nested too deeply") from error
+    refuse_halves(value, "recipe")  # YAML takes `\\ud83d` for a letter
+    return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

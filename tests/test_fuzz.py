@@ -173,6 +173,7 @@ DEEP = "[" * 5_000 + "]" * 5_000
 
 
 UNREADABLE = ["name: 2024-02-30", "name: !!int x", "seed: 0x_", f"seed: {'9' * 5_000}", f"name: {DEEP}", "name: ..", "\x00"]
+UNREADABLE += ['{"\\ud83d": 1}']
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
