@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import Field
 
+from drafttrain import legality
 from drafttrain.core.config import Config, Seed, fingerprint, parse
 from drafttrain.core.disk import write_text
 from drafttrain.core.errors import UserError, first_line, nearest, refuse_halves
@@ -47,7 +48,10 @@ if TYPE_CHECKING:
 else:
     AnyDrafter = Annotated[reduce(or_, (family.Config for family in DRAFTERS.values())), Field(discriminator="name")]
 
-_DATA = ("target.model", "target.revision", "target.dtype", "target.trust_remote_code", "data")
+_DATA = (
+    "target.model", "target.revision", "target.dtype", "target.trust_remote_code", "target.max_context", "target.extra_end_ids",
+    "target.ignore_generation_options", "data",
+)  # fmt: skip
 _DRAFTER = (*_DATA, "target.aux_layers", "drafter", "train")
 DEPENDS: dict[str, tuple[str, ...]] = {
     "regenerate": (*_DATA, "target.aux_layers"),
@@ -116,14 +120,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check_recipe(data: dict[str, Any], where: str) -> Recipe:
-    """`data` as a recipe whose rules fit, or a `UserError` that `where` opens."""
+    """`data` as a recipe whose parts fit together (`legality`), or a `UserError` that `where` opens."""
     recipe = _settled(parse(Recipe, data, where))
-    family = DRAFTERS[recipe.drafter.name]
-    recipe.runtime.fitted(recipe.evaluation.sampling.check(), family)
-    for contender in recipe.evaluation.contenders:
-        which = contender.drafter
-        own = DRAFTERS[which.name] if isinstance(which, DrafterConfig) else family if which is None else None  # a folder's is not known yet
-        (contender.runtime or recipe.runtime).fitted(recipe.evaluation.sampling, own)
+    legality.check(recipe)
     return recipe
 
 
@@ -164,6 +163,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A file's mapping, or a `UserError`."""
     try:
         data = load_yaml(path.read_text(encoding="utf-8"))
+        if _nodes(data, MOST_VALUES) > MOST_VALUES:
+            raise UserError(f"recipe '{path}': more than {MOST_VALUES:,} values once its aliases are written out; write them out, or fewer")
     except FileNotFoundError as error:
         near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise UserError(f"recipe '{path}': no such file{near}; give a recipe (YAML) or the folder of a run") from error
@@ -175,6 +176,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"recipe '{path}': expected sections ({', '.join(Recipe.model_fields)}), got {type(data).__name__}")
     return data
+
+
+MOST_VALUES = 100_000
+"""Values of a recipe at most: aliases of aliases can stand for more than fits into any memory."""
+
+
+def _nodes(value: Any, most: int) -> int:
+    """How many values there are within one, counted up to a little more than `most`."""
+    waiting, count = [value], 0
+    while waiting and count <= most:
+        inner = waiting.pop()
+        count += 1
+        if isinstance(inner, dict):
+            waiting += inner.values()
+        elif isinstance(inner, list):
+            waiting += inner
+    return count
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from rich.text import Text
 
+from drafttrain import legality
 from drafttrain.core.config import Config, fingerprint, parse
 from drafttrain.core.console import SafeConsole
 from drafttrain.core.disk import folder_fingerprint, locked, read_json, writable, write_text
@@ -92,6 +93,7 @@ def _perform(stage: str, recipe: Recipe, again: bool) -> Record:
     if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe, held) and not again:
         console.print(Text.assemble((stage, "bold"), f": done already ({recipe.folder})"))
         return held
+    legality.check(recipe, read_shape(recipe.target))
     if stage == "train":
         refuse_other_options(held, record, recipe)
     console.print(Text.assemble((stage, "bold"), f": {recipe.folder}"))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "drafttrain"
 LAYER = {
     "core": 0, "target": 1, "drafters": 2, "verify": 2, "data": 2, "export": 3, "runtime": 4, "evaluation": 5, "report": 6, "train": 6,
     "engines": 6,
-    "recipe": 7, "stages": 8, "design": 9, "cli": 10, "__init__": 11, "__main__": 11,
+    "legality": 7, "recipe": 8, "stages": 9, "design": 10, "cli": 11, "__init__": 12, "__main__": 12,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -38,7 +38,7 @@ def refusal(folder: Path, data: dict[str, Any] | str, *overrides: str) -> str:
     [
         ({"evaluaton": {}}, "unknown key 'evaluaton' (did you mean 'evaluation'?)"),
         ({"train": {"step": 3}}, "train: unknown key 'step' (did you mean 'steps'?)"),
-        ({"drafter": {"name": "eagle3", "unrol": 3}}, "drafter: unknown key 'unrol' (did you mean 'ttt_steps'?)"),
+        ({"drafter": {"name": "eagle3", "ttt_stps": 3}}, "drafter: unknown key 'ttt_stps' (did you mean 'ttt_steps'?)"),
         ({"drafter": {"name": "eagle3", "loss": {"forward_k": 1}}}, "drafter.loss: unknown key 'forward_k' (did you mean 'forward_kl'?)"),
         ({"data": {"sources": [{"kind": "self", "cout": 3}]}}, "data.sources.0: unknown key 'cout' (did you mean 'count'?)"),
         ({"runtime": {"shape": {"shape": "dynamic", "dept": 3}}}, "runtime.shape: unknown key 'dept' (did you mean 'depth'?)"),

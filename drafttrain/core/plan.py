@@ -15,12 +15,15 @@ from drafttrain.core.tree import Draws
 
 Path = tuple[int, ...]
 
+MOST_NODES = 1024
+"""Nodes of a tree at most: a forward of more tokens costs any device many plain ones."""
+
 
 class Chain(Config):
     """One token after the other."""
 
     shape: Literal["chain"] = "chain"
-    length: int = Field(default=4, ge=1)
+    length: int = Field(default=4, ge=1, le=MOST_NODES)
     """Drafted tokens a round (K)."""
 
     @property
@@ -54,6 +57,14 @@ class Static(Config):
     def _given_once(self) -> Static:
         if bool(self.children) == bool(self.choices):
             raise ValueError("give children (a number a level, as [4, 2, 2]) or choices (a list of paths), one of them")
+        width, nodes = 1, len(self.choices)
+        for children in self.children:
+            width *= children
+            nodes += width
+            if nodes > MOST_NODES:
+                break
+        if nodes > MOST_NODES:
+            raise ValueError(f"a tree of more than {MOST_NODES:,} nodes; choose a smaller one")
         return self
 
     @field_validator("choices")
@@ -98,13 +109,13 @@ class Dynamic(Config):
     children, and the `nodes` likeliest of all that was seen are kept. Deterministic draws only: tokens are dropped after being seen."""
 
     shape: Literal["dynamic"] = "dynamic"
-    depth: int = Field(default=6, ge=1)
+    depth: int = Field(default=6, ge=1, le=MOST_NODES)
     """Levels, and drafter calls, a round."""
-    beam: int = Field(default=8, ge=1)
+    beam: int = Field(default=8, ge=1, le=MOST_NODES)
     """Nodes expanded at each level after the first."""
-    top_k: int = Field(default=8, ge=1)
+    top_k: int = Field(default=8, ge=1, le=MOST_NODES)
     """Children considered for each expanded node."""
-    nodes: int = Field(default=32, ge=1)
+    nodes: int = Field(default=32, ge=1, le=MOST_NODES)
     """Drafted nodes kept for the target."""
 
     @property

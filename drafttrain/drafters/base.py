@@ -38,6 +38,11 @@ class DrafterConfig(Config):
 
     name: str
 
+    @property
+    def max_depth(self) -> int | None:
+        """The deepest tree that a drafter of this configuration can draft; None where there is no bound."""
+        return None
+
 
 @dataclass
 class Loss:
@@ -141,7 +146,7 @@ class Drafter(nn.Module, ABC):
     @property
     def max_depth(self) -> int | None:
         """The deepest tree it can draft; None where there is no bound."""
-        return None
+        return self.config.max_depth
 
     @property
     def draft_ids(self) -> Tensor | None:

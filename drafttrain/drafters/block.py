@@ -38,7 +38,7 @@ class BlockConfig(DrafterConfig):
 
     layers: int = Field(default=2, ge=1, le=8)
     """Decoder layers over the block."""
-    block: int = Field(default=7, ge=1)
+    block: int = Field(default=7, ge=1, le=64)
     """Tokens drafted in one pass (K), the deepest tree it can draft."""
     causal: bool = False
     """Slots see the slots before them alone, instead of the whole block."""
@@ -66,6 +66,10 @@ class BlockConfig(DrafterConfig):
     """What each position learns from the target's distribution."""
     loss_chunk: int = Field(default=1024, ge=1)
     """Labels whose [V] logits stand in memory at once."""
+
+    @property
+    def max_depth(self) -> int:
+        return self.block
 
 
 class BlockConvolution(nn.Module):
@@ -256,10 +260,6 @@ class BlockDrafter(Drafter):
         self.rotary = target_rotary(target, self.head_dim)
         self.first_slot = 0 if config.anchor_predicts else 1
         self.slots = config.block + self.first_slot
-
-    @property
-    def max_depth(self) -> int:
-        return self.config.block
 
     @property
     def draft_ids(self) -> Tensor | None:

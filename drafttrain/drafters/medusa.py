@@ -33,7 +33,7 @@ class MedusaConfig(DrafterConfig):
     """Residual blocks are small; an output matrix of its own is what a head costs."""
 
     name: Literal["medusa"] = "medusa"
-    heads: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1, le=64)
     """Tokens drafted ahead (K)."""
     layers: int = Field(default=1, ge=1)
     """Residual blocks a head."""
@@ -51,6 +51,10 @@ class MedusaConfig(DrafterConfig):
     """What each head learns from the target's distribution."""
     loss_chunk: int = Field(default=1024, ge=1)
     """Labels whose [V] logits stand in memory at once."""
+
+    @property
+    def max_depth(self) -> int:
+        return self.heads
 
     @model_validator(mode="after")
     def _one_output(self) -> MedusaConfig:
@@ -107,10 +111,6 @@ class Medusa(Drafter):
         if config.output is not None:
             self.output = OutputHead(config.output, target)
         self._borrowed: tuple[TargetHead, OutputLayer] | None = None  # the target's head, cut to the draft vocabulary
-
-    @property
-    def max_depth(self) -> int:
-        return self.config.heads
 
     @property
     def draft_ids(self) -> Tensor | None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from drafttrain.core.errors import UserError
@@ -37,6 +37,12 @@ class NgramConfig(DrafterConfig):
     """Below this many matching tokens nothing is drafted."""
     branches: int = Field(default=1, ge=1)
     """Different continuations drafted side by side, the newest first; a chain takes one."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NgramConfig:
+        if self.shortest > self.longest:
+            raise ValueError(f"shortest {self.shortest} is more than longest {self.longest}: nothing would ever match; lower it")
+        return self
 
 
 @dataclass(frozen=True)

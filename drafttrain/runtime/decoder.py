@@ -194,6 +194,19 @@ class RuntimeConfig(Config):
             if holds:
                 raise UserError(f"rule '{rule.config.name}' leaves the next token open, and the drafter goes on below candidates: {reason}")
 
+    def check_prefetch(self, name: str, needs: frozenset[str], trainable: bool) -> None:
+        """A `UserError` where no prefetched draft could be made, or one would change a text. name, needs, trainable: the drafter's."""
+        reasons = {
+            f"a {name} drafter reads the target's features ({', '.join(sorted(needs))}) at prefetched tokens": bool(needs),
+            f"a {name} drafter takes no time to save": not trainable,
+            "beside a lookup (runtime.hybrid) there are no distributions to prefetch by": self.hybrid is not None,
+            "swapped tokens (runtime.corrupt) have no distribution to prefetch by": bool(self.corrupt),
+            f"policy '{self.policy_name}' plans a round from the one before, which is not known yet": self.policy_name != "fixed",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(f"runtime.prefetch {self.prefetch}: {reason}; set it to 0, or use small_lm alone, policy fixed")
+
     def _rule(self, sampling: Sampling) -> Rule:
         if not isinstance(self.rule, str):
             return build(self.rule)
@@ -280,7 +293,7 @@ class SpeculativeDecoder:
             if isinstance(self.runtime.policy, PolicyConfig):
                 self.runtime.policy.check_drafter(drafter)
         if drafter is not None and self.runtime.prefetch:
-            self._check_prefetch(drafter)
+            self.runtime.check_prefetch(drafter.config.name, drafter.needs, drafter.trainable)
         if self.runtime.pooled:
             drafter = self._pool(drafter)
         self.hybrid_costs: dict[str, float] = {}
@@ -374,20 +387,6 @@ class SpeculativeDecoder:
         found = measured_hybrid_costs(SpeculativeDecoder(self.target, drafter, bare), self.runtime.shape.nodes)
         self.hybrid_costs = {name: found[name] for name in options.unmeasured}
         return options.model_copy(update=self.hybrid_costs)
-
-    def _check_prefetch(self, drafter: Drafter) -> None:
-        """A `UserError` where no prefetched draft can be drafted on, or where prefetched drafts would change a text."""
-        runtime, name = self.runtime, drafter.config.name
-        reasons = {
-            f"a {name} drafter reads the target's features ({', '.join(sorted(drafter.needs))}) at prefetched tokens": drafter.needs,
-            f"a {name} drafter takes no time to save": not drafter.trainable,
-            "beside a lookup (runtime.hybrid) there are no distributions to prefetched draft by": runtime.hybrid is not None,
-            "swapped tokens (runtime.corrupt) have no distribution to prefetched draft by": runtime.corrupt,
-            f"policy '{runtime.policy_name}' plans a round from the one before, which is not known yet": runtime.policy_name != "fixed",
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                raise UserError(f"runtime.prefetch {runtime.prefetch}: {reason}; set it to 0, or use small_lm alone, policy fixed")
 
     @classmethod
     def from_pretrained(
