@@ -91,11 +91,6 @@ def _check_training(recipe: Sections) -> None:
         raise UserError(
             f"train.eval_temperature {temperature}: no answer is drawn at it (data.temperatures: {drawn}); take one of these"
         )
-    if data.existing is None and data.max_new_tokens > train.row_length:
-        raise UserError(
-            f"data.max_new_tokens {data.max_new_tokens:,} is more than train.row_length {train.row_length:,}: such answers would be left "
-            f"out of the training; make rows longer, or answers shorter"
-        )
     longest_turn = max((source.max_tokens for source in data.sources if isinstance(source, SelfPrompts)), default=0)
     if data.existing is None and longest_turn >= train.row_length:
         raise UserError(

@@ -47,7 +47,6 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
     "a contender deeper than the heads": (
         ["drafter={name: medusa, heads: 3}", "runtime.shape={shape: chain, length: 3}",
          "evaluation.contenders=[{label: deep, runtime: {shape: {shape: chain, length: 9}}}]"], "9 tokens deep"),
-    "rows shorter than the answers": (["train.row_length=64", "data.max_new_tokens=128"], "row_length 64"),
     "rows shorter than the user turns": (
         ["train.row_length=64", "data.max_new_tokens=32", "data.sources=[{kind: self, max_tokens: 64}]"], "64 tokens"),
     "a chain of a thousand million": (["runtime.shape={shape: chain, length: 1000000000}"], "1000000000"),

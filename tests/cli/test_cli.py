@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 
 from drafttrain.cli import doctor, terminal
 from drafttrain.cli.commands import USUAL, app
+from drafttrain.core import disk
 from drafttrain.core.disk import folder_fingerprint
 from drafttrain.core.sampling import Sampling
 from drafttrain.data import shards
@@ -203,15 +204,15 @@ def test_only_training_runs_in_several_processes(empty: Path, monkeypatch: pytes
 def test_a_stopped_training_exits_with_its_signals_code_and_goes_on_to_the_same_drafter(
     finished: tuple[Path, Result], empty: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
-    step = loop.Run._step
+    step = loop.TrainingRun._step
 
-    def interrupted(run: loop.Run, batches: Any) -> dict[str, float]:
+    def interrupted(run: loop.TrainingRun, batches: Any) -> dict[str, float]:
         if run.progress.step == 2:
             signal.raise_signal(number)
         return step(run, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", interrupted)
+        patch.setattr(loop.TrainingRun, "_step", interrupted)
         result = drafttrain("run", "tiny.yaml")
     assert result.exit_code == code
     assert {each: signal.getsignal(each) for each in USUAL} == USUAL
@@ -428,9 +429,9 @@ def test_a_corrupt_checkpoint_is_passed_over(workplace: Path) -> None:
     newest = Path("runs/tiny/checkpoints/step-00000008/optimizer.bin")
     newest.write_bytes(newest.read_bytes()[:-40])
     shutil.rmtree("runs/tiny/drafter")
-    with pytest.warns(UserWarning, match="damaged"):
-        result = drafttrain("train", "tiny.yaml")
+    result = drafttrain("train", "tiny.yaml")
     assert result.exit_code == 0
+    assert "note: checkpoint" in result.stderr and "damaged" in result.stderr
     assert load_drafter(Path("runs/tiny/drafter")).config.name == "eagle3"
 
 
@@ -489,7 +490,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_was_there(workplace: Path,
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(shards, "_sync", full)
+    monkeypatch.setattr(disk, "sync", full)
     line = complaint("run", "tiny.yaml", "output=runs/new")
     assert all(part in line for part in ("No space left on device", "make room"))
     complaint("eval", "tiny.yaml")
@@ -537,21 +538,21 @@ def test_files_that_are_not_utf8_or_hold_no_json_objects_are_named_in_one_line(w
     source = "data.sources=[{kind: jsonl, path: prompts.jsonl}]"
     assert "prompts 'prompts.jsonl'" in complaint("regenerate", "tiny.yaml", source, "output=runs/new")
     Path("runs/tiny/drafter/config.json").write_bytes(content)
-    assert "drafter 'runs/tiny/drafter': config.json" in complaint("generate", "runs/tiny", "w1")
+    assert "runs/tiny/drafter/config.json" in complaint("generate", "runs/tiny", "w1")
 
 
 def test_an_output_that_is_a_file_ends_in_one_line(empty: Path) -> None:
     Path("taken").write_text("mine")
-    assert "cannot write" in complaint("regenerate", "tiny.yaml", "output=taken")
+    assert "cannot be written (Not a directory)" in complaint("regenerate", "tiny.yaml", "output=taken")
     assert Path("taken").read_text() == "mine"
 
 
 def test_an_error_of_ours_is_no_mistake_of_the_user(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
-        raise FileNotFoundError(errno.ENOENT, "lost")
+        raise ZeroDivisionError("ours")
 
     monkeypatch.setitem(STAGES, "regenerate", broken)
-    assert isinstance(drafttrain("regenerate", "tiny.yaml").exception, FileNotFoundError)
+    assert isinstance(drafttrain("regenerate", "tiny.yaml").exception, ZeroDivisionError)
 
 
 def test_other_options_over_a_trained_drafter_are_refused_by_key(workplace: Path) -> None:
@@ -640,7 +641,7 @@ def _masked_away(folder: Path) -> tuple[str, ...]:
 
 def test_doctor_finds_a_draft_deeper_than_the_heads(empty: Path) -> None:
     overrides = ("drafter={name: medusa, heads: 2}", "runtime.shape.length=3")
-    assert "drafts 3 tokens deep" in doctor_finds("drafter", *overrides)
+    assert "drafts 3 tokens deep" in complaint("doctor", "tiny.yaml", *overrides)
 
 
 def test_doctor_finds_a_disk_too_small(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,10 @@ CONFIG = EvaluationConfig(max_new_tokens=20, warmup=0, efficiency=False)
 class Letters:
     """A tokenizer of one letter a token; a conversation is its messages, one after another."""
 
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+    all_special_tokens: tuple[str, ...] = ()
+    all_special_ids: tuple[int, ...] = ()
+
     chat_template = "joined"
     eos_token_id = None
 
