@@ -186,7 +186,7 @@ class RuntimeConfig(Config):
                 self.shape.shape == "dynamic",
             "a lookup drafts under committed tokens alone; leave runtime.hybrid out": self.hybrid is not None,
             "runtime.corrupt would swap them; set it to 0": self.corrupt,
-            "runtime.prefetch prefetched drafts on the next token; set it to 0": self.prefetch,
+            "runtime.prefetch drafts on a guess of the next token; set it to 0": self.prefetch,
             "a router may choose a round without a draft; leave runtime.drafters and runtime.router out": self.pooled,
             "this drafter is a lookup, which drafts under committed tokens alone; use a trained one": not (drafter or Drafter).trainable,
         }  # fmt: skip

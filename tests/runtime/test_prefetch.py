@@ -167,8 +167,8 @@ def test_a_drafter_that_reads_the_target_cannot_bet() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"hybrid": HybridConfig()}, "no distributions to prefetched draft by"),
-        ({"corrupt": 0.5}, "no distribution to prefetched draft by"),
+        ({"hybrid": HybridConfig()}, "no distributions to prefetch by"),
+        ({"corrupt": 0.5}, "no distribution to prefetch by"),
         ({"policy": "adaptive"}, "policy 'adaptive' plans a round from the one before"),
     ],
 )
