@@ -67,7 +67,9 @@ class Prefetcher:
         tokens = tree.tokens.gather(1, chain)
         belief = self._beliefs(state, tree, chain, tokens, live, own)  # [B, K + 1, V]
         place = belief.flatten(1).topk(self.width, -1).indices  # [B, w]
+        leaf = live.sum(1) - 1  # [B] where the row's first chain ends, which may be above the tree's deepest level
         length, token = place // belief.shape[-1], place % belief.shape[-1]
+        length = torch.minimum(length, leaf[:, None])  # wider than there are ways out: a guess of no weight stays on the chain
         rows = torch.arange(B, device=device).repeat_interleave(self.width)
         copies = state.select(rows)
         self.drafter.observe(copies, Committed(tokens[rows], length.flatten() + 1, nodes=chain[rows]))
@@ -83,8 +85,11 @@ class Prefetcher:
         for level in range(tree.max_depth):
             source = tree.probs_row.gather(1, chain[:, level + 1 : level + 2])[:, 0]
             logits.append(self.drafter.readout(tree.draft_states[row, source], level, self.head))
-        logits.append(self._leaf(state, chain, tokens))
-        draft_probs = own.probs(torch.stack(logits, 1)) if not own.greedy else torch.stack(logits, 1).float().softmax(-1)
+        leaf = live.sum(1) - 1
+        at_leaf = self._leaf(state, chain, tokens, leaf)
+        by_node = torch.stack([*logits, at_leaf], 1)  # [B, K + 1, Vd]
+        by_node[row, leaf] = at_leaf
+        draft_probs = own.probs(by_node) if not own.greedy else by_node.float().softmax(-1)
         if self.drafter.draft_ids is not None:
             draft_probs = widen(draft_probs, self.drafter.draft_ids, self.head.vocab_size)
         step = draft_probs[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0] * live[:, 1:]  # [B, K]
@@ -94,13 +99,12 @@ class Prefetcher:
         leaving = draft_probs.scatter_reduce(-1, taken, (children < 0).float(), "prod")  # children's tokens do not leave the tree
         return leaving * reached[..., None]
 
-    def _leaf(self, state: DrafterState, chain: Tensor, tokens: Tensor) -> Tensor:
-        """[B, Vd] logits at the chain's last node, which was never fed: one call on a copy."""
+    def _leaf(self, state: DrafterState, chain: Tensor, tokens: Tensor, leaf: Tensor) -> Tensor:
+        """[B, Vd] logits at each chain's last node, place `leaf` [B] of it, which was never fed: one call on a copy."""
         copy = state.select(torch.arange(len(chain), device=chain.device))
-        count = torch.full_like(chain[:, 0], chain.shape[1] - 1)
-        self.drafter.observe(copy, Committed(tokens[:, :-1], count, nodes=chain[:, :-1]))
+        self.drafter.observe(copy, Committed(tokens[:, :-1], leaf, nodes=chain[:, :-1]))
         plan = Plan(Static(children=(1,)), "deterministic", keep_states=True)
-        told = self.drafter.propose(copy, tokens[:, -1], plan, Sampling(), _NoChance()).draft_states
+        told = self.drafter.propose(copy, tokens.gather(1, leaf[:, None])[:, 0], plan, Sampling(), _NoChance()).draft_states
         assert told is not None
         return self.drafter.readout(told[:, 0], chain.shape[1] - 1, self.head)
 

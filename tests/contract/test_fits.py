@@ -69,7 +69,7 @@ def test_a_rule_that_cannot_work_is_refused_before_decoding_and_any_other_decode
         runtime = RuntimeConfig(shape=shape, rule=config, hybrid=beside, **around)
         lawless = build(config).needs_draft_probs and (beside is not None or family == "ngram")
         refusal = refused(runtime, temperature, family)
-        assert ("reads the drafter's distributions" in refusal) == lawless
+        assert ("reads draft distributions" in refusal) == lawless
         if refusal:
             continue
         answers = SpeculativeDecoder(target(), drafter(family), runtime).generate(PROMPTS, 14, temperature=temperature, seed=1)
@@ -99,5 +99,5 @@ def test_a_recipe_whose_contender_has_no_distributions_for_its_rule_is_refused_w
         ({"runtime": {"rule": name, "hybrid": {}}}, {}),
         ({}, {"rule": name, "hybrid": {}}),
     ):
-        with pytest.raises(UserError, match=f"rule '{name}' reads the drafter's distributions"):
+        with pytest.raises(UserError, match=f"rule '{name}' reads draft distributions"):
             read(contender, **runtime)

@@ -24,6 +24,7 @@ from tests.tiny import greedy_text
 
 SHAPES = {"chain": Chain(length=3), "static": Static(children=(3, 2)), "dynamic": Dynamic(depth=3, beam=2, top_k=3, nodes=7)}
 NEW = 26
+SHORT_FIRST = Static(choices=((0,), (1,), (1, 0), (1, 0, 0)))  # the first chain ends two levels above the tree's deepest
 
 
 def decoded(shape: Any, prefetch: int, temperature: float, batch: int = 1, **more: Any) -> tuple[list[Generation], list[Tree], Statistics]:
@@ -53,6 +54,16 @@ def test_texts_and_trees_are_those_of_decoding_without_prefetching(shape: Any, t
         assert counts.calls_saved == shape.depth * counts.prefetch_hits
     if temperature == 0:
         assert [one.tokens for one in ours] == [greedy_text(target().model, prompt, NEW) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_first_chain_shorter_than_the_tree_is_drafted_on_from_where_it_ends(temperature: float, batch: int) -> None:
+    plain, trees, _ = decoded(SHORT_FIRST, 0, temperature, batch)
+    ours, ours_trees, counts = decoded(SHORT_FIRST, 4, temperature, batch)
+    assert [one.tokens for one in ours] == [one.tokens for one in plain]
+    assert [tree.tokens.tolist() for tree in ours_trees] == [tree.tokens.tolist() for tree in trees]
+    assert counts.prefetch_hits > 0
 
 
 def test_every_bet_on_a_row_is_tried_and_wider_ones_hit_more() -> None:
