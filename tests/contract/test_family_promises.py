@@ -60,7 +60,10 @@ def unsure(family: str) -> Drafter:
     return drafter
 
 
-@pytest.mark.parametrize("family", TRAINABLE)
+MASKED = {"specdiff"}  # training hides some tokens of a block at random: its alpha is of those alone
+
+
+@pytest.mark.parametrize("family", sorted(set(TRAINABLE) - MASKED))
 def test_training_reports_the_hits_of_its_own_teacher_forced_drafts(family: str) -> None:
     assert check_training_alpha(trained_drafter(family, target(), PROMPTS, steps=10), texts(), target()) >= 1
 

@@ -31,6 +31,7 @@ PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, TINY[family]) for family in GIVES_STATES},
     "medusa, own heads": ("medusa", {"heads": 3, "own_heads": True, "draft_vocab_size": 40}),
+    "small_lm, two layers": ("small_lm", {"layers": 2}),
     "small_lm, narrow": ("small_lm", {"layers": 1, "hidden_size": 16}),
 }
 """Every family whose distributions can be computed again, and its further ways: label -> family, options."""

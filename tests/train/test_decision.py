@@ -76,7 +76,7 @@ def test_auroc_counts_pairs() -> None:
 def trained(labels: Any, temperature: float = 0.0) -> tuple[Fitted, Path]:
     folder = Path(FOLDER.name) / f"{labels}-{temperature}"
     log, logged_probs = logged(
-        folder / "log", "small_lm", Chain(length=4), Sampling(temperature), new=40, times=1 if temperature == 0 else 8
+        folder / "log", "small_lm, two layers", Chain(length=4), Sampling(temperature), new=40, times=1 if temperature == 0 else 12
     )
     fitted = fit(log, logged_probs, DecisionTraining(labels=labels, epochs=20, held_out=0.3))
     fitted.model.save(folder / "model")

@@ -123,12 +123,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_repeats_no_log_line(t
     script = tmp_path / "killed.py"
     script.write_text(
         "import os, signal, sys\nfrom pathlib import Path\nfrom tests.train.test_loop import *\n"
-        "step = Run._step\n"
+        "step = TrainingRun._step\n"
         "def killing(self, batches):\n"
         "    line = step(self, batches)\n"
         "    if self.progress.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return line\n"
-        "Run._step = killing\n"
+        "TrainingRun._step = killing\n"
         "run('medusa', Store.open(sys.argv[1]), tiny_target(13), Path(sys.argv[2]))\n"
     )
     output = tmp_path / "killed"
@@ -590,14 +590,14 @@ drafter = bare_drafter(family, target, **TINY[family])
 made = new_accelerator(TrainConfig(**OPTIONS), Path(sys.argv[2]))
 assert made.is_fsdp2, made.distributed_type
 config = TrainConfig(**{**OPTIONS, "batch_rows": 1})
-trainer = Run(drafter, Store.open(sys.argv[1]), config, target.head, Path(sys.argv[2]), target, made)
+trainer = TrainingRun(drafter, Store.open(sys.argv[1]), config, target.head, Path(sys.argv[2]), target, made)
 assert any(type(weight).__name__ == "DTensor" for weight in trainer.learner.parameters())
-step = Run._step
+step = TrainingRun._step
 def stopping(self, batches):
     line = step(self, batches)
     if self.progress.step == steps: os.kill(os.getpid(), signal.SIGTERM)
     return line
-Run._step = stopping
+TrainingRun._step = stopping
 try:
     trainer.run()
 except Stopped:

@@ -295,7 +295,7 @@ def second_choices(tree: Tree, scored: Scored) -> Scored:
 def test_a_drafter_without_distributions_is_refused_by_the_rule_that_reads_them() -> None:
     logged = rounds("chain", COLD)[0]
     bare = Round(replace(logged.tree, draft_probs=None, probs_row=None), logged.scored)
-    with pytest.raises(UserError, match="rule 'confidence' reads the drafter's distributions"):
+    with pytest.raises(UserError, match="rule 'confidence' reads draft distributions"):
         bare.judged(Confidence(ConfidenceConfig()))
 
 
