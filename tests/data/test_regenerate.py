@@ -157,9 +157,9 @@ def test_features_of_the_writing_pass_equal_a_captured_pass(tmp_path: Path, targ
 def test_the_target_writes_its_prompts_too(tmp_path: Path, target: Target) -> None:
     own = tmp_path / "openings.jsonl"
     own.write_text("\n".join(json.dumps({"domain": name, "opening": word}) for name, word in (("a", "w1"), ("b", ""))))
-    source = SelfPrompts(count=40, domains=("a", "b"), openings=str(own), max_tokens=60, temperature=1.5, top_p=1.0)
+    source = SelfPrompts(count=80, domains=("a", "b"), openings=str(own), max_tokens=60, temperature=1.5, top_p=1.0)
     store = regenerate(target, config(tmp_path, sources=(source,)), tmp_path / "s")
-    assert 4 < len(store) <= 40
+    assert 4 < len(store) <= 80
     assert len({store[i].prompt_hash for i in range(len(store))}) == len(store)
     assert {store[i].meta["domain"] for i in range(len(store))} == {"a", "b"}
     assert target.tokenizer is not None

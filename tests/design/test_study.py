@@ -129,7 +129,7 @@ def test_a_study_that_was_cut_off_goes_on_and_a_larger_one_keeps_what_is_there(w
     journal.write_text("\n".join(kept) + "\n" + '{"kind": "repl')  # killed while writing
     shutil.rmtree(next(Path("runs/tiny/study/drafters").glob("eagle3*")))
     larger = ("--grid", DRAFTERS, "--grid", "runtime.shape.length=[1, 2, 3]")
-    assert "its tree is 3 deep, its drafter reaches 2" in complaint("study", "tiny.yaml", *larger, *SMALL)
+    assert "drafts 3 tokens deep, but this medusa drafter gives 2 at most" in complaint("study", "tiny.yaml", *larger, *SMALL)
     result = drafttrain("study", "tiny.yaml", *GRID, *SMALL, "study.confirm=4")
     assert result.exit_code == 0, result.output
     assert trained == ["eagle3"]
@@ -142,7 +142,7 @@ def test_a_study_that_was_cut_off_goes_on_and_a_larger_one_keeps_what_is_there(w
     [
         ((), "study.grid is empty"),
         (("--grid", "target.dtype=[float32]"), "cells differ in keys of drafter, train, runtime"),
-        (("--grid", "drafter.unrol=[1]"), "did you mean 'ttt_steps'"),
+        (("--grid", "drafter.ttt_stps=[1]"), "did you mean 'ttt_steps'"),
         (("--grid", "drafter.ttt_steps=2"), "expected KEY=[VALUES]"),
         (("--grid", "drafter.ttt_steps=[]"), "no values"),
         (("--grid", "drafter.ttt_steps=[1]", "evaluation.temperature=1"), "a study forecasts greedy decoding"),

@@ -107,7 +107,7 @@ def forced_draft(target: Target, drafter: Eagle3, text: list[int], drafted: list
     batch = packed(target, [tokens[0].tolist()], [0])
     batch.features["aux_hidden_states"][:, len(text) - 1 :] = 0  # the target has not seen the drafted tokens
     hidden = list(drafter.teacher_forced_states(batch, target.head, len(drafted) + 1))[-1]
-    return int(drafter._guess(hidden)[0, len(text) - 2])
+    return int(drafter._guess(hidden, target.head)[0, len(text) - 2])
 
 
 def test_labels_run_from_the_second_answer_token_to_the_end_of_each_document() -> None:

@@ -138,7 +138,7 @@ def test_a_saved_head_comes_back_and_is_refused_for_another_target(tmp_path: Pat
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         JudgeHead.load(tmp_path)
     weights.write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"model\.safetensors is missing, truncated"):
+    with pytest.raises(UserError, match=r"model\.safetensors: missing, truncated"):
         JudgeHead.load(tmp_path)
     with pytest.raises(UserError, match=r"no config\.json"):
         JudgeHead.load(tmp_path / "nowhere")
