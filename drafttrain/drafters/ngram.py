@@ -191,8 +191,6 @@ class Ngram(Drafter):
 
     def __init__(self, config: NgramConfig, target: TargetShape) -> None:
         super().__init__(config, target)
-        if config.shortest > config.longest:
-            raise UserError(f"drafter.shortest {config.shortest} is above drafter.longest {config.longest}; lower it")
 
     def loss(self, batch: TrainingBatch, head: TargetHead, rng: SeededRng | None = None) -> Loss:
         raise UserError("drafter 'ngram' has no weights: there is nothing to train; use it in `drafttrain eval` or `generate`")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from drafttrain.core.config import parse
 from drafttrain.core.errors import UserError
 from drafttrain.core.nodes import from_nodes, to_nodes
 from drafttrain.core.plan import Chain, Dynamic, Plan, Shape
@@ -115,5 +116,5 @@ def test_training_and_other_draws_are_refused() -> None:
         drafter.loss(None, None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"runtime.draws 'iid': this drafter makes deterministic draws only"):
         RuntimeConfig(shape=Chain(), draws="iid").fitted(Sampling(1.0), Ngram)
-    with pytest.raises(UserError, match=r"shortest 4 is above drafter.longest 3"):
-        Ngram(NgramConfig(shortest=4), tiny_target().shape)
+    with pytest.raises(UserError, match="shortest 4 is more than longest 3"):
+        parse(NgramConfig, {"shortest": 4}, "drafter")
