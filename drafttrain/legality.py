@@ -1,8 +1,8 @@
-"""What fits together: one function of a recipe's configurations and the target's shape, asked when a recipe is read, by `doctor` and by
-every stage before its first work.
+"""What fits together: a recipe's configurations and the target's shape, asked when a recipe is read, by `doctor` and by every stage before
+its first work.
 
-Families, rules, policies and formats say by their own configuration what they can do; here it is put together. Nothing is loaded, and no
-file is written.
+Nothing is loaded, and no file is written. Families, rules, policies and formats say by their own configuration what they can do. The
+decoder, which is below this file, asks `RuntimeConfig.fitted` itself; sizes that only the target's shape tells are asked here alone.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def check_runtime(runtime: RuntimeConfig, sampling: Sampling, drafter: DrafterCo
     """A `UserError` where this drafter could not be decoded with so, or not exactly."""
     family = DRAFTERS[drafter.name]
     rule, plan = runtime.fitted(sampling, family)
+    drafter.check_draws(plan.draws)
     runtime.planner(plan)
     deepest = drafter.max_depth
     if deepest is not None and runtime.shape.depth > deepest:

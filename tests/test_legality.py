@@ -60,6 +60,9 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
     "drawn siblings in a dynamic tree": (
         ["runtime.shape={shape: dynamic}", "runtime.draws=iid", "evaluation.temperature=0.7"], "dynamic"),
     "drawn tokens beside a lookup": (["runtime.hybrid={}", "runtime.draws=iid", "evaluation.temperature=0.7"], "'iid'"),
+    "draws from slots that know later tokens": (
+        ["drafter={name: specdiff, order: confidence, passes: 4}", "runtime.draws=iid", "evaluation.temperature=0.7"],
+        "runtime.draws 'iid'"),
     "a lookup that draws": (["drafter={name: ngram}", "runtime.draws=iid", "evaluation.temperature=0.7"], "'iid'"),
     "a greedy rule for sampling": (["runtime.rule=greedy", "evaluation.temperature=0.7"], "greedy"),
     "rejection sampling of a tree": (

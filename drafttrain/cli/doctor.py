@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from drafttrain import legality
 from drafttrain.core.errors import UserError
 from drafttrain.core.layers import native_dtype
 from drafttrain.core.packed import SHARE, packs
@@ -177,12 +178,14 @@ def mask(patient: Patient) -> str:
     return f"{sum(counts):,} tokens to learn in {len(counts):,} conversations{empty}"
 
 
+def options(patient: Patient) -> str:
+    """What the recipe's parts ask of each other and of this target, as every stage checks it before its first work."""
+    legality.check(patient.recipe, patient.shape)
+    return f"they fit together and fit the target; exports: {', '.join(form.name for form in patient.recipe.export.configs)}"
+
+
 def drafter(patient: Patient) -> str:
-    made, shape = patient.drafter, patient.recipe.runtime.shape
-    if made.max_depth is not None and shape.depth > made.max_depth:
-        raise UserError(
-            f"runtime.shape drafts {shape.depth} tokens deep, but this {made.config.name} {made.max_depth}; choose a shallower shape"
-        )
+    made = patient.drafter
     reads = sorted(made.needs | made.teacher_needs)
     return f"{made.config.name}, {_parameters(made) / 1e6:.1f} M parameters, trained on {', '.join(reads)}"
 
@@ -243,7 +246,7 @@ def memory(patient: Patient) -> str:
 
 
 CHECKS: tuple[Callable[[Patient], str], ...] = (
-    target, precision, tokenizer, end, template, prompts, mask, drafter, rule, suite, disk, memory,
+    target, precision, tokenizer, end, options, template, prompts, mask, drafter, rule, suite, disk, memory,
 )  # fmt: skip
 
 

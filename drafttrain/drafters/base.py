@@ -24,7 +24,7 @@ from drafttrain.core.nodes import Nodes, to_nodes
 from drafttrain.core.plan import Chain, Plan
 from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
-from drafttrain.core.tree import Tree
+from drafttrain.core.tree import Draws, Tree
 from drafttrain.core.types import Committed, Features, Groups, Labels, TrainingBatch
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -42,6 +42,9 @@ class DrafterConfig(Config):
     def max_depth(self) -> int | None:
         """The deepest tree that a drafter of this configuration can draft; None where there is no bound."""
         return None
+
+    def check_draws(self, draws: Draws) -> None:
+        """A `UserError` where siblings drawn so would not stay exact with these options."""
 
 
 @dataclass

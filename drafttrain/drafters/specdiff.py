@@ -19,6 +19,7 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.losses import LossMix
 from drafttrain.core.plan import Plan
 from drafttrain.core.rng import SeededRng
+from drafttrain.core.tree import Draws
 from drafttrain.core.types import TrainingBatch
 from drafttrain.drafters.block import Anchors, BlockConfig, BlockDrafter, BlockLabels, BlockState
 from drafttrain.drafters.grow import Frontier, Parallel, Step
@@ -43,6 +44,23 @@ class SpecDiffConfig(BlockConfig):
     loss: LossMix = LossMix(forward_kl=0, ce=1)
     """What each masked position learns."""
 
+    @property
+    def group(self) -> int:
+        """Slots that a pass reveals."""
+        return -(-self.block // self.passes)
+
+    @property
+    def chooses(self) -> bool:
+        """Slots are revealed out of order, by tokens chosen with certainty."""
+        return self.order == "confidence" and self.group < self.block
+
+    def check_draws(self, draws: Draws) -> None:
+        if self.chooses and draws != "deterministic":
+            raise UserError(
+                f"runtime.draws '{draws}': slots revealed by confidence know later tokens, so that only 'deterministic' draws stay exact; "
+                f"set drafter.order to left_to_right, drafter.passes to 1, or runtime.draws to deterministic"
+            )
+
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(which slots are revealed [N, K] bool, their tokens [N, K]) -> states [N, K, D]."""
@@ -56,13 +74,11 @@ class SpecDiff(BlockDrafter):
 
     @property
     def group(self) -> int:
-        """Slots that a pass reveals."""
-        return -(-self.config.block // self.config.passes)
+        return self.config.group
 
     @property
     def chooses(self) -> bool:
-        """Slots are revealed out of order, by tokens chosen with certainty."""
-        return self.config.order == "confidence" and self.group < self.config.block
+        return self.config.chooses
 
     def revealed(self, batch: TrainingBatch, anchors: Anchors, rng: SeededRng) -> tuple[Tensor, Tensor]:
         K, T = self.config.block, batch.tokens.shape[1]
@@ -100,11 +116,7 @@ class SpecDiff(BlockDrafter):
         return states
 
     def fitted(self, plan: Plan, step: Step) -> Plan:
-        if self.chooses and plan.draws != "deterministic":
-            raise UserError(
-                f"runtime.draws '{plan.draws}': slots revealed by confidence know later tokens, so that only 'deterministic' draws stay "
-                f"exact; set drafter.order to left_to_right, drafter.passes to 1, or runtime.draws to deterministic"
-            )
+        self.config.check_draws(plan.draws)
         return plan
 
     def step(self, base: Tensor, hidden: Tensor, states: list[Tensor], state: BlockState, roots: Tensor) -> Step:

@@ -594,6 +594,13 @@ def edit_json(path: str, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def test_doctor_finds_what_only_the_targets_shape_refuses(empty: Path) -> None:
+    assert "'gguf'" in doctor_finds("options", "drafter={name: medusa}", "export.formats=[gguf]", "runtime.shape={shape: chain, length: 2}")
+    rule = ("runtime.rule={name: multidraft, scheme: optimal}", "runtime.draws=iid", "runtime.shape={shape: static, children: [2]}")
+    edit_json("target/config.json", vocab_size=65)
+    assert "has 65" in doctor_finds("options", *rule, "evaluation.temperature=1.0", "drafter={name: small_lm}")
+
+
 def test_doctor_finds_a_tokenizer_of_another_model(empty: Path) -> None:
     edit_json("target/config.json", vocab_size=60)
     assert "belongs to another model" in doctor_finds("tokenizer")
