@@ -241,7 +241,7 @@ def test_rounds_left_open_give_a_row_of_a_batch_what_it_gets_alone(policy: str, 
         ({"shape": SHAPES["dynamic"]}, "dynamic shape may drop them"),
         ({"hybrid": HybridConfig()}, "a lookup drafts under committed tokens alone; leave runtime.hybrid out"),
         ({"corrupt": 0.5}, "would swap them"),
-        ({"prefetch": 1}, "prefetched drafts on the next token"),
+        ({"prefetch": 1}, "runtime.prefetch drafts on a guess of the next token"),
     ],
 )
 def test_what_cannot_draft_below_candidates_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -295,7 +295,7 @@ def second_choices(tree: Tree, scored: Scored) -> Scored:
 def test_a_drafter_without_distributions_is_refused_by_the_rule_that_reads_them() -> None:
     logged = rounds("chain", COLD)[0]
     bare = Round(replace(logged.tree, draft_probs=None, probs_row=None), logged.scored)
-    with pytest.raises(UserError, match="rule 'confidence' reads draft distributions"):
+    with pytest.raises(UserError, match="rule 'confidence' reads the drafter's distributions"):
         bare.judged(Confidence(ConfidenceConfig()))
 
 
