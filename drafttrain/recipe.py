@@ -155,6 +155,8 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value cannot be read ({first_line(error)})") from error
     except RecursionError as error:
         raise yaml.YAMLError("nested too deeply") from error
+    if _nodes(value, MOST_VALUES) > MOST_VALUES:  # before anything walks them
+        raise UserError(f"recipe: more than {MOST_VALUES:,} values once its aliases are written out; write them out, or fewer")
     refuse_halves(value, "recipe")  # YAML takes `\\ud83d` for a letter
     return value
 
@@ -163,8 +165,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A file's mapping, or a `UserError`."""
     try:
         data = load_yaml(path.read_text(encoding="utf-8"))
-        if _nodes(data, MOST_VALUES) > MOST_VALUES:
-            raise UserError(f"recipe '{path}': more than {MOST_VALUES:,} values once its aliases are written out; write them out, or fewer")
     except FileNotFoundError as error:
         near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise UserError(f"recipe '{path}': no such file{near}; give a recipe (YAML) or the folder of a run") from error

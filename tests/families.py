@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 
 from drafttrain.drafters import DRAFTERS
@@ -27,8 +29,16 @@ FAMILIES = sorted(DRAFTERS)
 TRAINABLE = sorted(name for name, family in DRAFTERS.items() if family.trainable)
 GIVES_STATES = sorted(name for name, family in DRAFTERS.items() if family.readout is not Drafter.readout)
 """Families whose distributions can be computed again from states."""
+REPRESENTATIVES = ("eagle3", "jetspec", "medusa", "ngram", "small_lm")
+"""One of each way of drafting: what tests outside of contract/ run on in the fast suite; all others are `slow` there."""
 DEMO_VOCAB = 4096
 """Tokens of a reduced draft vocabulary on the demo target."""
+
+
+def slow_beyond(names: Iterable[str], fast: Iterable[str] = REPRESENTATIVES) -> list[Any]:
+    """Parameters of a test: all of them, those that are not among `fast` marked `slow`."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(name, marks=marks[name in set(fast)]) for name in names]
 
 
 def tiny_drafter(family: str, target: Target, seed: int = 0, **options: Any) -> Drafter:

@@ -23,7 +23,7 @@ from drafttrain.runtime.costs import Played, RoundCost, ScoreCurve, cost_of, rou
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.stats import PHASES, Statistics
 from tests.evaluation.toys import contender, target
-from tests.families import TRAINABLE
+from tests.families import REPRESENTATIVES, TRAINABLE, slow_beyond
 from tests.runtime.test_adaptive import random_drafter
 
 CURVE = ScoreCurve((1, 2, 8), (1.0, 1.2, 1.8))
@@ -64,7 +64,7 @@ def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.shape}-{shape.nodes}")
-@pytest.mark.parametrize("family", ["fitted eagle3", *TRAINABLE])
+@pytest.mark.parametrize("family", slow_beyond(["fitted eagle3", *TRAINABLE], ["fitted eagle3", *REPRESENTATIVES]))
 def test_replay_counts_what_greedy_decoding_counts_with_every_tree(family: str, shape: Chain | Static | Dynamic) -> None:
     """Rounds, tokens and acceptance by depth, on texts of different lengths side by side."""
     drafter = contender().decoder.drafter if family == "fitted eagle3" else random_drafter(family, target())

@@ -17,7 +17,7 @@ from drafttrain.runtime.policy import LONGEST_PAUSE, PAUSE, PLAIN_PROBE, PROBE, 
 from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import History, PastRound
 from drafttrain.target.adapter import Target
-from tests.families import TINY, TRAINABLE, bare_drafter
+from tests.families import TINY, TRAINABLE, bare_drafter, slow_beyond
 from tests.tiny import fitted, greedy_text, tiny_eagle3, tiny_target
 
 PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
@@ -50,7 +50,7 @@ def run(
     return batch, drafted
 
 
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("family", slow_beyond(TRAINABLE))
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["alone", "batch"])
 def test_a_drafter_that_loses_is_left_alone_and_the_text_is_the_targets_own(family: str, prompts: list[list[int]]) -> None:
     target = tiny_target(3)

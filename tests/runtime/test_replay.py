@@ -15,7 +15,8 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.grow import widen
 from drafttrain.runtime.decoder import Generation, RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.replay import Expected, _expect_answer, replay_sampled, stands
-from tests.runtime.test_rounds import PROMPTS, WAYS, drafter, target
+from tests.families import slow_beyond
+from tests.runtime.test_rounds import FAST, PROMPTS, WAYS, drafter, target
 from tests.tiny import packed
 
 K, NEW, SAMPLES = 3, 24, 120
@@ -39,7 +40,8 @@ def decoded(name: str, temperature: float | None = None) -> list[Generation]:
     return SpeculativeDecoder(target(), drafter(name), runtime).generate(PROMPTS, NEW, *WARM, seed=2, n=SAMPLES, batch_size=64)
 
 
-@pytest.mark.parametrize(("name", "temperature"), [(name, None) for name in WAYS] + [("eagle3", 1.4)])
+@pytest.mark.parametrize("temperature", [None, pytest.param(1.4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_beyond(WAYS, FAST))
 def test_sampled_replay_gives_the_accepted_length_of_sampled_decoding(name: str, temperature: float | None) -> None:
     expected, online = replayed(name, temperature), decoded(name, temperature)
     tokens, rounds = (np.array([getattr(one.statistics, field) for one in online], float) for field in ("tokens", "rounds"))
@@ -57,7 +59,7 @@ def test_sampled_replay_gives_the_accepted_length_of_sampled_decoding(name: str,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", slow_beyond(WAYS, FAST))
 def test_how_likely_draws_stand_is_what_the_two_distributions_say_at_every_root_and_depth(name: str) -> None:
     starts = [len(PROMPTS[index // SAMPLES]) for index in (0, SAMPLES, 2 * SAMPLES)]
     batch = packed(target(), [texts()[index] for index in (0, SAMPLES, 2 * SAMPLES)], starts)

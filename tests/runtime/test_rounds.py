@@ -24,7 +24,7 @@ from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.generate import RoundRecord
 from drafttrain.runtime.rounds import LoggedProbs, RoundLog, RoundRecorder, joined, log_rounds
 from drafttrain.target.adapter import Target
-from tests.families import GIVES_STATES, TINY, bare_drafter
+from tests.families import GIVES_STATES, REPRESENTATIVES, TINY, bare_drafter, slow_beyond
 from tests.tiny import VOCAB, fitted, tiny_target
 
 PROMPTS = [[5, 9, 11, 30, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48], [7, 7]]
@@ -35,6 +35,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "small_lm, narrow": ("small_lm", {"layers": 1, "hidden_size": 16}),
 }
 """Every family whose distributions can be computed again, and its further ways: label -> family, options."""
+FAST = [name for name in WAYS if name in REPRESENTATIVES or name not in GIVES_STATES]
 RAGGED = Static(choices=((0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0)))
 HOT = Sampling(temperature=0.9, top_k=20, top_p=0.95)
 
@@ -94,7 +95,7 @@ class Spy(RoundRecorder):
 
 
 @pytest.mark.parametrize("shape", [Chain(length=3), Static(children=(3, 2)), RAGGED], ids=["chain", "3-2", "ragged"])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", slow_beyond(WAYS, FAST))
 def test_distributions_recomputed_from_logged_states_are_those_the_rounds_used(
     name: str, shape: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ from drafttrain.target.head import TargetHead
 from drafttrain.train import loop
 from drafttrain.train.checkpoint import checkpoints
 from drafttrain.train.loop import Stopped, TrainConfig, TrainingRun, new_accelerator, train
-from tests.families import TINY, TRAINABLE, bare_drafter
+from tests.families import TINY, TRAINABLE, bare_drafter, slow_beyond
 from tests.tiny import VOCAB, tiny_target
 
 OPTIONS: dict[str, Any] = {
@@ -82,7 +82,7 @@ def asked_to_stop_after(steps: int) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("family", slow_beyond(TRAINABLE))
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_loss_by_loss(family: str, tmp_path: Path) -> None:
     target = tiny_target(11)
     store = tiny_store(target, tmp_path / "data")
@@ -208,7 +208,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("family", slow_beyond(TRAINABLE, ["eagle3", "jetspec"]))
 def test_two_processes_of_accelerate_launch_equal_one_loss_by_loss(family: str, tmp_path: Path) -> None:
     target = tiny_target(16)
     store = tiny_store(target, tmp_path / "data")
@@ -229,7 +229,7 @@ def test_two_processes_of_accelerate_launch_equal_one_loss_by_loss(family: str, 
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("family", slow_beyond(TRAINABLE))
 def test_replayed_accepted_length_is_what_decoding_measures(family: str, tmp_path: Path) -> None:
     target = tiny_target(17)
     store = tiny_store(target, tmp_path / "data")

@@ -264,6 +264,7 @@ def labelled_in_memory(prompts: list[list[int]]) -> JudgeExamples:
         return labelled(target(), drafter(), prompts, lambda number, answer: True, 10, Path(folder)).examples
 
 
+@pytest.mark.slow
 def test_random_tokens_that_can_be_told_from_drafted_ones_are_not_let_through_once_they_are_learnt() -> None:
     known = planted()
     strange = known.last.clone()
@@ -307,6 +308,7 @@ def test_labels_that_carry_nothing_give_an_auc_of_a_half() -> None:
     assert got is not None and abs(got - 0.5) < 0.1  # 400 held out: three deviations
 
 
+@pytest.mark.slow
 def test_a_weight_on_bad_tokens_makes_the_judge_stricter() -> None:
     agreed = [fit(planted(noise=3.0), "x", JudgeTrainConfig(wrong_weight=weight)).head(planted().last) > 0 for weight in (0.2, 1.0, 5.0)]
     assert agreed[0].sum() > agreed[1].sum() > agreed[2].sum()

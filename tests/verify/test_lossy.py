@@ -35,7 +35,7 @@ from drafttrain.verify.lossy import longest
 from drafttrain.verify.reflective import ReflectiveConfig
 from drafttrain.verify.typical import Typical, TypicalConfig, threshold
 from tests.evaluation.toys import sample
-from tests.families import TRAINABLE, trained_drafter
+from tests.families import TRAINABLE, slow_beyond, trained_drafter
 from tests.verify.logged import COLD, PROMPTS, SHAPES, WARM, Round, decoded, drafter, lengths, rounds, target
 
 OFF: dict[str, RuleConfig] = {
@@ -193,7 +193,7 @@ def test_a_distribution_of_fewer_tokens_than_candidates_repeats_its_first_one() 
         assert target_candidates[2:] == target_candidates[:1] * 2
 
 
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("family", slow_beyond(TRAINABLE))
 @pytest.mark.parametrize("sampling", [COLD, WARM], ids=["greedy", "sampled"])
 def test_rounds_left_open_go_on_from_the_last_accepted_token_and_nothing_is_lost_or_counted_twice(family: str, sampling: Sampling) -> None:
     """A node of the cache is worth what a forward of the whole text gives there, for every family and row."""

@@ -97,7 +97,7 @@ def test_priority_is_above_recursive_rejection_and_near_the_limit() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("K", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_drafts_stand_as_often_as_the_distribution_of_the_choice_says(scheme: str, K: int) -> None:
     """All K drafts of 4 tokens through the rule's own call, each with its probability, all of its choices walked."""
     for seed in range(3):
