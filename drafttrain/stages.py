@@ -280,7 +280,7 @@ def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tu
 
 def decision_folder(recipe: Recipe, config: DecisionTraining) -> Path:
     """One for each kind of labels and each sampling, as a model serves no other: `decision-soft-t0.7-k50`."""
-    temperature, top_k, top_p = recipe.evaluation.sampling
+    temperature, top_k, top_p = recipe.evaluation.sampling[:3]
     cuts = [f"k{top_k}"] * (top_k > 0) + [f"p{top_p:g}"] * (top_p < 1)
     return recipe.folder / "-".join(["decision", config.labels, f"t{temperature:g}", *cuts])
 

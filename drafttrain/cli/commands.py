@@ -267,6 +267,13 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Keep the smallest set of likeliest tokens with this mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.", show_default=False)] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens at least this share as likely as the likeliest.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Keep the most typical tokens with this mass.")] = None,
+    top_n_sigma: Annotated[float | None, typer.Option(help="Keep logits within so many deviations of the largest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Makes tokens of prompt and answer less likely; 1 is none.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Taken from logits of tokens in the answer.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time they stand there.")] = None,
+    bad_words: Annotated[list[str] | None, typer.Option(help="Never write this; may be given several times.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without the drafter.")] = False,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page of all rounds.", show_default=False)] = None,
 ) -> None:
@@ -281,7 +288,11 @@ def generate(
     resolved = _load(run, [*(overrides or ()), *chosen])  # rules and policies are checked against what is decoded with
     asked = sys.stdin.read() if prompt == "-" else prompt
     sampling = {name: value for name, value in resolved.evaluation if name in given}
-    _stream(resolved, asked, plain, trace, max_new_tokens=max_new_tokens, stop=stop or (), **sampling)
+    changes = {
+        "min_p": min_p, "typical_p": typical_p, "top_n_sigma": top_n_sigma, "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "bad_words": bad_words,
+    }  # fmt: skip
+    _stream(resolved, asked, plain, trace, max_new_tokens=max_new_tokens, stop=stop or (), **sampling, **changes)
 
 
 @app.command()
@@ -413,7 +424,8 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
         records = {stage: stages.perform(stage, resolved) for stage in stages.STAGES}
     _print_table(stages.rows_of(resolved, records["eval"]))
     stages.console.print(Text(f"\n{first.turns[0]}", "bold"))
-    _stream(resolved, first.opening(), max_new_tokens=config.max_new_tokens, seed=config.seed, **config.sampling._asdict())
+    drawing: dict[str, Any] = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    _stream(resolved, first.opening(), max_new_tokens=config.max_new_tokens, seed=config.seed, **drawing)
 
 
 @app.command()

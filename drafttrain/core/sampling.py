@@ -1,4 +1,7 @@
-"""The distribution a token is drawn from: temperature, then top-k, then top-p, applied alike to target and drafter.
+"""The distribution a token is drawn from: temperature, then the cuts, applied alike to target and drafter.
+
+The order is transformers': temperature, top-n-sigma, top-k, top-p, min-p, typical-p. What depends on the text before a token as well,
+such as penalties, is in `processing.py`.
 
 p target's distribution, q drafter's distribution; both are what stands after this file, in fp32.
 """
@@ -29,6 +32,13 @@ class Sampling(NamedTuple):
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens that holds at least this mass; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the likeliest (Nguyen et al., 2024, arXiv:2407.01082); 0 keeps all."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprisal is nearest to the entropy, until they hold this mass (Meister et al., 2022, arXiv:2202.00666);
+    1 keeps all."""
+    top_n_sigma: float = 0.0
+    """Keep logits within so many standard deviations of the largest (Tang et al., 2024, arXiv:2411.07641); 0 keeps all."""
 
     @property
     def greedy(self) -> bool:
@@ -36,13 +46,19 @@ class Sampling(NamedTuple):
 
     def check(self) -> Sampling:
         """Itself, or a `UserError` that names the value out of range."""
-        temperature, top_k, top_p = self
+        temperature, top_k, top_p, min_p, typical_p, top_n_sigma = self
         if not (_number(temperature, Real) and 0 <= temperature < math.inf):  # also where it is not a number
             raise UserError(f"temperature {temperature!r} is not 0 or a finite positive number; use 0 for greedy decoding, or 0.7")
         if not (_number(top_k, Integral) and top_k >= 0):
             raise UserError(f"top_k {top_k!r} is not a whole number from 0 up; use 0 to keep every token")
         if not (_number(top_p, Real) and 0 < top_p <= 1):
             raise UserError(f"top_p {top_p!r} is outside (0, 1]; use 1 to keep every token")
+        if not (_number(min_p, Real) and 0 <= min_p <= 1):
+            raise UserError(f"min_p {min_p!r} is outside [0, 1]; use 0 to keep every token, or 0.05")
+        if not (_number(typical_p, Real) and 0 < typical_p <= 1):
+            raise UserError(f"typical_p {typical_p!r} is outside (0, 1]; use 1 to keep every token")
+        if not (_number(top_n_sigma, Real) and 0 <= top_n_sigma < math.inf):
+            raise UserError(f"top_n_sigma {top_n_sigma!r} is not 0 or a finite positive number; use 0 to keep every token, or 1")
         return self
 
     def probs(self, logits: Tensor) -> Tensor:
@@ -50,15 +66,41 @@ class Sampling(NamedTuple):
         if self.greedy:
             return one_hot(likeliest(logits), logits.shape[-1])
         logits = logits.to(torch.float32, copy=True).div_(max(self.temperature, COLDEST))
+        if self.top_n_sigma > 0:
+            logits = within_sigmas(logits, self.top_n_sigma)
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
         probs = logits.softmax(-1)
-        return probs if self.top_p >= 1 else nucleus(probs, self.top_p)
+        probs = probs if self.top_p >= 1 else nucleus(probs, self.top_p)
+        if self.min_p > 0:
+            probs = normalise(probs * (probs >= self.min_p * probs.amax(-1, keepdim=True)))
+        return probs if self.typical_p >= 1 else typical(probs, self.typical_p)
 
 
 COLDEST = 1e-30
 """Temperatures below it give its distribution, greedy but for ties and differences below 1e-28: dividing by less would overflow."""
+
+
+def within_sigmas(logits: Tensor, sigmas: float) -> Tensor:
+    """[..., V] -> [..., V] with -inf below max - sigmas * std. Tokens forbidden before (-inf) have no part in the deviation."""
+    real = logits > float("-inf")
+    count = real.sum(-1, keepdim=True).clamp_min(1)
+    mean = logits.masked_fill(~real, 0).sum(-1, keepdim=True) / count
+    spread = (logits - mean).masked_fill(~real, 0).square().sum(-1, keepdim=True).div(count).sqrt()
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) - sigmas * spread, float("-inf"))
+
+
+def typical(probs: Tensor, mass: float) -> Tensor:
+    """The tokens whose surprisal is nearest to the entropy until they hold `mass`, and all as near as the last: [..., V] -> [..., V]."""
+    surprisal = -probs.log()  # inf where a token cannot come
+    entropy = torch.special.entr(probs).sum(-1, keepdim=True)
+    distance = (surprisal - entropy).abs()
+    nearest, order = distance.sort(dim=-1)
+    held = probs.gather(-1, order).cumsum(-1)
+    last = (held < mass).sum(-1, keepdim=True).clamp_max(probs.shape[-1] - 1)
+    return normalise(probs * (distance <= nearest.gather(-1, last)))
+
 
 BLOCK = 256  # logits looked at together
 

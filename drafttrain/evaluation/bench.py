@@ -221,7 +221,7 @@ class Bench:
         finished = {row.run for row in read_rows(out_path)} if out_path.exists() else set()
         number = next(n for n in range(1, len(finished) + 2) if f"{name}-{n}" not in finished)
         return Setting(
-            f"{name}-{number}", target.name, target.fingerprint, dtype, suite.name, suite.hash, *config.sampling,
+            f"{name}-{number}", target.name, target.fingerprint, dtype, suite.name, suite.hash, *config.sampling[:3],
             config.max_new_tokens, config.repeats, config.seed, *where, commit(),
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )  # fmt: skip

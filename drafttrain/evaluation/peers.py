@@ -62,7 +62,7 @@ class PeerConfig(Config):
 
 
 NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": None, "typical_p": None, "min_new_tokens": None}
-"""What a checkpoint's own generation_config might ask for, and plain decoding would not do."""
+"""What a checkpoint's own generation_config might ask for; plain decoding does what is not left out by `ignore_generation_options`."""
 
 
 @dataclass
@@ -87,7 +87,8 @@ class Peer:
         with rounds:
             out: Tensor = self.target.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=list(self.target.eos_ids) or None,
-                pad_token_id=(self.target.eos_ids or (0,))[0], **NEUTRAL, **self._drawing(sampling), **self._drafting(),
+                pad_token_id=(self.target.eos_ids or (0,))[0], **{**NEUTRAL, **self.target.own_options}, **self._drawing(sampling),
+                **self._drafting(),
             )  # fmt: skip
         tokens = out[0, len(prompt) :].tolist()
         wall = time.perf_counter() - start

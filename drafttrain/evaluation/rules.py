@@ -307,7 +307,8 @@ def _judged_by(
     return [
         RuleRow(
             log=log.folder.name, contender=contender.label, target=target.name, target_fingerprint=target.fingerprint, dtype=log.info.dtype,
-            drafter_fingerprint=log.info.drafter, suite=suite.name, suite_hash=suite.hash, **config.sampling._asdict(),
+            drafter_fingerprint=log.info.drafter, suite=suite.name, suite_hash=suite.hash, temperature=config.temperature,
+            top_k=config.top_k, top_p=config.top_p,
             max_new_tokens=config.max_new_tokens, seed=config.seed, shape=decoder.runtime.shape.model_dump(mode="json"),
             draws=log.info.draws, decoded_by=log.info.rule, decoded_tau=float(accepted.mean()) + 1, rounds=len(log),
             prompts=len(np.unique(prompt // config.repeats)), chances=chances, rule=one.judge.label,

@@ -94,7 +94,7 @@ class Contender:
 
         memory = PeakMemory(self.decoder.target.device)
         start = time.perf_counter()
-        (generation,) = self.decoder.generate([prompt], max_new_tokens, *sampling, seed=seed, on_round=watch)
+        (generation,) = self.decoder.generate([prompt], max_new_tokens, *sampling[:3], seed=seed, on_round=watch)
         wall = time.perf_counter() - start
         statistics = generation.statistics
         statistics.seconds["other"] += wall - sum(statistics.seconds.values())

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain, groupby
-from numbers import Integral
+from numbers import Integral, Real
 from operator import or_
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import yaml
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Unpack
 
 from drafttrain.core.config import Config, parse
 from drafttrain.core.errors import UserError, first_line, nearest, refuse_halves
 from drafttrain.core.layers import in_precision
 from drafttrain.core.packed import packed
 from drafttrain.core.plan import Chain, Plan, Shape
+from drafttrain.core.processing import LogitsProcessor, Processing
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Draws, Topology
 from drafttrain.drafters import DRAFTERS
@@ -57,15 +59,35 @@ HALF = "\ufffd"
 """What a tokenizer shows for the bytes of a character that is not whole yet."""
 
 REFUSED = {
-    "repetition_penalty": "it changes the target's distribution with every token, drafted ones included",
-    "presence_penalty": "it changes the target's distribution with every token, drafted ones included",
-    "frequency_penalty": "it changes the target's distribution with every token, drafted ones included",
-    "no_repeat_ngram_size": "it changes the target's distribution with every token, drafted ones included",
-    "min_p": "no verification rule here is proven with it",
-    "typical_p": "no verification rule here is proven with it",
     "num_beams": "a beam is not a sample of the target's distribution",
-    "logits_processor": "an arbitrary change of the distribution cannot be verified exactly",
+    "guidance_scale": "it reads a second forward of the target at every token",
+    "penalty_alpha": "contrastive search is not a sample of the target's distribution",
+    "prompt_lookup_num_tokens": "the runtime drafts itself; use an ngram drafter",
+    "assistant_model": "the runtime drafts itself; use a small_lm drafter",
 }
+
+
+class Options(TypedDict, total=False):
+    """Further options of `generate` and `stream`, all of them applied at every node of a tree along its own path. What is left out, or
+    None, is as the target's own generation_config.json says."""
+
+    min_p: float | None
+    typical_p: float | None
+    top_n_sigma: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    bad_words: Sequence[str | Sequence[int]] | None
+    """Texts, or token ids as they are. A text is forbidden with and without a space before it."""
+    no_repeat_ngram_size: int | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
+    """A function of (texts [n, T], logits [n, V]), several, or transformers' `LogitsProcessorList`; pure functions of each text and its
+    logits."""
+
+
+CUTS = ("min_p", "typical_p", "top_n_sigma")
+"""Options of `Sampling` beside temperature, top_k and top_p."""
 
 
 if TYPE_CHECKING:
@@ -421,20 +443,21 @@ class SpeculativeDecoder:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int = 0, stop: Stop = None, n: int = 1, batch_size: int = 16, on_round: RoundHook | None = None, **refused: Any,
+        seed: int = 0, stop: Stop = None, n: int = 1, batch_size: int = 16, on_round: RoundHook | None = None,
+        **options: Unpack[Options],
     ) -> list[Generation]:
         """`n` samples of each prompt, prompt after prompt.
 
         The same seed gives the same texts, whatever the batch size. batch_size: rows decoded at a time; a finished one makes room for the
         next prompt, and the samples of one prompt are decoded together, even where they are more. stop: a string, or several, that end a
-        text, themselves left out. Raises `UserError` for an empty or too long prompt, for options out of range, and for options that no
-        rule can honour exactly.
+        text, themselves left out. options: see `Options`. Raises
+        `UserError` for an empty or too long prompt, and for options out of range, unknown, or not to be kept exactly.
         """
-        _refuse(refused)
+        sampling, processing = self._drawing(Sampling(temperature, top_k, top_p), options)
         _check_count("batch_size", batch_size, "at least one row is decoded at a time")
         stops = self._stops(stop)
         requests = self._requests(_as_list(prompts), max_new_tokens, n)
-        loop = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
+        loop = self.batch(sampling, seed, stops, on_round, processing)
         origins: list[list[int]] = [[] for _ in requests]
         for gained in chain.from_iterable(served(loop, requests, batch_size)):
             origins[gained.row] += gained.origins
@@ -444,12 +467,12 @@ class SpeculativeDecoder:
 
     def stream(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-        stop: Stop = None, on_round: RoundHook | None = None, **refused: Any,
+        stop: Stop = None, on_round: RoundHook | None = None, **options: Unpack[Options],
     ) -> Stream:
         """One sample as it is written: what may yet become a stop string, or half a character, waits."""
-        _refuse(refused)
+        sampling, processing = self._drawing(Sampling(temperature, top_k, top_p), options)
         stops, request = self._stops(stop), self._requests([prompt], max_new_tokens, 1)
-        loop = self.batch(Sampling(temperature, top_k, top_p), seed, stops, on_round)
+        loop = self.batch(sampling, seed, stops, on_round, processing)
         return Stream(self._written(loop, request, stops), loop)
 
     def _written(self, loop: DecodingLoop, request: list[Request], stops: tuple[str, ...]) -> Generator[Piece, None, None]:
@@ -532,12 +555,60 @@ class SpeculativeDecoder:
         messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
         return list(tokenizer(render(tokenizer, messages, "prompt"), add_special_tokens=False)["input_ids"])
 
-    def batch(self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None) -> DecodingLoop:
-        """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds."""
+    def _drawing(self, sampling: Sampling, options: Options) -> tuple[Sampling, Processing]:
+        """How tokens are drawn, and how logits are changed before; a `UserError` for an option out of range or unknown."""
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        for name in options:
+            if name not in Options.__annotations__:
+                reason = f"is refused: {REFUSED[name]}" if name in REFUSED else f"is unknown{nearest(name, Options.__annotations__)}"
+                raise UserError(f"option '{name}' {reason}; known: {', '.join(Options.__annotations__)}")
+        sampling = self.target.sampling(sampling.check())._replace(**{name: given[name] for name in CUTS if name in given}).check()
+        ngram = given.get("no_repeat_ngram_size")
+        if ngram is not None and not (_is_whole(ngram) and ngram >= 0):
+            raise UserError(f"no_repeat_ngram_size {ngram!r}: expected a whole number from 0 up; 0 repeats freely")
+        penalty = given.get("repetition_penalty")
+        numbers: dict[str, Any] = {name: _as_number(name, given[name]) for name in PENALTIES if name in given}
+        Processing(**numbers).check(self.target.vocab_size)
+        own = self.target.processing(repetition_penalty=penalty, no_repeat_ngram_size=ngram)
+        asked = replace(
+            own, presence_penalty=given.get("presence_penalty", 0.0), frequency_penalty=given.get("frequency_penalty", 0.0),
+            logit_bias=_as_bias(given.get("logit_bias", {})), bad_words=self._bad_words(given.get("bad_words", ())),
+            processors=own.processors + _as_processors(given.get("logits_processor", ())),
+        )  # fmt: skip
+        return sampling, asked.check(self.target.vocab_size)
+
+    def _bad_words(self, words: Any) -> tuple[tuple[int, ...], ...]:
+        """As token ids."""
+        if isinstance(words, str) or not isinstance(words, Sequence):
+            raise UserError(f"bad_words {words!r}: expected a list of texts, or of lists of token ids")
+        out: list[tuple[int, ...]] = []
+        for word in words:
+            if not isinstance(word, str):
+                if not _all_are(Integral, word):
+                    raise UserError(f"bad_words {word!r}: expected a text, or a list of token ids")
+                out.append(tuple(map(int, word)))
+                continue
+            if self.target.tokenizer is None:
+                raise UserError(f"bad_words {word!r}: this target has no tokenizer; give token ids")
+            for text in (word, " " + word.lstrip()):
+                out.append(tuple(self.target.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return tuple(dict.fromkeys(out))
+
+    def batch(
+        self, sampling: Sampling, seed: int = 0, stop: tuple[str, ...] = (), on_round: RoundHook | None = None,
+        processing: Processing | None = None,
+    ) -> DecodingLoop:
+        """The loop itself, ready to `start` on requests and to `step` round by round, for whoever needs to stand between rounds.
+
+        processing: what changes the target's logits, sampling being all there is; None: both are joined by what the target's own
+        configuration asks for.
+        """
         if not (_is_whole(seed) and 0 <= seed < 2**63):
             raise UserError(f"seed {seed!r}: expected a whole number from 0 to 2^63 - 1; take another one")
         if not (on_round is None or callable(on_round)):
             raise UserError(f"on_round {on_round!r}: expected a function of a `RoundRecord`")
+        if processing is None:
+            sampling, processing = self.target.sampling(sampling.check()), self.target.processing()
         rule, plan = self.runtime.fitted(sampling.check(), self.drafter)
         if self.drafter is None:  # a lone root is a chain of deterministic draws, whatever the drafted trees would be
             lone = RuntimeConfig(shape=Chain(length=1), draws="deterministic", rule="auto" if sampling.greedy else "recursive")
@@ -546,7 +617,9 @@ class SpeculativeDecoder:
             self._policies[plan] = Fixed(plan) if self.drafter is None else self.runtime.planner(plan)
         stopper = None if not stop else lambda request, tokens: self._keep(tokens, stop)
         proposer, chunk = self._proposer(rule, seed), self.runtime.prefill_chunk
-        return DecodingLoop(self.target, proposer, rule, self._policies[plan], sampling, seed, stopper, on_round, chunk)
+        return DecodingLoop(
+            self.target, proposer, rule, self._policies[plan], sampling, seed, stopper, on_round, chunk, processing=processing
+        )
 
     def _proposer(self, rule: Rule, seed: int) -> Proposer:
         """Who drafts for one loop."""
@@ -618,12 +691,28 @@ def runtime_of(run: Path) -> RuntimeConfig | None:
     return parse(RuntimeConfig, recipe.get("runtime", {}) if isinstance(recipe, dict) else recipe, str(path))
 
 
-def _refuse(options: dict[str, Any]) -> None:
-    for name in options:
-        known = ", ".join(REFUSED)
-        raise UserError(
-            f"option '{name}' is refused: {REFUSED[name]}" if name in REFUSED else f"unknown option '{name}' (refused by name: {known})"
-        )
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def _as_number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise UserError(f"{name} {value!r}: expected a number")
+    return float(value)
+
+
+def _as_bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(bias, Mapping):
+        raise UserError(f"logit_bias {shortened(bias)}: expected a mapping of token ids to numbers, such as {{13: -2.5}}")
+    out = []
+    for token, value in bias.items():
+        if not _is_whole(token):
+            raise UserError(f"logit_bias: token {token!r} is no token id; give whole numbers")
+        out.append((int(token), _as_number(f"logit_bias of token {token}", value)))
+    return tuple(sorted(out))
+
+
+def _as_processors(given: Any) -> tuple[LogitsProcessor, ...]:
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 def _undecided(text: str, stops: tuple[str, ...]) -> int:

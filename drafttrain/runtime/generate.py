@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from drafttrain.core.errors import UserError
+from drafttrain.core.processing import Processing, Texts, forbidden
 from drafttrain.core.rng import RowRng, SeededRng, draw_one
 from drafttrain.core.sampling import Sampling, likeliest
-from drafttrain.core.tree import Tree
+from drafttrain.core.tree import Tree, root_only
 from drafttrain.core.types import Features, Groups, Scored, Verdict
 from drafttrain.drafters.base import Drafter
 from drafttrain.runtime.accounting import Accounting
@@ -58,16 +60,20 @@ class DecodingLoop:
     def __init__(
         self, target: Target, drafter: Drafter | Proposer | None, rule: Rule, policy: Policy, sampling: Sampling, seed: int,
         stopper: Stopper | None = None, on_round: RoundHook | None = None, prefill_chunk: int = 512, features: frozenset[str] = frozenset(),
+        processing: Processing | None = None,
     ) -> None:
         """drafter: None decodes plainly, by the same loop. stopper: see `Stopper`; it moves the round's wait before the commit. features:
-        of the target, that `on_round` reads."""
+        of the target, that `on_round` reads. processing: what changes the target's logits; None: what the target itself asks for."""
         self.target, self.rule, self.policy, self.sampling, self.seed = target, rule, policy, sampling, seed
+        processing = target.processing() if processing is None else processing
+        self.processing = processing.check(target.vocab_size) if processing.active else None
         self.proposer = proposer_of(drafter, rule.leaves_next_open)
         self.stopper, self.on_round, self.prefill_chunk = stopper, on_round, prefill_chunk
         self.needs = rule.needs | self.proposer.needs | features
         self.accounts = Accounting(target, self.proposer)
         self.clock, self.history = self.accounts.clock, self.accounts.history
         self.ends = torch.tensor(target.eos_ids, dtype=torch.long, device=target.device)
+        self.prompts: list[list[int]] = []  # of every request
         self.written: list[list[int]] = []  # new tokens of every request so far
         self.rows: Rows | None = None  # None where none runs
         self.texts: dict[int, dict[int, list[int]]] = {}  # see `Groups`
@@ -103,10 +109,12 @@ class DecodingLoop:
             tree = self.proposer.propose(rows, plan, self.sampling)
             self.clock.lap("draft")
             scored = self.target.score(self.cache, self.rule.layout(tree), self.sampling, self.needs)  # the round's ONE forward
+            blocked = self._process(tree, scored)
             self.clock.lap("score")
             rows.rng.substream(2 * rows.rounds + 2)
-            verdict = self.rule(tree, scored, rows.rng)
+            verdict = self.rule(self._allowed(tree, scored), scored, rows.rng)
             cut = rows.cut(tree, verdict)
+            refuse_blocked(blocked, cut)
             self.clock.lap("verify")
             cut, gained = self._looked_at(tree, scored, verdict, cut)
             committed = self.target.commit(self.cache, tree, scored, cut.verdict, cut.count > 0)
@@ -121,6 +129,31 @@ class DecodingLoop:
             self._drop_finished()
             self.clock.lap("other")
             return out
+
+    def _process(self, tree: Tree, scored: Scored) -> Tensor | None:
+        """Changes the scored logits in place by the texts before them; where nothing may follow, if any options forbid tokens."""
+        if self.processing is None:
+            return None
+        assert self.rows is not None
+        texts, nodes, parts = self._texts(self.rows.numbers), tree.tokens.shape[1], []
+        logits = scored.logits.float()
+        for part in self.rule.readings(nodes):
+            processed = self.processing(logits[:, part], tree, texts, self.target.eos_ids)
+            logits[:, part] = processed.logits
+            parts.append(processed)
+        scored.logits = logits
+        return parts[0].blocked
+
+    def _texts(self, numbers: Sequence[int]) -> Texts:
+        """What the requests of these numbers have said so far."""
+        texts = [self.prompts[number] + self.written[number] for number in numbers]
+        return Texts(texts, [len(self.prompts[number]) for number in numbers])
+
+    def _allowed(self, tree: Tree, scored: Scored) -> Tree:
+        """What the rule sees: a lossless one rejects forbidden tokens by itself, a lossy one might let them through."""
+        if self.processing is None or self.rule.lossless:
+            return tree
+        return replace(tree, live=tree.live & ~forbidden(tree, scored.logits))
 
     def _looked_at(self, tree: Tree, scored: Scored, verdict: Verdict, cut: CutVerdict) -> tuple[CutVerdict, list[Emission] | None]:
         """What must see a round before it is committed: stop strings, which cut it further and need the host, and the hook."""
@@ -179,6 +212,7 @@ class DecodingLoop:
         read = self.target.prefill(self.cache, prompts, lengths, self.needs, self.prefill_chunk)
         copied = torch.tensor(copies, device=device)
         self.cache = self.cache.select(copied) if len(distinct) < len(requests) else self.cache
+        self.prompts += [request.prompt for request in requests]
         self.written += [[] for _ in requests]
         self.accounts.tally.grow(len(requests))
         streams = [request.stream for request in requests]
@@ -207,6 +241,13 @@ class DecodingLoop:
     def _first(self, logits: Tensor) -> Tensor:
         """[B, V] after the prompts -> [B] the token the prefill gives."""
         assert self.rows is not None
+        if self.processing is not None:
+            texts = self._texts(self.rows.numbers)
+            lone = root_only(torch.tensor([text[-1] for text in texts.tokens], device=logits.device))
+            processed = self.processing(logits[:, None], lone, texts, ())  # a prompt may end with an end token
+            logits = processed.logits[:, 0]
+            if processed.blocked is not None and bool(processed.blocked.any()):
+                raise UserError(BLOCKED)
         if self.sampling.greedy:
             return likeliest(logits)
         return draw_one(self.rows.rng, self.sampling.probs(logits))
@@ -248,6 +289,19 @@ class DecodingLoop:
     def statistics(self) -> list[Statistics]:
         """Each request's counts; times and calls, which rows share, stand with the first (waits for the device)."""
         return self.accounts.statistics()
+
+
+BLOCKED = "the logits processors forbid every token at a place where a text must go on; let them allow one, an end token for instance"
+
+
+def refuse_blocked(blocked: Tensor | None, cut: CutVerdict) -> None:
+    """A `UserError` where a row's next token was drawn though every token is forbidden. blocked: [B, N], or None where that cannot be."""
+    if blocked is None:
+        return
+    verdict = cut.verdict
+    last = torch.where(verdict.length > 0, verdict.path.gather(1, (verdict.length - 1).clamp_min(0)[:, None])[:, 0], 0)
+    if bool((blocked.gather(1, last[:, None])[:, 0] & (cut.count > verdict.length)).any()):
+        raise UserError(BLOCKED)
 
 
 def served(loop: DecodingLoop, requests: Sequence[Request], batch_size: int) -> Iterator[list[Emission]]:

@@ -170,9 +170,17 @@ def log_rounds(
     `UserError` where the family cannot hand over the states of drawn tokens, or the disk is full.
     """
     rule, plan = decoder.runtime.fitted(sampling.check(), decoder.drafter)
+    temperature, top_k, top_p = sampling[:3]
+    if sampling != Sampling(temperature, top_k, top_p) or decoder.target.own_options:
+        asked = ", ".join(decoder.target.own_options) or "min_p, typical_p or top_n_sigma"
+        raise UserError(
+            f"rounds are logged with temperature, top_k and top_p alone, not with {asked}: a log could not give distributions again; "
+            f"leave them out (target.ignore_generation_options for the target's own)"
+        )
     draws: Draws = decoder.runtime.treat_as or plan.draws
     info = RoundsInfo(
-        target=decoder.target.fingerprint, drafter=drafter, **sampling._asdict(), drafter_temperature=plan.temperature,
+        target=decoder.target.fingerprint, drafter=drafter, temperature=temperature, top_k=top_k, top_p=top_p,
+        drafter_temperature=plan.temperature,
         draws=draws, states=states or draws != "deterministic", max_depth=1, max_children=1, rule=rule.config.name,
         dtype=str(decoder.target.dtype).removeprefix("torch."), seed=seed, max_new_tokens=max_new_tokens, prompts=len(prompts),
         made_from=made_from or {},

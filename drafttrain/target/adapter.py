@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from drafttrain.core.counts import ThreadCount
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.packed import packed
+from drafttrain.core.processing import Processing
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Features, Scored, Verdict
@@ -36,7 +37,7 @@ from drafttrain.target.files import (
     weight_files,
 )
 from drafttrain.target.head import TargetHead
-from drafttrain.target.promises import check_end_ids, refuse_generation_options, served_context
+from drafttrain.target.promises import check_end_ids, own_options, processing_of, refuse_generation_options, served_context
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Target:
         self.windows = mask_windows(self.config)  # refuses layers that cannot roll back
         self.max_context = served_context(self.config, context_of(self.config), max_context, name)
         refuse_generation_options(model.generation_config, ignored, name)
+        self.own_options = own_options(model.generation_config, ignored)
+        """Of its generation_config.json, what decoding applies."""
         self.aux_layers = checked_aux_layers(aux_layers, self.config.num_hidden_layers)
         self.head = TargetHead.from_model(model)
         self.eos_ids = end_ids(model.generation_config, tokenizer, extra_ends)
@@ -112,6 +115,16 @@ class Target:
             config.hidden_size, self.vocab_size, config.num_hidden_layers, tuple(self.aux_layers), self.eos_ids,
             config_values(config), self.fingerprint,
         )
+
+    def sampling(self, asked: Sampling) -> Sampling:
+        """`asked`, with the cuts that the target's own configuration adds where tokens are drawn."""
+        cuts = {name: self.own_options[name] for name in ("min_p", "typical_p") if name in self.own_options}
+        return asked if asked.greedy else asked._replace(**cuts)
+
+    def processing(self, **given: Any) -> Processing:
+        """How its logits are changed. given: options of a generation configuration that go before its own; None leaves one to it."""
+        asked = {option: value for option, value in given.items() if value is not None}
+        return processing_of({**self.own_options, **asked}, self.eos_ids, str(self.device))
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """An empty cache; capacity counts committed tokens and one round's nodes."""

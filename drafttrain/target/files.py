@@ -50,8 +50,8 @@ class TargetConfig(Config):
     extra_end_ids: tuple[int, ...] = ()
     """Tokens that end an answer beside those of generation_config.json and the tokenizer, for models whose files forget one."""
     ignore_generation_options: tuple[str, ...] = ()
-    """Options of the model's generation_config.json that are left out, such as repetition_penalty; otherwise such a model is refused, as
-    its texts would not be those of its own `generate`."""
+    """Options of the model's generation_config.json that are left out, such as repetition_penalty. Otherwise those that are not
+    applied here are refused, as texts would not be those of its own `generate`."""
 
     def torch_device(self) -> torch.device:
         if self.device == "auto":

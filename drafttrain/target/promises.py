@@ -9,8 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.processing import LogitsProcessor, Processing
 
 STEADY_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary scalings that give a position the same angles whatever else is in the forward."""
@@ -29,6 +38,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Options of a generation configuration that change what `generate` writes, with the values that change nothing. (temperature, top_k and
 top_p are the caller's own here, and `do_sample` follows from them.)"""
+
+
+HONOURED = (
+    "sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length", "suppress_tokens", "min_p", "typical_p",
+)  # fmt: skip
+"""Those that decoding here applies as `generate` does: the last two where tokens are drawn, the others always, in this order."""
 
 
 def steady_context(config: Any) -> int | None:
@@ -80,12 +95,38 @@ def refuse_generation_options(generation: GenerationConfig | None, ignored: Sequ
         return
     for option, neutral in NEUTRAL.items():
         value = getattr(generation, option, None)
-        if value in neutral or option in ignored:
+        if value in neutral or option in ignored or option in HONOURED:
             continue
         raise UserError(
             f"target '{name}': its generation_config.json asks for {option}={value!r}, which is not applied here: texts would not be those "
             f"of its own `generate`; set target.ignore_generation_options=[{option}] to decode without it"
         )
+
+
+def own_options(generation: GenerationConfig | None, ignored: Sequence[str]) -> dict[str, Any]:
+    """What the checkpoint's generation_config.json asks for of what is honoured here."""
+    asked = {option: getattr(generation, option, None) for option in HONOURED if option not in ignored}
+    return {option: value for option, value in asked.items() if value not in NEUTRAL[option]}
+
+
+def processing_of(options: dict[str, Any], ends: Sequence[int], device: str) -> Processing:
+    """How logits are changed for these options of a generation configuration. ends: the end tokens.
+
+    A repetition penalty alone is computed for whole trees at once; anything else goes through transformers' own processors.
+    """
+    changing = {option: options[option] for option in HONOURED[:-2] if options.get(option) not in NEUTRAL[option]}
+    if set(changing) <= {"repetition_penalty"}:
+        return Processing(**changing)
+    eos = list(ends)
+    made: dict[str, Any] = {
+        "sequence_bias": SequenceBiasLogitsProcessor, "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+        "bad_words_ids": lambda words: NoBadWordsLogitsProcessor(words, eos_token_id=eos or None),
+        "min_length": lambda least: MinLengthLogitsProcessor(least, eos, device=device) if eos else None,
+        "suppress_tokens": lambda tokens: SuppressTokensLogitsProcessor(tokens, device=device),
+    }  # fmt: skip
+    processors: list[LogitsProcessor | None] = [make(changing[option]) for option, make in made.items() if option in changing]
+    return Processing(processors=tuple(processor for processor in processors if processor is not None))
 
 
 def check_end_ids(eos_ids: Sequence[int], vocab_size: int, name: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.core.errors import UserError
+from drafttrain.core.processing import Processing, Texts
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import root_only
@@ -57,6 +58,9 @@ class Sampler:
         """capacity: tokens of the longest prompt with its answer; batch and capacity set the cache's size."""
         self.target, self.batch, self.capacity, self.seed, self.purpose = target, batch, capacity, seed, purpose
         self.prefill_chunk = prefill_chunk
+        asked = target.processing()
+        self.processing: Processing | None = asked.check(target.vocab_size) if asked.active else None
+        """What the target's own configuration changes of its logits."""
         self.steps, self.read = 0, 0  # forwards of one token a row, prompt tokens read: tests count them
 
     @torch.inference_mode()
@@ -163,7 +167,8 @@ class _Rows:
                 kept[places, :known] = opening.features[name][:known]
             kept[places, known : known + value.shape[1]] = value
         streams = SeededRng(self.sampler.seed, torch.tensor([job.id for job in jobs], device=device), self.sampler.purpose)
-        self.roots[places] = draw(read.logits, streams, alike([job.sampling for job in jobs], device))
+        logits = self._processed(read.logits, prompts.gather(1, lengths[:, None] - 1)[:, 0], [self.rows[place] for place in vacant], True)
+        self.roots[places] = draw(logits, streams, alike([target.sampling(job.sampling) for job in jobs], device))
         self.rng.key[places], self.rng.count[places] = streams.key, streams.count
         self._sort()
 
@@ -185,9 +190,22 @@ class _Rows:
         place = torch.arange(len(self.rows), device=self.target.device)
         for name, value in scored.features.items():
             self._keep(name, value.shape[-1])[place, self.cache.lengths] = value[:, 0]
-        read, self.roots = self.roots, draw(scored.logits[:, 0], self.rng, self.drawn)
+        logits = self._processed(scored.logits[:, 0], self.roots, self.rows)
+        read, self.roots = self.roots, draw(logits, self.rng, self.drawn)
         self.cache.commit(torch.zeros_like(place)[:, None], self.live.long(), moved=False)
         return self._hand_out(torch.stack([read, self.roots], 1).tolist())  # the step's one wait
+
+    def _processed(self, logits: Tensor, roots: Tensor, rows: Sequence[_Row | None], entering: bool = False) -> Tensor:
+        """[B, V] after each row's root, as the target's own options change them. entering: the root is the prompt's last token."""
+        if self.sampler.processing is None:
+            return logits
+        texts = Texts([], [])
+        for row, root in zip(rows, roots.tolist(), strict=True):
+            prompt = [] if row is None else row.job.prompt
+            written = [root] if row is None or not row.written else row.written  # the first is not fetched yet
+            texts.tokens.append(prompt if entering else prompt + written)
+            texts.prompts.append(len(prompt))
+        return self.sampler.processing(logits[:, None], root_only(roots), texts).logits[:, 0]
 
     def _hand_out(self, fetched: list[list[int]]) -> list[Finished]:
         done = []
@@ -234,7 +252,7 @@ class _Rows:
     def _sort(self) -> None:
         """Groups rows by how they are drawn, whenever the rows have changed."""
         device = self.target.device
-        self.drawn = alike([row.job.sampling if row else Sampling() for row in self.rows], device)
+        self.drawn = alike([self.target.sampling(row.job.sampling) if row else Sampling() for row in self.rows], device)
         self.live = torch.tensor([row is not None for row in self.rows], device=device)
         self.cache.lengths *= self.live  # a vacant place must not reach beyond what the others need
 

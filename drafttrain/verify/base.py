@@ -66,6 +66,10 @@ class Rule(ABC):
         """What the target scores; a rule may append tokens of its own after the tree's nodes."""
         return tree.layout()
 
+    def readings(self, nodes: int) -> tuple[slice, ...]:
+        """The parts of what was scored that are the tree's nodes, each in the tree's order: of all of them logits are processed."""
+        return (slice(0, nodes),)
+
     @abstractmethod
     def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         """The nodes that are accepted, batch-first, without waiting for the host."""

@@ -67,7 +67,8 @@ class Longest(Rule):
         row = torch.arange(len(node), device=node.device)
         width = min(self.config.width, scored.logits.shape[-1])
         if scored.sampling.greedy:
-            return scored.logits[row, node].topk(width, -1).indices
+            likeliest = scored.logits[row, node].topk(width, -1)
+            return torch.where(likeliest.values > float("-inf"), likeliest.indices, likeliest.indices[:, :1])  # forbidden ones are none
         probs = scored.probs_at(node[:, None])[:, 0]  # [B, V]
         children = tree.children[row, node]  # [B, C] none of which is what the target drew here
         child_tokens = tree.tokens.gather(1, children.clamp_min(0))

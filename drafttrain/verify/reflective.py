@@ -86,6 +86,9 @@ class Reflective(Rule):
         mask[:, N + L :, N + L :] = tree.ancestors
         return Layout(torch.cat([tree.tokens, self.reflection.expand(B, L), tree.tokens], 1), depth, mask)
 
+    def readings(self, nodes: int) -> tuple[slice, ...]:
+        return (slice(0, nodes),) if self.config.alpha == 0 else (slice(0, nodes), slice(-nodes, None))
+
     def __call__(self, tree: Tree, scored: Scored, rng: Rng) -> Verdict:
         inner = lossless_rule(self.config.inner, tree, scored)
         if self.config.alpha == 0:
@@ -98,7 +101,8 @@ class Reflective(Rule):
 
 def mixed(first: Tensor, copy: Tensor, alpha: float) -> Tensor:
     """(1 - alpha) first + alpha copy, in fp32: [..., V], [..., V] -> [..., V]."""
-    return (1 - alpha) * first.float() + alpha * copy.float()
+    never = torch.isneginf(first) | torch.isneginf(copy)  # forbidden by a logits processor, which 0 * -inf would make NaN
+    return ((1 - alpha) * first.float() + alpha * copy.float()).masked_fill(never, float("-inf"))
 
 
 def prompt_ids(prompt: str | tuple[int, ...], target: Target) -> list[int]:

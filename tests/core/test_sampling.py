@@ -7,6 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from drafttrain.core import sampling
 from drafttrain.core.errors import UserError
@@ -61,3 +69,31 @@ def test_a_tiny_temperature_is_greedy_and_shares_between_ties(temperature: float
 def test_a_temperature_that_no_distribution_has_is_refused(temperature: float) -> None:
     with pytest.raises(UserError, match=f"temperature {temperature} is not 0 or a finite positive number"):
         Sampling(temperature).check()
+
+
+CUTS: dict[str, tuple[dict[str, float], list[LogitsProcessor]]] = {
+    "min_p": ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
+    "typical_p": ({"typical_p": 0.6}, [TypicalLogitsWarper(0.6)]),
+    "all": (
+        {"top_k": 30, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.8},
+        [TopKLogitsWarper(30), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05), TypicalLogitsWarper(0.8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CUTS)
+@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
+def test_cuts_are_those_of_transformers(case: str, spread: float) -> None:
+    options, warpers = CUTS[case]
+    logits = torch.randn(20, 200, generator=torch.Generator().manual_seed(2)) * spread
+    scores = TemperatureLogitsWarper(0.7)(torch.zeros(20, 1).long(), logits)
+    for warper in warpers:
+        scores = warper(torch.zeros(20, 1).long(), scores)
+    torch.testing.assert_close(Sampling(0.7, **options).probs(logits), scores.softmax(-1))  # type: ignore[arg-type]
+
+
+def test_top_n_sigma_keeps_logits_near_the_largest_at_every_temperature() -> None:
+    logits = torch.tensor([[4.0, 2.5, 2.0, -2.0, float("-inf")]])  # deviation of the four: 2.22
+    for temperature in (0.5, 1.0, 3.0):
+        kept = Sampling(temperature, top_n_sigma=0.8).probs(logits) > 0
+        assert kept.tolist() == [[True, True, False, False, False]]

@@ -109,9 +109,9 @@ def test_statistics_add_up_to_the_tokens_after_the_first() -> None:
 
 def test_options_that_no_rule_honours_are_refused_by_name() -> None:
     speculative = decoder(Chain(length=2))
-    with pytest.raises(UserError, match="repetition_penalty"):
-        speculative.generate(PROMPTS[0], repetition_penalty=1.1)
-    with pytest.raises(UserError, match="unknown option 'temprature'"):
+    with pytest.raises(UserError, match="'num_beams' is refused"):
+        speculative.generate(PROMPTS[0], num_beams=2)
+    with pytest.raises(UserError, match="'temprature' is unknown"):
         speculative.generate(PROMPTS[0], temprature=1.0)
     with pytest.raises(UserError, match="seed 9223372036854775808"):
         speculative.generate(PROMPTS[0], seed=2**63)

@@ -120,7 +120,7 @@ def test_distributions_recomputed_from_logged_states_are_those_the_rounds_used(
 def test_rounds_logged_are_the_rounds_of_rows_that_go_on(tmp_path: Path) -> None:
     speculative = decoder("eagle3", Static(children=(2, 2)))
     log = log_rounds(speculative, PROMPTS, HOT, 40, tmp_path / "log", "d", seed=6, batch_size=4)
-    answers = speculative.generate(PROMPTS, 40, *HOT, seed=6)
+    answers = speculative.generate(PROMPTS, 40, *HOT[:3], seed=6)
     counts = torch.cat([part.prompt for part in log.parts()]).bincount(minlength=4).tolist()
     assert counts == [one.statistics.rounds for one in answers]
     assert sorted(counts)[0] < sorted(counts)[1]  # one row waits, ended, beside three that go on

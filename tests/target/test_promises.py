@@ -107,7 +107,7 @@ def test_a_pickle_alone_is_no_target(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("repetition_penalty", 1.1), ("no_repeat_ngram_size", 3), ("suppress_tokens", [5]), ("bad_words_ids", [[5]]), ("min_length", 4)],
+    [("min_new_tokens", 4), ("begin_suppress_tokens", [5]), ("num_beams", 2), ("epsilon_cutoff", 0.1)],
 )
 def test_what_a_generation_config_asks_for_is_refused_by_name_or_left_out_by_name(folder: Path, option: str, value: Any) -> None:
     path = folder / "generation_config.json"
@@ -116,6 +116,14 @@ def test_what_a_generation_config_asks_for_is_refused_by_name_or_left_out_by_nam
         with pytest.raises(UserError, match=rf"asks for {option}="):
             read(config(folder))
     assert read_shape(config(folder, ignore_generation_options=(option,))).hidden_size
+
+
+def test_what_decoding_applies_is_no_reason_to_refuse_a_checkpoint_and_is_left_out_by_name(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.1, "min_p": 0.1}))
+    assert read_shape(config(folder)).hidden_size
+    assert Target.load(config(folder)).own_options == {"repetition_penalty": 1.1, "min_p": 0.1}
+    assert Target.load(config(folder, ignore_generation_options=("repetition_penalty",))).own_options == {"min_p": 0.1}
 
 
 def test_an_option_that_nobody_knows_cannot_be_ignored(folder: Path) -> None:

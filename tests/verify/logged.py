@@ -44,7 +44,7 @@ def drafter() -> Drafter:
 
 def decoded(sampling: Sampling, runtime: RuntimeConfig, new_tokens: int = 24) -> list[list[int]]:
     """What comes out for all prompts."""
-    made = SpeculativeDecoder(target(), drafter(), runtime).generate(PROMPTS, new_tokens, *sampling, seed=3)
+    made = SpeculativeDecoder(target(), drafter(), runtime).generate(PROMPTS, new_tokens, *sampling[:3], seed=3)
     assert sum(one.statistics.tokens for one in made) > sum(one.statistics.rounds for one in made)  # something was accepted
     return [one.tokens for one in made]
 

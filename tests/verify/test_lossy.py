@@ -144,7 +144,7 @@ def forks(width: int, sampling: Sampling) -> list[Round]:
         seen.append(Round(tree, scored))
 
     runtime = FORK.model_copy(update={"rule": LongestConfig(width=width)})
-    SpeculativeDecoder(target(), drafter(), runtime).generate(PROMPTS, 24, *sampling, seed=3, on_round=log)
+    SpeculativeDecoder(target(), drafter(), runtime).generate(PROMPTS, 24, *sampling[:3], seed=3, on_round=log)
     assert not seen[0].tree.from_target
     return [one for one in seen if one.tree.from_target]
 
@@ -201,7 +201,7 @@ def test_rounds_left_open_go_on_from_the_last_accepted_token_and_nothing_is_lost
     decoder = SpeculativeDecoder(target(), drafter, FORK)
     for prompt in PROMPTS:
         seen.clear()
-        (made,) = decoder.generate([prompt], 20, *sampling, seed=3, on_round=seen.append)
+        (made,) = decoder.generate([prompt], 20, *sampling[:3], seed=3, on_round=seen.append)
         text, origins = [*prompt, made.tokens[0]], [0]
         for place, (tree, scored, verdict) in enumerate((record.tree, record.scored, record.verdict) for record in seen):
             assert tree.from_target == (place > 0)
@@ -227,11 +227,11 @@ def test_rounds_left_open_go_on_from_the_last_accepted_token_and_nothing_is_lost
 def test_rounds_left_open_give_a_row_of_a_batch_what_it_gets_alone(policy: str, sampling: Sampling) -> None:
     runtime = FORK.model_copy(update={"policy": ConfidentConfig(floor=0.6, at_least=0) if policy == "confidence" else policy})
     decoder = SpeculativeDecoder(target(), drafter(), runtime)
-    together = decoder.generate(PROMPTS, 24, *sampling, seed=3)
+    together = decoder.generate(PROMPTS, 24, *sampling[:3], seed=3)
     if policy == "adaptive":
         assert {len(one.tokens) for one in together} == {24}  # plain rounds commit the first candidate
         return
-    alone = [decoder.generate(PROMPTS, 24, *sampling, seed=3, batch_size=1)[place].tokens for place in range(3)]
+    alone = [decoder.generate(PROMPTS, 24, *sampling[:3], seed=3, batch_size=1)[place].tokens for place in range(3)]
     assert [one.tokens for one in together] == alone
 
 
@@ -319,7 +319,7 @@ def drafter_tree(shape: str) -> Tree:
     """The first round's tree as it is drafted where no rule reads distributions."""
     seen: list[Tree] = []
     decoder = SpeculativeDecoder(target(), drafter(), RuntimeConfig(shape=SHAPES[shape]))
-    decoder.generate(PROMPTS, 20, *COLD, seed=1, on_round=lambda record: seen.append(record.tree))
+    decoder.generate(PROMPTS, 20, *COLD[:3], seed=1, on_round=lambda record: seen.append(record.tree))
     return seen[0]
 
 
@@ -362,7 +362,7 @@ def test_draft_lengths_fall_with_the_floor_and_greedy_text_stays_the_same(sampli
         live: list[Tensor] = []
         runtime = RuntimeConfig(shape=Chain(length=4), policy=ConfidentConfig(floor=floor))
         decoder = SpeculativeDecoder(target(), drafter(), runtime)
-        made = decoder.generate([[1, 2, 3]], 24, *sampling, seed=3, on_round=lambda record, live=live: live.append(record.tree.live))
+        made = decoder.generate([[1, 2, 3]], 24, *sampling[:3], seed=3, on_round=lambda record, live=live: live.append(record.tree.live))
         drafted.append(sum(int(one.sum()) - 1 for one in live) / len(live))
         if sampling.greedy:
             plain = SpeculativeDecoder(target()).generate([[1, 2, 3]], 24)
