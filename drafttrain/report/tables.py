@@ -9,7 +9,7 @@ A page marks where figures belong, at the beginning of a line, and everything be
 
 `results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them. Of a file that `drafttrain eval
 --replay-rules` wrote, `results:NAME rules` gives a table a log and `results:NAME figures` one of all logs; of one that `drafttrain study`
-wrote, `results:NAME study` the cells.
+wrote, `results:NAME study` the cells. A single figure inside a sentence or a cell: `report/figures.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.rule_rows import read_rule_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 from drafttrain.report import plots
+from drafttrain.report.figures import render_figures, stale_figures
 from drafttrain.report.frontier import NONE, number, page_of
 from drafttrain.report.rule_tables import figures_table, rules_table
 from drafttrain.runtime.stats import alpha_text
@@ -209,6 +210,7 @@ def stale(page: Path, results: Path) -> list[str]:
     renewed = render_text(text, results, str(page), _between(page, results))
     marks = zip(MARK.finditer(text), MARK.finditer(renewed), strict=True)
     wrong = [old["name"] for old, new in marks if old["body"] != new["body"]]
+    wrong += stale_figures(text, results, str(page))
     return [*wrong, *(name for name in plotted(text) if name not in wrong and not drawn(name, results))]
 
 
@@ -235,7 +237,7 @@ def render_text(text: str, results: Path, where: str, link: str = "") -> str:
     if opened != closed:
         lonely = next((name for name in opened if name not in closed), opened[0])
         raise UserError(f"{where}: mark 'results:{lonely}' has no matching '<!-- /results:{lonely} -->' after it")
-    return MARK.sub(filled, text)
+    return render_figures(MARK.sub(filled, text), results, where)
 
 
 def plot_files(name: str, rows: Iterable[Row]) -> Iterator[tuple[list[Measured], str, str]]:
