@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from drafttrain.drafters.files import save_drafter
     from drafttrain.export.load import load_drafter
     from drafttrain.recipe import Recipe, load_recipe
+    from drafttrain.runtime.custom_generate import speculative
     from drafttrain.runtime.decoder import Generation, Piece, RuntimeConfig, SpeculativeDecoder
     from drafttrain.runtime.stats import Statistics
     from drafttrain.target.adapter import Target
@@ -27,6 +28,7 @@ PUBLIC = {
     "save_drafter": "drafttrain.drafters.files",
     "Recipe": "drafttrain.recipe",
     "load_recipe": "drafttrain.recipe",
+    "speculative": "drafttrain.runtime.custom_generate",
     "Generation": "drafttrain.runtime.decoder",
     "Piece": "drafttrain.runtime.decoder",
     "RuntimeConfig": "drafttrain.runtime.decoder",
@@ -40,7 +42,7 @@ PUBLIC = {
 
 __all__ = [  # noqa: RUF022
     "SpeculativeDecoder", "Generation", "Piece", "Stream", "Statistics", "RuntimeConfig", "Chain", "Static", "Dynamic",
-    "Target", "TargetConfig", "Recipe", "load_recipe", "load_drafter", "save_drafter", "UserError", "__version__",
+    "Target", "TargetConfig", "Recipe", "load_recipe", "load_drafter", "save_drafter", "speculative", "UserError", "__version__",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from drafttrain.core.errors import UserError, first_line
+from drafttrain.export.native import write_custom_generate
 
 CARD = "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -64,6 +65,8 @@ def push(upload: Upload) -> str:
     """
     check_name(upload.repo)
     checked_card(upload.folder)
+    if (upload.folder / "custom_generate").is_dir():
+        write_custom_generate(upload.folder, upload.repo)
     operations = [CommitOperationAdd(path.relative_to(upload.folder).as_posix(), path) for path in upload.files()]
     api = HfApi(endpoint=upload.endpoint, token=upload.token)
     try:
