@@ -9,7 +9,8 @@ A page marks where figures belong, at the beginning of a line, and everything be
 
 `results:NAME plots` places all plots, `results:NAME speedup` (or another of `PLOTS`) one of them. Of a file that `drafttrain eval
 --replay-rules` wrote, `results:NAME rules` gives a table a log and `results:NAME figures` one of all logs; of one that `drafttrain study`
-wrote, `results:NAME study` the cells. A single figure inside a sentence or a cell: `report/figures.py`.
+wrote, `results:NAME study` the cells; of one that `drafttrain verify --output` wrote, `results:NAME engines` its rows. A single figure
+inside a sentence or a cell: `report/figures.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from drafttrain.evaluation.rows import ALL, Interval, Measured, Row
 from drafttrain.evaluation.rule_rows import read_rule_rows
 from drafttrain.evaluation.runners import GENERATE, PLAIN
 from drafttrain.report import plots
+from drafttrain.report.engine_tables import engines_table
 from drafttrain.report.figures import render_figures, stale_figures
 from drafttrain.report.frontier import NONE, number, page_of
 from drafttrain.report.rule_tables import figures_table, rules_table
@@ -43,7 +45,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "summary": lambda file: results_table(read_rows(file)), "tasks": lambda file: results_table(read_rows(file), "tasks"),
     "brief": lambda file: results_table(read_rows(file), "brief"), "lengths": lambda file: results_table(read_rows(file), "lengths"),
     "rules": lambda file: rules_table(read_rule_rows(file)), "figures": lambda file: figures_table(read_rule_rows(file)),
-    "study": page_of,
+    "study": page_of, "engines": engines_table,
 }  # fmt: skip
 """What a mark may ask for that is text; everything else is a plot."""
 ALL_PLOTS = "plots"

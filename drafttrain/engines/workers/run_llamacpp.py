@@ -14,6 +14,7 @@ def server(job: dict) -> xlc.Server:
     params.model.path = job["target"]
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = job["context"], 1, False, 0
     params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32  # half precision by default
+    params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # its kernel rounds to half, whatever the cache is
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
     params.speculative.types = [getattr(xlc.common_speculative_type, KINDS[job["method"]])]
     draft = params.speculative.draft
