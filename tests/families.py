@@ -16,6 +16,8 @@ from tests.tiny import fitted
 TINY: dict[str, dict[str, Any]] = {
     "eagle3": {"ttt_steps": 3, "draft_vocab_size": 40},
     "medusa": {"heads": 4, "root": True},
+    "hydra": {"heads": 4, "draft_vocab_size": 40},
+    "mlp_speculator": {"heads": 3, "inner_size": 24},
     "small_lm": {"layers": 1},
     "ngram": {"branches": 2},
     "dflash": {"block": 4, "layers": 1},

@@ -15,7 +15,8 @@ from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, TrainingBatch
-from drafttrain.drafters.medusa import Medusa, MedusaConfig, MedusaState
+from drafttrain.drafters.last_state import LastState
+from drafttrain.drafters.medusa import Medusa, MedusaConfig
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import TargetHead
@@ -39,7 +40,7 @@ def texts(*lengths: int) -> list[list[int]]:
     return [torch.randint(0, VOCAB, (length,)).tolist() for length in lengths]
 
 
-def begun(target: Target, drafter: Medusa, rows: Sequence[list[int]]) -> MedusaState:
+def begun(target: Target, drafter: Medusa, rows: Sequence[list[int]]) -> LastState:
     """A state after these texts, padded to one width."""
     lengths = torch.tensor([len(row) for row in rows])
     prompts = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -48,7 +49,7 @@ def begun(target: Target, drafter: Medusa, rows: Sequence[list[int]]) -> MedusaS
     return drafter.begin(prompts, lengths, features, target.head, 64)
 
 
-def proposed(drafter: Medusa, state: MedusaState, shape: Shape, *roots: int) -> Tree:
+def proposed(drafter: Medusa, state: LastState, shape: Shape, *roots: int) -> Tree:
     """One tree a row, below these roots; by default 0, 1, ..."""
     rows = torch.arange(len(state.last))
     return drafter.propose(state, torch.tensor(roots) if roots else rows, Plan(shape), Sampling(), SeededRng(0, rows))
@@ -247,7 +248,7 @@ def test_a_vocabulary_chosen_after_first_use_is_the_one_drafted_from() -> None:
     state = begun(target, drafter, texts(5))
     proposed(drafter, state, SHAPES[0])
     drafter.start_from(target.head, -torch.arange(VOCAB))
-    row = drafter._readout(0, target.head).weight[3]
+    row = drafter._output_layer(0, target.head).weight[3]
     assert row.equal(target.head.output[3])
 
 
