@@ -1,9 +1,8 @@
-"""Where prompts come from: a JSONL file, a data set, or the target itself (`turns.py`); and how they are tokenized."""
+"""Where prompts come from: files, a data set, or the target itself (`turns.py`); and how they are tokenized."""
 
 from __future__ import annotations
 
-import json
-import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.config import Config
 from drafttrain.core.console import SafeConsole
-from drafttrain.core.errors import UserError, first_line, nearest
+from drafttrain.core.errors import UserError, nearest, refuse_halves
+from drafttrain.data.layouts import Messages, UnfitRowError, asked
+from drafttrain.data.tables import Row, file_rows, hub_rows, is_saved, numbered, saved_rows, split_files
 from drafttrain.target.template import plain_ids, render
 
 if TYPE_CHECKING:
@@ -22,25 +23,25 @@ if TYPE_CHECKING:
 
 DOMAINS = ("chat", "code", "math", "qa", "translation", "summarization", "rag")
 
-Messages = list[dict[str, Any]]
-
 
 class JsonlPrompts(Config):
-    """A file of one JSON object a line, with `prompt` (text) or `messages`, and optionally `domain`.
+    """A file of prompts (JSON Lines, JSON, parquet, Arrow, CSV), or a folder of such files, in any layout of docs/recipe.md.
 
-    What follows the last user turn of `messages` is dropped, what stands before it is context. Parts of type `text` are joined; a line with
-    anything but text before its end (a tool call, an image) is refused, as is every line that cannot be used.
+    What follows the last user turn is dropped, what stands before it is context. Parts of type `text` are joined; a row that cannot be used
+    (an image, an unknown role) is refused by its line.
     """
 
     kind: Literal["jsonl"] = "jsonl"
     path: str
-    """The file."""
+    """The file or folder."""
+    column: str | None = None
+    """Column with the prompt, text or messages; by default the layout is found by the names of the columns."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts to take at most."""
 
 
 class DatasetPrompts(Config):
-    """A data set by its Hub name or local folder. Rows that cannot be prompts are left out and counted."""
+    """A data set by its Hub name, local folder or file, in any layout of docs/recipe.md. Rows that are no prompts are left out, counted."""
 
     kind: Literal["dataset"] = "dataset"
     name: str
@@ -49,8 +50,8 @@ class DatasetPrompts(Config):
     """The data set's configuration, where it has several."""
     split: str = "train"
     """Which split. A saved folder may hold a single one, which is then taken."""
-    column: str = "messages"
-    """Column with the prompt: text, or a list of messages with `role` and `content` (also `from` and `value`)."""
+    column: str | None = None
+    """Column with the prompt, text or messages; by default the layout is found by the names of the columns."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts to take at most."""
 
@@ -91,6 +92,8 @@ def tokenize(
 
     Special tokens come from the template alone: adding the tokenizer's would double the first (pitfall P6).
     """
+    refuse_halves(prompt, where)
+    refuse_halves(tools, where)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise UserError(f"{where}: the prompt is empty; give it some text, or remove it")
     if not tokenizer.chat_template:
@@ -104,130 +107,65 @@ def tokenize(
 def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTokenizerBase) -> list[DataPrompt]:
     """All prompts of a file or data set.
 
-    Raises `UserError` for a line of a file that cannot be used. Such rows of a data set, which others wrote, are left out; a line on stderr
-    says how many, and why the first. Raises too where no prompt is left.
+    Raises `UserError` for a row of a file that cannot be used. Such rows of a data set, which others wrote, are left out; a line on stderr
+    says how many for which reason, and why the first. Raises too where no prompt is left.
     """
-    records = jsonl_records(Path(source.path)) if isinstance(source, JsonlPrompts) else dataset_records(source)
-    out: list[DataPrompt] = []
-    unfit: list[str] = []
-    for where, record in records:
-        if source.limit is not None and len(out) == source.limit:
+    prompts, left_out, first = [], Counter[str](), ""
+    for where, record in records(source):
+        if source.limit is not None and len(prompts) == source.limit:
             break
         try:
-            tokens = tokenize(tokenizer, _content(record, where), where, _tools(record, where))
-            out.append(DataPrompt(tokens, str(record.get("domain", ""))))
+            row = asked(record, where, source.column)
+            prompts.append(DataPrompt(tokenize(tokenizer, row.prompt, where, row.tools), row.domain))
         except UserError as error:
             if isinstance(source, JsonlPrompts):
                 raise
-            unfit.append(str(error))
-    if not out:
-        found = f"no prompts ({len(unfit):,} rows cannot be used, the first: {unfit[0]})" if unfit else "no prompts"
+            left_out[error.reason if isinstance(error, UnfitRowError) else "the chat template refuses it"] += 1
+            first = first or str(error)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+    if not prompts:
+        found = f"no prompts ({left_out.total():,} rows cannot be used: {reasons}; the first: {first})" if left_out else "no prompts"
         raise UserError(f"prompt source '{source.kind}' holds {found}; give at least one")
-    if unfit:
-        said = f"{len(unfit):,} of {len(out) + len(unfit):,} rows left out, the first: {unfit[0]}"
+    if left_out:
+        said = f"{left_out.total():,} of {len(prompts) + left_out.total():,} rows left out: {reasons}; the first: {first}"
         SafeConsole(stderr=True).print(said, soft_wrap=True)
-    return out
+    return prompts
 
 
-def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file, line n`, object) for each line that is not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold what `splitlines` takes for a line's end
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts '{path}': cannot be read ({error}); give a JSONL file in UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"prompts '{path}', line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error}); expected one object a line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a {type(record).__name__}; expected an object with `prompt` or `messages`")
-        yield where, record
-
-
-def dataset_records(source: DatasetPrompts) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`data set, row n`, {prompt or messages}) for each row."""
-    rows = dataset_rows(source)
-    if source.column not in rows.column_names:
-        hint = nearest(source.column, rows.column_names)
-        names = ", ".join(rows.column_names)
-        raise UserError(f"data set '{source.name}': no column '{source.column}'{hint}; it has {names}")
-    for number, value in enumerate(rows[source.column]):
-        yield f"data set '{source.name}', row {number}", {"messages": value} if isinstance(value, list) else {"prompt": value or ""}
+def records(source: JsonlPrompts | DatasetPrompts) -> Iterator[Row]:
+    """(where, columns) of each row. Raises `UserError` where nothing can be read, or no row has the named column."""
+    if isinstance(source, JsonlPrompts):
+        return _with_column(file_rows(Path(source.path)), source.column, f"prompts '{source.path}'")
+    return _with_column(_dataset_records(source), source.column, f"data set '{source.name}'")
 
 
 def dataset_rows(source: DatasetPrompts) -> Dataset:
-    """One split of a data set, or a `UserError`."""
-    from datasets import load_dataset, load_from_disk
-
-    saved = any((Path(source.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))  # by `save_to_disk`
-    if saved and source.subset is not None:
+    """One split of a saved or published data set, or a `UserError`."""
+    if not is_saved(Path(source.name)):
+        return hub_rows(source.name, source.subset, source.split)
+    if source.subset is not None:
         raise UserError(f"data set '{source.name}' was saved by `save_to_disk`, which knows no subsets; leave `subset` out")
-    try:
-        rows = load_from_disk(source.name) if saved else load_dataset(source.name, source.subset, split=source.split)
-    except Exception as error:  # the library raises errors of many kinds
-        raise UserError(f"data set '{source.name}': cannot be loaded ({first_line(error)}); check its name and split") from error
-    if not saved or (not isinstance(rows, dict) and source.split == "train"):  # a lone split is what the default means
-        return rows
-    splits = dict(rows) if isinstance(rows, dict) else {str(rows.split or "train"): rows}
-    if source.split not in splits:
-        hint, known = nearest(source.split, splits), ", ".join(splits)
-        raise UserError(f"data set '{source.name}': no split '{source.split}'{hint}; it has {known} (`limit` takes the first rows)")
-    return splits[source.split]
+    return saved_rows(Path(source.name), source.split)
 
 
-def _content(record: dict[str, Any], where: str) -> str | Messages:
-    if isinstance(record.get("prompt"), str):
-        return str(record["prompt"])
-    messages = record.get("messages")
-    if not isinstance(messages, list):
-        raise UserError(f"{where}: neither `prompt` (text) nor `messages` (a list) in {sorted(record)}; give one")
-    turns = [_turn(message, where) for message in messages]
-    last = max((at for at, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
-    asked = [{**turn, "content": _text(turn, where)} for turn in turns[: last + 1]]
-    if not asked or not asked[-1]["content"].strip():
-        raise UserError(f"{where}: no user turn with text in `messages`; the target would have nothing to answer")
-    return asked
+def _dataset_records(source: DatasetPrompts) -> Iterator[Row]:
+    """A local folder is read file by file as a source of files is; what was saved or published, by the library."""
+    path, where = Path(source.name), f"data set '{source.name}'"
+    if path.is_file():
+        yield from file_rows(path)
+    elif path.is_dir() and not is_saved(path):
+        for file in split_files(path, source.subset, source.split):
+            yield from file_rows(file)
+    else:
+        yield from numbered(dataset_rows(source), where)
 
 
-def _tools(record: dict[str, Any], where: str) -> list[Any] | None:
-    """What the conversation may call, as templates take it: a list, also as JSON text."""
-    tools = record.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: `tools` is text that is not JSON ({error}); give a list") from error
-    if tools and not isinstance(tools, list):
-        raise UserError(f"{where}: `tools` is {reprlib.repr(tools)}; expected a list of functions")
-    return tools or None
-
-
-def _turn(message: Any, where: str) -> dict[str, Any]:
-    """A message with `role` and `content`; what else it holds goes to the template as it is."""
-    names = {"human": "user", "gpt": "assistant"}
-    if isinstance(message, dict) and isinstance(message.get("from"), str) and "value" in message:
-        others = {key: value for key, value in message.items() if key not in ("from", "value")}
-        return {**others, "role": names.get(message["from"], message["from"]), "content": message["value"]}
-    if isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message:
-        return {key: value for key, value in message.items() if value is not None or key == "content"}
-    raise UserError(f"{where}: a message without `role` and `content`: {str(message)[:80]}")
-
-
-def _text(turn: dict[str, Any], where: str) -> str:
-    """The words of a turn: its content, or the text parts of it, one below the other."""
-    content = turn["content"]
-    if content is None and turn.get("tool_calls"):
-        return ""  # the turn says nothing but its calls, which the template renders
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            shown = reprlib.repr(part if isinstance(content, list) else content)
-            raise UserError(
-                f"{where}: the turn of '{turn['role']}' holds {shown}, not text (a tool call, an image?), which a prompt cannot; "
-                "leave the turn out, or the conversation"
-            )
-    return "\n".join(part["text"] for part in parts)
+def _with_column(rows: Iterator[Row], column: str | None, name: str) -> Iterator[Row]:
+    first = next(rows, None)
+    if first is None:
+        return
+    if column is not None and column not in first[1]:
+        hint, names = nearest(column, first[1]), ", ".join(first[1])
+        raise UserError(f"{name}: no column '{column}'{hint}; it has {names}")
+    yield first
+    yield from rows

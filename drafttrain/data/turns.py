@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from drafttrain.core.errors import UserError, nearest
 from drafttrain.core.sampling import Sampling
-from drafttrain.data.prompts import DataPrompt, SelfPrompts, jsonl_records, tokenize
+from drafttrain.data.prompts import DataPrompt, SelfPrompts, tokenize
+from drafttrain.data.tables import json_rows
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Job
 from drafttrain.target.template import render
@@ -74,7 +75,7 @@ def all_openings(source: SelfPrompts) -> dict[str, list[str]]:
     """Openings by domain. Raises `UserError` for a domain without any."""
     path = Path(source.openings) if source.openings else OPENINGS
     by_domain: dict[str, list[str]] = {}
-    for where, record in jsonl_records(path):
+    for where, record in json_rows(path):
         if not isinstance(record.get("domain"), str) or not isinstance(record.get("opening"), str):
             raise UserError(f"{where}: expected `domain` and `opening`, got {sorted(record)}")
         by_domain.setdefault(record["domain"], []).append(record["opening"])

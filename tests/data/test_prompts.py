@@ -76,7 +76,15 @@ def test_a_limit_takes_the_first_prompts(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": None}, ASKED]}, "line 2: the turn of 'assistant' holds None, not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "line 2: the turn of 'user' holds {'type': 'image'}, not text"),
         ({"messages": [{"role": "user", "content": []}]}, "line 2: no user turn with text"),
-        ({"text": "w1"}, r"line 2: neither `prompt` \(text\) nor `messages`"),
+        ({"answer": "w1"}, r"line 2: `messages`, .* are not in \['answer'\]; give one"),
+        ({"prompt": None, "domain": "d"}, r"line 2: .* are all null in \['domain', 'prompt'\]"),
+        ({"messages": [{"role": "users", "content": "w1"}]}, r"line 2: unknown role 'users' \(did you mean 'user'\?\)"),
+        ({"messages": "[{'role': 'user', 'content': 'w1'}]"}, "line 2: `messages` is text that is no JSON"),
+        ({"prompt": "[{'role': 'user', 'content': 'w1'}]"}, "line 2: `prompt` is text that is no JSON"),
+        ({"messages": '"w1"'}, "line 2: `messages` is .* expected a list of messages"),
+        ({"instruction": 7}, "line 2: `instruction` is 7; expected text or a list"),
+        ({"prompt": "w1 \ud83d"}, r"line 2: the text holds U\+D83D, half of a character"),
+        ({"instruction": "w1", "history": ["w2"]}, "line 2: `history` is .*expected pairs of texts"),
         ("{", "line 2: not JSON"),
         ([1], "line 2: a list; expected an object"),
     ],
@@ -136,10 +144,10 @@ def test_rows_of_a_data_set_that_are_no_prompts_are_left_out_and_counted(tmp_pat
     source = DatasetPrompts(name=str(tmp_path / "a"), column="talk")
     assert [text(prompt.tokens) for prompt in read_prompts(source, TOKENIZER)] == [USER.format("w1")] * 2
     said = capsys.readouterr().err.splitlines()[-1]  # before it, bars of the library
-    assert said.startswith("3 of 5 rows left out, the first: data set ")
+    assert said.startswith("3 of 5 rows left out: 1 no user turn with text, 1 no prompt, 1 a turn that is not text; the first: ")
     assert "row 1: no user turn with text" in said
     Dataset.from_dict({"talk": [[answer], [answer]]}).to_parquet(tmp_path / "b" / "train.parquet")
-    with pytest.raises(UserError, match=r"holds no prompts \(2 rows cannot be used, the first: data set .* row 0: no user turn"):
+    with pytest.raises(UserError, match=r"holds no prompts \(2 rows cannot be used: 2 no user turn with text; the first: .* row 0: no"):
         read_prompts(DatasetPrompts(name=str(tmp_path / "b"), column="talk"), TOKENIZER)
 
 
@@ -243,3 +251,72 @@ def test_a_temperature_that_no_answer_is_drawn_at_is_refused(temperature: float)
         parse(DataConfig, {"temperatures": [0.0, temperature]}, "recipe")
     with pytest.raises(UserError, match=r"recipe: sources\.0\.temperature: "):
         parse(DataConfig, {"sources": [{"kind": "self", "temperature": temperature}]}, "recipe")
+
+
+CONVERSATION = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+SHARED = [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3"}]
+LAYOUTS: dict[str, tuple[dict[str, object], str]] = {
+    "messages": ({"messages": CONVERSATION}, USER.format("w1 w2")),
+    "messages as JSON text": ({"messages": json.dumps(CONVERSATION)}, USER.format("w1 w2")),
+    "ShareGPT": ({"id": "a", "conversations": SHARED}, USER.format("w1 w2")),
+    "ShareGPT with a system text": ({"conversations": SHARED, "system": "w9"}, "<s> <system> w9 <end> " + USER.format("w1 w2")[4:]),
+    "ShareGPT as JSON text": ({"conversations": json.dumps(SHARED)}, USER.format("w1 w2")),
+    "Alpaca": ({"instruction": "w1", "input": "", "output": "w3"}, USER.format("w1")),
+    "Alpaca with input": ({"instruction": "w1", "input": "w2", "output": "w3"}, USER.format("w1 w2")),
+    "OpenAI with weights": ({"messages": [CONVERSATION[0], {**CONVERSATION[1], "weight": 0}]}, USER.format("w1 w2")),
+    "OpenAI preferences": ({"input": {"messages": CONVERSATION[:1]}, "preferred_output": CONVERSATION[1:]}, USER.format("w1 w2")),
+    "TRL texts": ({"prompt": "w1 w2", "completion": "w3"}, USER.format("w1 w2")),
+    "TRL lists": ({"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}, USER.format("w1 w2")),
+    "TRL preferences": ({"chosen": CONVERSATION, "rejected": CONVERSATION}, USER.format("w1 w2")),
+    "text": ({"text": "w1 w2"}, USER.format("w1 w2")),
+    "question": ({"question": "w1 w2", "answer": "w3"}, USER.format("w1 w2")),
+}
+"""Layout -> a row of it, and the prompt that it is."""
+
+
+def write(folder: Path, form: str, rows: list[dict[str, object]]) -> Path:
+    """The rows as people keep them; a file for each form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"train.{form.removesuffix(' of Windows')}"
+    if form == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif form == "arrow":
+        Dataset.from_list(rows).save_to_disk(folder / "saved")
+        path = next((folder / "saved").glob("*.arrow"))
+    elif form == "json":
+        path.write_text(json.dumps(rows, indent=2))
+    elif form == "jsonl of Windows":
+        path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode())
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl of Windows", "json", "parquet", "arrow"])
+def test_every_layout_in_every_form_is_the_same_prompt_for_both_kinds_of_sources(tmp_path: Path, form: str) -> None:
+    for number, (name, (row, prompt)) in enumerate(LAYOUTS.items()):
+        if form in ("parquet", "arrow") and number % 3:  # a library writes and reads them, slowly
+            continue
+        path = write(tmp_path / str(number), form, [{**row, "domain": None}, {**row, "domain": "d"}])
+        folder = tmp_path / str(number) / ("saved" if form == "arrow" else "")
+        sources = [kind for place in (path, folder) for kind in (JsonlPrompts(path=str(place)), DatasetPrompts(name=str(place)))]
+        for source in sources:
+            read = [(text(one.tokens), one.domain) for one in read_prompts(source, TOKENIZER)]
+            assert read == [(prompt, ""), (prompt, "d")], (name, source)
+
+
+def test_a_prompt_that_is_about_json_stays_text(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"prompt": '[{"w1": 1}]'}, {"prompt": "{w1"})
+    assert len(read_prompts(JsonlPrompts(path=path), TOKENIZER)) == 2
+
+
+def test_a_folder_takes_all_files_and_a_named_column_alone(tmp_path: Path) -> None:
+    write(tmp_path / "a", "jsonl", [{"prompt": "w1", "ask": "w2"}])
+    write(tmp_path, "json", [{"prompt": "w3", "ask": "w4"}])
+    read = read_prompts(JsonlPrompts(path=str(tmp_path), column="ask"), TOKENIZER)
+    assert [text(one.tokens) for one in read] == [USER.format("w2"), USER.format("w4")]
+    with pytest.raises(UserError, match=r"no column 'asks' \(did you mean 'ask'\?\)"):
+        read_prompts(JsonlPrompts(path=str(tmp_path), column="asks"), TOKENIZER)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="a folder without a file of prompts"):
+        read_prompts(JsonlPrompts(path=str(tmp_path / "none")), TOKENIZER)
