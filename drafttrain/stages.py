@@ -226,7 +226,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     console.print(f"{result.steps:,} steps, {result.tokens:,} tokens, at most {result.peak_memory / 2**30:.2f} GiB of memory; {judged}")
     return {
         "steps": result.steps, "tokens": result.tokens, "held_out_tau": result.best_tau, "held_out_alpha": result.alpha,
-        "peak_memory": result.peak_memory,
+        "peak_memory": result.peak_memory, "left_out": result.left_out,
     }  # fmt: skip
 
 

@@ -158,6 +158,8 @@ def prompts(patient: Patient) -> str:
                 f"{patient.context:,}: set data.max_prompt_tokens to {patient.context - data.max_new_tokens}, or lower data.max_new_tokens"
             )
         parts.append(f"{len(lengths):,} given, the longest of {max(lengths):,} tokens")
+        if len(lengths) < len(patient.prompts):
+            parts.append(f"{len(patient.prompts) - len(lengths):,} of more than {limit:,} tokens are left out")
     return "; ".join(parts)
 
 

@@ -17,7 +17,9 @@ from rich.text import Text
 from drafttrain import stages
 from drafttrain.cli.doctor import marked
 from drafttrain.core.errors import UserError
+from drafttrain.data.collate import learnable
 from drafttrain.data.origin import tokenizer_hash
+from drafttrain.data.prompts import counted
 from drafttrain.data.shards import INDEX
 from drafttrain.data.store import Store
 from drafttrain.drafters.files import load_drafter
@@ -37,7 +39,7 @@ LOOKED_AT = 2000
 KINDS = 12
 """Different values of a note at most for its counts to be shown."""
 PERCENTILES = (0, 10, 50, 90, 100)
-KNOWN = {"format", "origin", "features", "shards", "stage", "limit", "complete", "probe", "licences"}
+KNOWN = {"format", "origin", "features", "shards", "stage", "limit", "complete", "probe", "licences", "left_out"}
 """Of the index; whatever else it holds is shown as it is."""
 
 
@@ -59,12 +61,14 @@ class StoreSummary:
     """Answers that go round in circles."""
     held_out: int
     """Of all conversations, at `train`'s split."""
+    left_out: dict[str, int]
+    """What training leaves out of those read at its row length, by reason."""
     notes: dict[str, Counter[str]]
     """For every note on conversations (domain, temperature, ...) how often it has each value."""
 
 
-def summarise(store: Store, held_out: float, seed: int) -> StoreSummary:
-    """held_out, seed: of the split, as `train` has them."""
+def summarise(store: Store, held_out: float, seed: int, row_length: int) -> StoreSummary:
+    """held_out, seed: of the split, and row_length, as `train` has them."""
     chosen = sorted({int(place) for place in np.linspace(0, len(store) - 1, min(len(store), LOOKED_AT))}) if len(store) else []
     read = [store[place] for place in chosen]
     notes: dict[str, Counter[str]] = {}
@@ -74,7 +78,8 @@ def summarise(store: Store, held_out: float, seed: int) -> StoreSummary:
     return StoreSummary(
         len(store), store.tokens, sum(entry.bytes for entry in store.index.shards), len(read), len({one.prompt_hash for one in read}),
         sorted(int((~one.mask).sum()) for one in read), sorted(int(one.mask.sum()) for one in read),
-        sum(loops(one.tokens[one.mask].tolist()) for one in read), len(store.split("held_out", held_out, seed)), notes,
+        sum(loops(one.tokens[one.mask].tolist()) for one in read), len(store.split("held_out", held_out, seed)),
+        learnable(store, chosen, row_length)[1], notes,
     )  # fmt: skip
 
 
@@ -84,8 +89,8 @@ def inspect(path: Path, samples: int) -> Iterator[RenderableType]:
     Raises `UserError` where it is none of these.
     """
     if (path / INDEX).exists():
-        split = {name: TrainConfig.model_fields[name].default for name in ("held_out", "seed")}
-        yield from of_store(path, samples, split["held_out"], split["seed"])
+        split = {name: TrainConfig.model_fields[name].default for name in ("held_out", "seed", "row_length")}
+        yield from of_store(path, samples, split["held_out"], split["seed"], split["row_length"])
     elif (path / RESOLVED).exists():
         yield from of_run(load_recipe(path), samples)
     elif path.is_file() or (path / RESULTS).exists():
@@ -112,7 +117,7 @@ def of_run(recipe: Recipe, samples: int) -> Iterator[RenderableType]:
     yield table
     for data in dict.fromkeys((stages.conversations_folder(recipe), folder / "features")):
         if (data / INDEX).exists():
-            yield from of_store(data, samples, recipe.train.held_out, recipe.train.seed)
+            yield from of_store(data, samples, recipe.train.held_out, recipe.train.seed, recipe.train.row_length)
     if (folder / "drafter" / "config.json").exists():
         drafter = load_drafter(folder / "drafter")
         weights = sum(weight.numel() for weight in drafter.parameters())
@@ -124,10 +129,10 @@ def of_run(recipe: Recipe, samples: int) -> Iterator[RenderableType]:
         yield from of_results(folder / RESULTS)
 
 
-def of_store(folder: Path, samples: int, held_out: float, seed: int) -> Iterator[RenderableType]:
+def of_store(folder: Path, samples: int, held_out: float, seed: int, row_length: int) -> Iterator[RenderableType]:
     """Conversations, what was captured with them, and where they came from."""
     store = Store.open(folder, verify=False)
-    index, origin, found = store.index, store.index.origin, summarise(store, held_out, seed)
+    index, origin, found = store.index, store.index.origin, summarise(store, held_out, seed, row_length)
     share = "" if found.read == found.conversations else f" (of {found.read:,} looked at)"
     features = ", ".join(f"{name} {width} numbers a token" for name, width in index.features.items()) or "none"
     yield _facts(f"Store {folder}" + ("" if index.complete else " (half done)"), {
@@ -136,6 +141,8 @@ def of_store(folder: Path, samples: int, held_out: float, seed: int) -> Iterator
         "answers": f"{sum(found.answer_lengths):,} tokens{share}; {_spread(found.answer_lengths)} tokens",
         "looping": f"{found.looping:,} answers{share}, {found.looping / max(1, found.read):.0%}",
         "split": f"{found.conversations - found.held_out:,} to train on, {found.held_out:,} held out (train.held_out={held_out:g})",
+        "left out": counted(index.left_out) or "nothing",
+        "of no use to train": counted(found.left_out) + share if found.left_out else "nothing",
         "features": f"{features}; {origin.dtype}" if index.features else features,
         "on disk": f"{_size(found.bytes)}, {found.bytes / max(1, found.tokens):,.0f} bytes a token",
     })  # fmt: skip

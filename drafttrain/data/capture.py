@@ -45,7 +45,8 @@ def capture(
     shards = [(shard.sha256, shard.conversations) for shard in source.index.shards]
     stage = fingerprint("capture", shards, source.index.limit, names, rows, row_length)
     with only_writer(folder):
-        writer = StoreWriter(folder, origin, widths, stage, take_probe(target), licences=source.index.licences)
+        known = source.index
+        writer = StoreWriter(folder, origin, widths, stage, take_probe(target), licences=known.licences, left_out=known.left_out)
         ids = [source[i].id for i in range(len(source))]
         row_length = max(row_length, longest)
         packed = pack(source.lengths.tolist(), row_length)

@@ -57,7 +57,7 @@ def label_count(mask: np.ndarray) -> int:
 class PackedRows:
     """A part of a store as batches.
 
-    Conversations without a single label are left out; `dropped` counts them.
+    Conversations without a single label are left out, longer ones than a row are cut: `left_out` says how many of which.
     """
 
     store: Store
@@ -69,12 +69,12 @@ class PackedRows:
     rank: int = 0
     world: int = 1
     rows: list[list[int]] = field(init=False)  # conversations by row
-    dropped: int = field(init=False)
+    left_out: dict[str, int] = field(init=False)
+    """By reason; only what there is."""
 
     def __post_init__(self) -> None:
         self.store.require(self.features)
-        kept = [i for i in self.indices if label_count(self.store[i].mask[: self.row_length]) > 0]
-        self.dropped = len(self.indices) - len(kept)
+        kept, self.left_out = learnable(self.store, self.indices, self.row_length)
         if not kept:
             raise UserError(
                 f"store '{self.store.folder}': none of {len(self.indices)} conversations has an answer token to learn "
@@ -126,6 +126,22 @@ def collate(
                 batch.features[name][here] = value[:length]
             start += length
     return batch
+
+
+def learnable(store: Store, indices: Sequence[int], row_length: int) -> tuple[list[int], dict[str, int]]:
+    """Which of these have something to learn within a row, and what is left out of them, by reason: conversations whole, or their ends."""
+    masks = {i: store[i].mask for i in indices}
+    labels = {i: label_count(mask[:row_length]) for i, mask in masks.items()}
+    kept = [i for i in indices if labels[i] > 0]
+    cut = sum(label_count(masks[i]) > labels[i] for i in kept)
+    lost = sum(label_count(masks[i]) - labels[i] for i in kept)
+    late = sum(labels[i] == 0 and label_count(masks[i]) > 0 for i in indices)
+    counts = {
+        f"conversations whose answer begins behind {row_length:,} tokens (train.row_length)": late,
+        "conversations without an answer token to learn": len(masks) - len(kept) - late,
+        f"answers cut at {row_length:,} tokens (train.row_length), with {lost:,} tokens behind it": cut,
+    }
+    return kept, {reason: count for reason, count in counts.items() if count}
 
 
 def round_up(count: int, multiple: int) -> int:

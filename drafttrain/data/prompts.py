@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -104,13 +104,16 @@ def tokenize(
     return list(tokenizer(render(tokenizer, messages, where, tools), add_special_tokens=False)["input_ids"])
 
 
-def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTokenizerBase) -> list[DataPrompt]:
-    """All prompts of a file or data set.
+def read_prompts(
+    source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTokenizerBase, left_out: Counter[str] | None = None
+) -> list[DataPrompt]:
+    """All prompts of a file or data set. left_out: rows that are no prompts are counted there too, by reason.
 
     Raises `UserError` for a row of a file that cannot be used. Such rows of a data set, which others wrote, are left out; a line on stderr
     says how many for which reason, and why the first. Raises too where no prompt is left.
     """
-    prompts, left_out, first = [], Counter[str](), ""
+    prompts: list[DataPrompt] = []
+    unfit, first = Counter[str](), ""
     for where, record in records(source):
         if source.limit is not None and len(prompts) == source.limit:
             break
@@ -120,16 +123,24 @@ def read_prompts(source: JsonlPrompts | DatasetPrompts, tokenizer: PreTrainedTok
         except UserError as error:
             if isinstance(source, JsonlPrompts):
                 raise
-            left_out[error.reason if isinstance(error, UnfitRowError) else "the chat template refuses it"] += 1
+            unfit[error.reason if isinstance(error, UnfitRowError) else "the chat template refuses it"] += 1
             first = first or str(error)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+    reasons = counted(unfit)
     if not prompts:
-        found = f"no prompts ({left_out.total():,} rows cannot be used: {reasons}; the first: {first})" if left_out else "no prompts"
+        found = f"no prompts ({unfit.total():,} rows cannot be used: {reasons}; the first: {first})" if unfit else "no prompts"
         raise UserError(f"prompt source '{source.kind}' holds {found}; give at least one")
-    if left_out:
-        said = f"{left_out.total():,} of {len(prompts) + left_out.total():,} rows left out: {reasons}; the first: {first}"
+    if unfit:
+        said = f"{unfit.total():,} of {len(prompts) + unfit.total():,} rows left out: {reasons}; the first: {first}"
         SafeConsole(stderr=True).print(said, soft_wrap=True)
+    if left_out is not None:
+        left_out.update({f"rows: {reason}": count for reason, count in unfit.items()})
     return prompts
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """`12 an unknown role, 3 no prompt`: the most frequent reason first."""
+    order = sorted(left_out.items(), key=lambda entry: -entry[1])
+    return ", ".join(f"{count:,} {reason}" for reason, count in order if count)
 
 
 def records(source: JsonlPrompts | DatasetPrompts) -> Iterator[Row]:

@@ -7,6 +7,7 @@ answer may differ by the rounding of another batch shape, and is a sample of the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,24 +93,32 @@ def regenerate(
     if target.tokenizer is not None:
         check_answer_end(target.tokenizer, target.eos_ids, target.name)
     with only_writer(folder):
-        prompts = collect(target, config, folder / "prompts", flush_seconds)
-        return Regeneration(target, config, prompts, folder, flush_seconds, licences).run()
+        left_out: Counter[str] = Counter()
+        prompts = collect(target, config, folder / "prompts", left_out, flush_seconds)
+        return Regeneration(target, config, prompts, folder, flush_seconds, licences, left_out).run()
 
 
-def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS) -> list[DataPrompt]:
-    """The prompts of all sources, each once; those that the target has to write are kept in `folder`."""
+def collect(
+    target: Target, config: DataConfig, folder: Path, left_out: Counter[str], flush_seconds: float = FLUSH_SECONDS
+) -> list[DataPrompt]:
+    """The prompts of all sources, each once; those that the target has to write are kept in `folder`. left_out: what is not among them is
+    counted there, by reason."""
     if target.tokenizer is None:
         raise UserError(f"target '{target.name}' has no tokenizer, which prompts need")
     found: dict[tuple[int, ...], DataPrompt] = {}
     for number, source in enumerate(config.sources):
         if isinstance(source, SelfPrompts):
-            made = write_turns(target, source, config, folder / str(number), flush_seconds)
+            made, dropped = write_turns(target, source, config, folder / str(number), flush_seconds)
+            left_out.update({f"turns of the target: {reason}": count for reason, count in dropped.items() if count})
         else:
-            made = read_prompts(source, target.tokenizer)
+            made = read_prompts(source, target.tokenizer, left_out)
+        before = len(found)
         for prompt in made:
             found.setdefault(tuple(prompt.tokens), prompt)
+        _say_left_out(left_out, "equal prompts", before + len(made) - len(found))
     limit = config.max_prompt_tokens
     prompts = [prompt for prompt in found.values() if limit is None or len(prompt.tokens) <= limit]
+    _say_left_out(left_out, f"prompts longer than {limit} tokens (data.max_prompt_tokens)", len(found) - len(prompts))
     if not prompts:
         raise UserError(f"no prompt is left of {len(found)}; raise data.max_prompt_tokens or the number of prompts")
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -122,14 +131,20 @@ def collect(target: Target, config: DataConfig, folder: Path, flush_seconds: flo
     return prompts
 
 
+def _say_left_out(left_out: Counter[str], reason: str, count: int) -> None:
+    if count:
+        left_out[reason] += count
+        SafeConsole(stderr=True).print(f"left out: {count:,} {reason}", soft_wrap=True)
+
+
 TURNS = 1
 """The purpose of the random streams that prompts are written with; their answers are drawn from others."""
 
 
 def write_turns(
     target: Target, source: SelfPrompts, config: DataConfig, folder: Path, flush_seconds: float = FLUSH_SECONDS
-) -> list[DataPrompt]:
-    """Prompts that the target writes; the turns as they came are kept in `folder`."""
+) -> tuple[list[DataPrompt], dict[str, int]]:
+    """Prompts that the target writes, and how many turns were dropped for which reason; the turns as they came are kept in `folder`."""
     assert target.tokenizer is not None
     jobs, themes = turn_jobs(source, target), openings(source)
     stage = fingerprint("turns", source.model_copy(update={"count": 1}), all_openings(source), config.seed)
@@ -152,7 +167,7 @@ def write_turns(
     prompts, dropped = kept_prompts(target.tokenizer, turns)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     SafeConsole(stderr=True).print(f"self-written prompts: {len(prompts)} kept of {len(turns)} ({reasons})")
-    return prompts
+    return prompts, dropped
 
 
 @dataclass
@@ -179,13 +194,15 @@ class Regeneration:
 
     def __init__(
         self, target: Target, config: DataConfig, prompts: list[DataPrompt], folder: Path, flush_seconds: float,
-        licences: Mapping[str, str] | None = None,
+        licences: Mapping[str, str] | None = None, left_out: Mapping[str, int] | None = None,
     ) -> None:
         self.target, self.config, self.prompts, self.flush_seconds = target, config, prompts, flush_seconds
         self.budget = Budget(config.count(len(prompts)), config.tokens)
         shape = target.shape
         widths = feature_widths(config.capture, shape.hidden_size, len(shape.aux_layers))
-        self.writer = StoreWriter(folder, Origin.of_target(target), widths, self.stage(), take_probe(target), licences=licences)
+        self.writer = StoreWriter(
+            folder, Origin.of_target(target), widths, self.stage(), take_probe(target), licences=licences, left_out=left_out
+        )
         self.running = 0  # conversations begun and not finished
 
     def stage(self) -> str:

@@ -47,6 +47,8 @@ class Index(Config):
     """Whether the stage that writes this store has finished."""
     licences: dict[str, str] = Field(default_factory=dict)
     """What the target and the sources of the prompts stand under; empty in stores of earlier versions."""
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """What did not become a conversation, by reason: rows of data sets, equal prompts, turns, prompts that are too long."""
     probe: bool = False
     """Whether hidden states with the target's own logits stand beside the shards."""
 

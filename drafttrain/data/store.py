@@ -168,8 +168,10 @@ class StoreWriter:
         probe: Features | None = None,
         shard_bytes: int = SHARD_BYTES,
         licences: Mapping[str, str] | None = None,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
         """features: names and numbers a token (`feature_widths`). stage: fingerprint of what the content depends on. licences: by part.
+        left_out: what did not become a conversation, by reason.
 
         Raises `UserError` where the folder holds a store of another target, stage or feature set.
         """
@@ -178,7 +180,10 @@ class StoreWriter:
         self.tokens = 0  # of all of them
         self.pending: list[tuple[Conversation, Features]] = []
         self.pending_bytes = 0
-        self.index = Index(origin=origin, features=features or {}, stage=stage, probe=probe is not None, licences=dict(licences or {}))
+        self.index = Index(
+            origin=origin, features=features or {}, stage=stage, probe=probe is not None, licences=dict(licences or {}),
+            left_out=dict(left_out or {}),
+        )  # fmt: skip
         if (self.folder / INDEX).exists():
             self._resume()
         else:
@@ -258,7 +263,7 @@ class StoreWriter:
                 f"{known.index.features}; now '{fresh.stage}', {fresh.features}); choose another output folder, or "
                 f"delete this one"
             )
-        self.index = known.index.model_copy(update={"limit": None, "complete": False})
+        self.index = known.index.model_copy(update={"limit": None, "complete": False, "left_out": fresh.left_out})
         everything = Store(self.folder, self.index)
         self.lengths = {id: stop - start for id, _, start, stop in everything._places}
         self.tokens = everything.tokens

@@ -38,7 +38,7 @@ from drafttrain.core.layers import native_dtype
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import TrainingBatch
-from drafttrain.data.collate import PackedRows
+from drafttrain.data.collate import PackedRows, learnable
 from drafttrain.data.store import Store
 from drafttrain.drafters.base import Drafter, Loss
 from drafttrain.drafters.files import save_drafter
@@ -159,6 +159,8 @@ class TrainResult:
     alpha: list[float | None] = field(default_factory=list)
     peak_memory: int = 0
     """Bytes, of this process (`evaluation.memory.PeakMemory`)."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Conversations, and answers' ends, that were not trained on or judged by, by reason."""
 
 
 class Stopped(Exception):  # noqa: N818 (it is no mistake)
@@ -263,6 +265,8 @@ class TrainingRun:
             store.require(self.wanted)
         self.head = head.to(accelerator.device)
         self.data = self._packed(self._split("train"), accelerator.process_index, accelerator.num_processes)
+        self.left_out: dict[str, int] = {}
+        self._say_left_out("training", self.data.left_out)
         self.held_out = self._held_out_batches()
         self.family = drafter
         self._start(drafter)
@@ -295,7 +299,9 @@ class TrainingRun:
             if self.config.tracker != "none":
                 self.accelerator.end_training()
         progress = self.progress
-        return TrainResult(progress.step, progress.tokens, progress.seconds, progress.best, progress.alpha, memory.read())
+        return TrainResult(
+            progress.step, progress.tokens, progress.seconds, progress.best, progress.alpha, memory.read(), self.left_out
+        )
 
     def _loop(self, bar: Bar) -> None:
         task = bar.add_task("training", total=1.0, note="")
@@ -419,10 +425,18 @@ class TrainingRun:
         config = self.config
         return PackedRows(self.store, indices, config.batch_rows, config.row_length, self.stored, config.seed, rank, world)
 
+    def _say_left_out(self, part: str, left_out: dict[str, int]) -> None:
+        self.left_out |= {f"{part} {reason}": count for reason, count in left_out.items()}
+        for reason, count in left_out.items():
+            if self.lead:
+                SafeConsole(stderr=True).print(f"left out: {count:,} {part} {reason}", soft_wrap=True)
+
     def _held_out_batches(self) -> list[TrainingBatch]:
         """The same on every rank, so that sharded drafters evaluate together."""
         chosen, tokens = [], 0
-        for index in self._judged(self._split("held_out")):
+        held, left_out = learnable(self.store, self._split("held_out"), self.config.row_length)
+        self._say_left_out("held-out", left_out)
+        for index in self._judged(held):
             if tokens >= self.config.eval_tokens:
                 break
             chosen.append(index)

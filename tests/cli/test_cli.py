@@ -811,6 +811,8 @@ def test_inspect_says_what_is_in_a_store_and_in_a_run(workplace: Path) -> None:
     assert "target target: mit; prompts prompts.jsonl: not stated" in said
     assert "<assistant>" in said  # a sample in words
     assert "temperature: 0.0 40" in said
+    assert re.search(r"left out +nothing", said)
+    assert re.search(r"of no use to train +nothing", said)
     run = drafttrain("inspect", "runs/tiny", "--samples", 0).stdout
     for stage in STAGES:
         (line,) = [line for line in run.splitlines() if line.split()[:1] == [stage]]

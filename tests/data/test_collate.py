@@ -141,7 +141,8 @@ def test_conversations_without_labels_are_left_out_and_counted(tmp_path: Path, t
     writer.append(Conversation.answered([6, 7, 8, 9], 3, {}, 1))  # one token, which the prefill gives
     writer.append(Conversation.answered([6, 7, 8, 9], 2, {}, 2))
     packed = PackedRows(writer.finish(), [0, 1, 2], 1, 16)
-    assert (packed.rows, packed.dropped) == ([[2]], 2)
+    assert packed.rows == [[2]]
+    assert packed.left_out == {"conversations without an answer token to learn": 2}
 
 
 def test_masks_without_any_label_are_an_error(tmp_path: Path, target: Target) -> None:
@@ -166,5 +167,6 @@ def test_an_answer_that_a_row_cuts_off_before_its_second_token_has_no_label_and_
     writer.append(Conversation.answered([6, 7, 8, 9], 2, {}, 1))
     packed = PackedRows(writer.finish(), [0, 1], 1, 16)
     assert sorted(index for row in packed.rows for index in row) == [*kept, 1]
-    assert packed.dropped == 1 - len(kept)
+    late, cut = (f"{what} 16 tokens (train.row_length)" for what in ("conversations whose answer begins behind", "answers cut at"))
+    assert packed.left_out == ({f"{cut}, with 8 tokens behind it": 1} if kept else {late: 1})
     assert sum(int(batch.labels().tokens.numel()) for batch in packed.batches(0)) == 1 + len(kept)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,7 +43,7 @@ def content(store: Store) -> list[tuple[list[int], list[bool], dict[str, object]
 
 def test_each_prompt_is_answered_once_by_the_target_itself(tmp_path: Path, target: Target) -> None:
     store = regenerate(target, config(tmp_path), tmp_path / "s")
-    prompts = collect(target, config(tmp_path), tmp_path)
+    prompts = collect(target, config(tmp_path), tmp_path, Counter())
     assert len(store) == len(prompts) == 20
     for i, prompt in enumerate(prompts):
         one = store[i]
@@ -104,7 +105,7 @@ def test_what_is_written_is_not_added_up_again_for_every_conversation(tmp_path: 
             raise AssertionError("all lengths are read")
 
     regenerate(target, config(tmp_path, conversations=3), tmp_path / "s")
-    prompts = collect(target, config(tmp_path), tmp_path)
+    prompts = collect(target, config(tmp_path), tmp_path, Counter())
     resumed = module.Regeneration(target, config(tmp_path, tokens=200), prompts, tmp_path / "s", 30.0)
     resumed.writer.lengths = Lengths(resumed.writer.lengths)
     store = resumed.run()
@@ -287,13 +288,21 @@ def test_an_existing_store_is_used_as_it_is(tmp_path: Path, target: Target) -> N
         regenerate(make_target(fingerprint="other"), DataConfig(existing=str(tmp_path / "a")), tmp_path / "b")
 
 
-def test_a_prompt_beyond_the_context_is_an_error_or_dropped(tmp_path: Path, target: Target) -> None:
+def test_a_prompt_beyond_the_context_is_an_error_or_left_out_and_counted(
+    tmp_path: Path, target: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": " ".join(["w1"] * count)}) for count in (3, 90)))
     long = config(tmp_path, sources=(JsonlPrompts(path=str(path)),))
     with pytest.raises(UserError, match=r"94 tokens and 12 new ones exceed the target's context of 96.*max_prompt_tokens to 84"):
         regenerate(target, long, tmp_path / "s")
-    assert len(regenerate(target, long.model_copy(update={"max_prompt_tokens": 84}), tmp_path / "s")) == 1
+    path.write_text(path.read_text() + "\n" + json.dumps({"prompt": "w1 w1 w1"}))
+    store = regenerate(target, long.model_copy(update={"max_prompt_tokens": 84}), tmp_path / "s")
+    assert len(store) == 1
+    assert store.index.left_out == {"equal prompts": 1, "prompts longer than 84 tokens (data.max_prompt_tokens)": 1}
+    said = capsys.readouterr().err
+    assert "left out: 1 equal prompts" in said
+    assert "left out: 1 prompts longer than 84 tokens" in said
     with pytest.raises(UserError, match="no prompt is left of 2"):
         regenerate(target, long.model_copy(update={"max_prompt_tokens": 2}), tmp_path / "s")
 

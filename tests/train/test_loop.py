@@ -25,7 +25,7 @@ from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.types import TrainingBatch
 from drafttrain.data.collate import PackedRows
 from drafttrain.data.origin import Origin
-from drafttrain.data.store import Conversation, Store, StoreWriter
+from drafttrain.data.store import Conversation, Store, StoreWriter, _share
 from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter, DrafterConfig, Loss
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
@@ -186,6 +186,24 @@ def test_without_a_held_out_part_no_accepted_length_is_claimed_and_the_newest_dr
     assert result.best_tau is None
     assert result.alpha == []
     assert json.loads((tmp_path / "run" / "drafter" / "config.json").read_text())["notes"]["step"] == 6
+
+
+def test_held_out_conversations_that_are_too_long_are_counted_and_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tiny_target(14)
+    store = tiny_store(target, tmp_path / "short", conversations=8, new_tokens=8)
+    writer = StoreWriter(tmp_path / "data", Origin.of_target(target))
+    for index in store.split("train", 0.2):
+        writer.append(Conversation.answered(store[index].tokens, 5, {"temperature": 0.0}, index))
+    long = (Conversation.answered([token] * 99, 70, {"temperature": 0.0}, 100 + token) for token in range(VOCAB))
+    for conversation in (one for one in long if _share(one.prompt_hash, 0) < 0.2):
+        writer.append(conversation)
+    mixed = writer.finish()
+    held = len(mixed.split("held_out", 0.2))
+    result = run("medusa", mixed, target, tmp_path / "run", steps=1)
+    assert held > 0
+    assert result.best_tau is None
+    assert result.left_out == {"held-out conversations whose answer begins behind 64 tokens (train.row_length)": held}
+    assert f"left out: {held} held-out conversations whose answer begins behind 64 tokens" in capsys.readouterr().err
 
 
 def test_the_reported_alpha_is_that_of_the_drafter_that_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
