@@ -26,6 +26,9 @@ TINY: dict[str, dict[str, Any]] = {
     "dflash2": {"block": 4, "layers": 1, "conv_group": 8, "selector_rank": 8, "selector_candidates": 6},
     "specdiff": {"block": 4, "layers": 1},
     "jetspec": {"block": 4, "layers": 2, "qk_norm": True, "dpace": True},
+    "hidden_ar": {"steps": 4, "rank": 8},
+    "p_eagle": {"block": 4, "layers": 2},
+    "ctc": {"block": 4, "frames": 6, "layers": 1},
 }
 FAMILIES = sorted(DRAFTERS)
 TRAINABLE = sorted(name for name, family in DRAFTERS.items() if family.trainable)

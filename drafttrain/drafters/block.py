@@ -329,6 +329,10 @@ class BlockDrafter(Drafter):
         """How a tree grows: base [B, K, Vd] logits and hidden [B, K, D] states of the block."""
         return Parallel(base, hidden, states)
 
+    def slots_read(self, depth: int) -> int:
+        """How many of a block's slots a tree of this depth is made of."""
+        return depth
+
     def fitted(self, plan: Plan, step: Step) -> Plan:
         """The plan of a round, where a family has its own reasons to stop."""
         return plan
@@ -420,7 +424,7 @@ class BlockDrafter(Drafter):
     def teacher_forced_states(self, batch: TrainingBatch, head: TargetHead, steps: int) -> Iterator[Tensor]:
         anchors = every_anchor(batch)
         states = self._states_of_text(batch, anchors, head)  # [N, K, D + extra]
-        for step in range(min(steps, self.config.block)):
+        for step in range(min(steps, states.shape[1])):
             out = states.new_zeros(*batch.tokens.shape, states.shape[-1])
             out[anchors.row, anchors.place - 1] = states[:, step]
             yield out
@@ -482,7 +486,7 @@ class BlockDrafter(Drafter):
     def propose(self, state: DrafterState, roots: Tensor, plan: Plan, sampling: Sampling, rng: Rng) -> Tree:
         assert isinstance(state, BlockState)
         self.calls += 1
-        hidden = self._block(state, roots)[:, : plan.shape.depth]  # [B, depth, D]
+        hidden = self._block(state, roots)[:, : self.slots_read(plan.shape.depth)]
         base = self._base(hidden, state.head)
         states: list[Tensor] = []
         step = self.step(base, hidden, states, state, roots)
