@@ -64,8 +64,8 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 
 FREE = frozenset(
     {
-        "name", "output", "seed", "target.device", "data.batch_size", "data.online", "train.keep", "train.save_every", "train.tracker",
-        "study.grid", "study.confirm", "study.timed",
+        "name", "output", "seed", "target.device", "data.batch_size", "data.online", "data.writer", "train.keep", "train.save_every",
+        "train.tracker", "study.grid", "study.confirm", "study.timed",
     }
 )  # fmt: skip
 """Keys that no stage's fingerprint reads: they change no result beyond rounding (`seed` is counted in the sections that take it), or are

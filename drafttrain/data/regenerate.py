@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.console import SafeConsole
@@ -24,10 +24,12 @@ from drafttrain.core.types import FeatureName
 from drafttrain.data.journal import FLUSH_SECONDS, StoreJournal
 from drafttrain.data.origin import Origin, take_probe
 from drafttrain.data.prompts import DataPrompt, SelfPrompts, Source, read_prompts
+from drafttrain.data.server import AnswerJournal
 from drafttrain.data.store import Conversation, Store, StoreWriter, feature_widths
 from drafttrain.data.turns import Turn, all_openings, kept_prompts, openings, turn_jobs
+from drafttrain.data.writer import OwnWriter, WriterConfig, open_writer
 from drafttrain.target.adapter import Target
-from drafttrain.target.sample import Finished, Job, Sampler
+from drafttrain.target.sample import Finished, Job
 from drafttrain.target.template import check_answer_end
 
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -56,10 +58,21 @@ class DataConfig(Config):
     """Features to store, taken from the passes that write the answers: `last_hidden_state`, `aux_hidden_states`."""
     online: bool = False
     """Compute features that are not stored while training, with the target loaded, instead of capturing them to disk first."""
+    writer: WriterConfig = OwnWriter()
+    """Who writes the answers: the target in this process (`kind: target`), or a server of the same model (`kind: openai`)."""
     seed: Seed = 0
     """Of all draws."""
     existing: str | None = None
     """Folder of a finished store to use as it is."""
+
+    @model_validator(mode="after")
+    def _features_of_the_writer(self) -> DataConfig:
+        if self.capture and self.writer.kind == "openai":
+            raise ValueError(
+                "data.capture takes features from the passes that write the answers, and a server gives none; leave it out: the stage "
+                "`capture` computes them, or training with data.online"
+            )
+        return self
 
     def count(self, prompts: int) -> int:
         """How many conversations so many prompts give, unless `tokens` are reached before."""
@@ -137,6 +150,11 @@ def _say_left_out(left_out: Counter[str], reason: str, count: int) -> None:
         SafeConsole(stderr=True).print(f"left out: {count:,} {reason}", soft_wrap=True)
 
 
+def written_by(config: DataConfig) -> tuple[str, ...]:
+    """What sets a store apart that the target did not write in this process: a server draws other samples, whichever endpoint it is."""
+    return () if config.writer.kind == "target" else (config.writer.kind,)
+
+
 TURNS = 1
 """The purpose of the random streams that prompts are written with; their answers are drawn from others."""
 
@@ -147,11 +165,11 @@ def write_turns(
     """Prompts that the target writes, and how many turns were dropped for which reason; the turns as they came are kept in `folder`."""
     assert target.tokenizer is not None
     jobs, themes = turn_jobs(source, target), openings(source)
-    stage = fingerprint("turns", source.model_copy(update={"count": 1}), all_openings(source), config.seed)
+    stage = fingerprint("turns", source.model_copy(update={"count": 1}), all_openings(source), config.seed, *written_by(config))
     writer = StoreWriter(folder, Origin.of_target(target), stage=stage)
     if len(writer.lengths) < len(jobs):
         longest = max(len(job.prompt) for job in jobs) + source.max_tokens
-        sampler = Sampler(target, config.batch_size, longest, config.seed, purpose=TURNS)
+        sampler = open_writer(config.writer, target, config.batch_size, longest, config.seed, folder, TURNS)
         missing = (job for job in jobs if job.id not in writer.lengths)
         with StoreJournal(writer, "user turns", len(jobs), len(writer.lengths), "turns", flush_seconds) as journal:
             for one in sampler.run(missing):
@@ -159,6 +177,7 @@ def write_turns(
                 journal.add(turn, None, len(one.tokens) - one.prompt_len)
                 journal.show(len(writer.lengths))
     store = writer.finish(len(jobs))
+    AnswerJournal.forget(folder)
     turns = []
     for turn in (store[i] for i in range(len(store))):
         ended, (domain, opening) = bool(turn.meta["ended"]), themes[turn.id]
@@ -209,8 +228,9 @@ class Regeneration:
         """Fingerprint of what a conversation depends on: not the budgets, so that a store can grow."""
         config, prompts = self.config, [prompt.tokens for prompt in self.prompts]
         return fingerprint(
-            "regenerate", prompts, config.temperatures, config.top_p, config.max_new_tokens, config.seed, config.capture
-        )
+            "regenerate", prompts, config.temperatures, config.top_p, config.max_new_tokens, config.seed, config.capture,
+            *written_by(config),
+        )  # fmt: skip
 
     def run(self) -> Store:
         """Writes what is missing and returns the finished store."""
@@ -218,6 +238,7 @@ class Regeneration:
         if limit is None:
             limit = self._write()
         store = self.writer.finish(limit)
+        AnswerJournal.forget(store.folder)
         if short := self.shortage(store.tokens):
             SafeConsole(stderr=True).print(short, soft_wrap=True)
         return store
@@ -239,7 +260,8 @@ class Regeneration:
 
     def _write(self) -> int:
         longest = max(len(prompt.tokens) for prompt in self.prompts) + self.config.max_new_tokens
-        sampler = Sampler(self.target, self.config.batch_size, longest, self.config.seed)
+        config = self.config
+        sampler = open_writer(config.writer, self.target, config.batch_size, longest, config.seed, self.writer.folder)
         goal = self.config.tokens or self.budget.conversations
         unit = "tokens" if self.config.tokens else "conversations"
         with StoreJournal(self.writer, "answers", goal, self._progress(), unit, self.flush_seconds) as journal:

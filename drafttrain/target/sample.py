@@ -79,14 +79,18 @@ class Sampler:
 
     def check(self, job: Job) -> None:
         """A `UserError` where a job cannot be done."""
-        limit = min(self.capacity, self.target.max_context)
-        if not job.prompt:
-            raise UserError(f"prompt {job.id} is empty; give at least one token, or drop it")
-        if len(job.prompt) + job.max_new_tokens > limit:
-            raise UserError(
-                f"prompt {job.id}: {len(job.prompt)} tokens and {job.max_new_tokens} new ones exceed the {limit} "
-                f"there is room for; shorten or drop the prompt, or lower max_new_tokens"
-            )
+        check_job(job, min(self.capacity, self.target.max_context))
+
+
+def check_job(job: Job, limit: int) -> None:
+    """A `UserError` for an empty prompt, or one whose answer may not fit into `limit` tokens."""
+    if not job.prompt:
+        raise UserError(f"prompt {job.id} is empty; give at least one token, or drop it")
+    if len(job.prompt) + job.max_new_tokens > limit:
+        raise UserError(
+            f"prompt {job.id}: {len(job.prompt)} tokens and {job.max_new_tokens} new ones exceed the {limit} "
+            f"there is room for; shorten or drop the prompt, or lower max_new_tokens"
+        )
 
 
 @dataclass

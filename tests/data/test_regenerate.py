@@ -22,6 +22,7 @@ from drafttrain.data.prompts import JsonlPrompts, SelfPrompts
 from drafttrain.data.regenerate import Budget, DataConfig, collect, regenerate
 from drafttrain.data.store import Store
 from drafttrain.target.adapter import Target
+from drafttrain.target.sample import Sampler
 from tests.data.stores import make_target
 
 
@@ -175,7 +176,7 @@ def test_what_is_finished_is_saved_when_interrupted(
     tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
 ) -> None:
     whole = content(regenerate(target, config(tmp_path), tmp_path / "whole"))
-    plain = module.Sampler.run
+    plain = Sampler.run
 
     def failing(self: object, *args: object) -> object:
         for count, one in enumerate(plain(self, *args)):  # type: ignore[arg-type]
@@ -183,7 +184,7 @@ def test_what_is_finished_is_saved_when_interrupted(
                 raise failure
             yield one
 
-    monkeypatch.setattr(module.Sampler, "run", failing)
+    monkeypatch.setattr(Sampler, "run", failing)
     with pytest.raises(failure):
         regenerate(target, config(tmp_path), tmp_path / "s")
     assert len(Store.open(tmp_path / "s")) == 9
