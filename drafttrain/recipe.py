@@ -57,7 +57,7 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "regenerate": (*_DATA, "target.aux_layers"),
     "capture": (*_DATA, "target.aux_layers", "drafter"),
     "train": _DRAFTER,
-    "eval": (*_DRAFTER, "runtime", "evaluation"),
+    "eval": (*_DRAFTER, "target.kernels", "runtime", "evaluation"),
     "export": (*_DRAFTER, "export"),
 }
 """The recipe keys, or whole sections, that each stage's fingerprint is made from, in the order of the stages."""

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,38 @@ def write_text(path: Path, text: str) -> None:
     """`write_whole` of a text in UTF-8; lone surrogates, which UTF-8 cannot hold, become question marks."""
     data = text.encode("utf-8", errors="replace")
     write_whole(path, lambda partial: partial.write_bytes(data))
+
+
+def cache_root() -> Path:
+    """Where converted models and what was measured of this machine are kept: $DRAFTTRAIN_CACHE, or ~/.cache/drafttrain."""
+    return Path(os.environ.get("DRAFTTRAIN_CACHE") or Path.home() / ".cache" / "drafttrain")
+
+
+def remembered(name: str) -> dict[str, Any]:
+    """What `remember` kept of this machine under `name`; nothing where it is missing or damaged."""
+    try:
+        values = json.loads((cache_root() / "measured" / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def remember(name: str, values: Mapping[str, Any]) -> None:
+    """Adds what was measured of this machine to what is known under `name`; where it cannot be written, the next process measures again."""
+    path = cache_root() / "measured" / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({**remembered(name), **values}, indent=1))
+    except OSError:
+        return
+
+
+def processor() -> str:
+    """Its name; on Linux as the kernel knows it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def check_file_name(path: Path) -> None:

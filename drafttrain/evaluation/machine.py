@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from drafttrain.core.disk import processor
+
 PACKAGES = ("torch", "transformers", "drafttrain")
 
 
 def device_name(device: torch.device) -> str:
     """`cuda (NVIDIA H100 80GB HBM3)`, `cpu (AMD EPYC 7763)`."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return f"{device.type} ({name})"
 
 
@@ -31,12 +32,6 @@ def commit() -> str | None:
         return None  # installed, perhaps inside somebody else's repository
     changed = _git(here.parents[1], "status", "--porcelain", "--untracked-files=no", ".")
     return f"{_git(here.parent, 'rev-parse', '--short=12', 'HEAD')}{'+' if changed else ''}"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from drafttrain.core.counts import ThreadCount
 from drafttrain.core.errors import UserError, first_line
-from drafttrain.core.packed import packed
+from drafttrain.core.packed import packed, use_kernels
 from drafttrain.core.processing import Processing
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
@@ -91,6 +91,7 @@ class Target:
     @classmethod
     def load(cls, config: TargetConfig) -> Target:
         """The target a recipe names, checked and ready."""
+        use_kernels(config.kernels)
         folder = resolve(config)
         load_config(folder, config.trust_remote_code)
         fingerprint = target_fingerprint(folder)

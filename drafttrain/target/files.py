@@ -17,7 +17,7 @@ from pydantic import Field
 from transformers import AutoConfig, AutoTokenizer
 
 from drafttrain.core.config import Config, fingerprint
-from drafttrain.core.disk import sync_tree
+from drafttrain.core.disk import cache_root, sync_tree
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.core.layers import native_dtype
 
@@ -44,6 +44,9 @@ class TargetConfig(Config):
     2, L // 2 and L - 3, which vLLM and SGLang assume too."""
     trust_remote_code: bool = False
     """Run modeling code from the model's repository."""
+    kernels: Literal["auto", "linear"] = "auto"
+    """Products of few rows on a CPU: `auto` measures at load which kernel is fastest here (at most two seconds, remembered), for the target
+    and whatever drafts for it; `linear` leaves all to torch. The same products but for rounding."""
     max_context: int | None = Field(default=None, ge=2)
     """Positions that are decoded at most; by default all that the model was made for. Models with longrope or dynamic rotary scaling are
     exact up to their original context only, and need it."""
@@ -66,11 +69,6 @@ class TargetConfig(Config):
 
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[native_dtype(self.torch_device()) if self.dtype == "auto" else self.dtype]
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: $DRAFTTRAIN_CACHE, or ~/.cache/drafttrain."""
-    return Path(os.environ.get("DRAFTTRAIN_CACHE") or Path.home() / ".cache" / "drafttrain")
 
 
 def resolve(config: TargetConfig, download: bool = True) -> Path:

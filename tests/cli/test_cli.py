@@ -675,7 +675,7 @@ def test_doctor_counts_matrices_twice_where_they_are_kept_twice(empty: Path, mon
     monkeypatch.setattr(doctor, "_size", lambda count: f"{count:.0f}")
     said = []
     for slow in (False, True):
-        monkeypatch.setattr("drafttrain.core.packed.slow_few_rows", lambda slow=slow: slow)
+        monkeypatch.setattr("drafttrain.core.packed.blocks_work", lambda dtype, slow=slow: slow)
         found = re.search(r"about\s+(\d+)\s+to\s+write", drafttrain("doctor", "tiny.yaml", "target.dtype=float32").output)
         assert found is not None
         said.append(int(found[1]))
