@@ -34,13 +34,14 @@ from drafttrain.report.frontier import StudyConfig
 from drafttrain.runtime.decoder import RESOLVED, RuntimeConfig
 from drafttrain.target.files import TargetConfig
 from drafttrain.train.loop import TrainConfig
+from drafttrain.train.online import OnlineConfig
 
 VERSIONS = "versions.json"
 PACKAGES = (
     "drafttrain", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "safetensors", "huggingface_hub", "pydantic",
     "numpy",
 )  # fmt: skip
-SEEDED = ("data", "train", "evaluation")
+SEEDED = ("data", "train", "evaluation", "online")
 """Sections that take the recipe's seed where they name none."""
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ DEPENDS: dict[str, tuple[str, ...]] = {
 FREE = frozenset(
     {
         "name", "output", "seed", "target.device", "data.batch_size", "data.online", "data.writer", "train.keep", "train.save_every",
-        "train.tracker", "study.grid", "study.confirm", "study.timed",
+        "train.tracker", "study.grid", "study.confirm", "study.timed", *(f"online.{key}" for key in OnlineConfig.model_fields),
     }
 )  # fmt: skip
 """Keys that no stage's fingerprint reads: they change no result beyond rounding (`seed` is counted in the sections that take it), or are
-the study's, which keeps its own accounts."""
+the study's or online learning's, which keep their own accounts."""
 
 
 class Recipe(Config):
@@ -90,6 +91,7 @@ class Recipe(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     study: StudyConfig = StudyConfig()
+    online: OnlineConfig = OnlineConfig()
 
     @property
     def folder(self) -> Path:

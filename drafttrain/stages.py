@@ -39,6 +39,7 @@ from drafttrain.evaluation.rows import Row
 from drafttrain.evaluation.rule_rows import RuleRow
 from drafttrain.evaluation.rules import replay_rules
 from drafttrain.evaluation.runners import Runner
+from drafttrain.evaluation.streams import StreamRow, load_stream, pooled_tau
 from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.export import export as export_drafter
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
@@ -51,7 +52,9 @@ from drafttrain.target.files import TargetShape, resolve, target_fingerprint
 from drafttrain.target.head import TargetHead
 from drafttrain.train import judge as judging
 from drafttrain.train import loop as training
+from drafttrain.train import online
 from drafttrain.train.decision import DecisionTraining, Fitted, fit
+from drafttrain.train.online import Position, StreamRun, check_online
 
 STATE = "state.json"
 LEAD = os.environ.get("RANK", "0") == "0"
@@ -315,6 +318,55 @@ def train_judge(recipe: Recipe, questions: str, config: judging.JudgeTrainConfig
         "training": config.model_dump(mode="json") | {"penalty": result.penalty},
     }  # fmt: skip
     return labels, result, result.head.save(recipe.folder / "judge", notes)
+
+
+def learn_online(recipe: Recipe, source: str, batch_size: int) -> tuple[dict[str, list[StreamRow]], Path]:
+    """Each of `online.methods` decodes the stream, learning on the way as it does; their rows, and the folder of it all.
+
+    source: a JSONL file of prompts or a store. `evaluation` says at which temperature and how long answers are. What cannot be learnt is
+    told before the target loads; a method that was cut off goes on, and one that is done is read.
+    """
+    alone("online")
+    asked, config, folder = recipe.evaluation, recipe.online, recipe.folder / "online"
+    drafter, mark = _served_drafter(recipe)
+    check_online(config, recipe.runtime, asked.sampling, type(drafter))
+    items = load_stream(source, Origin.of_config(recipe.target), config.pattern, config.tasks, config.count, config.seed)
+    target, results = Target.load(recipe.target), dict[str, list[StreamRow]]()
+    for method in config.methods:
+        decoder = SpeculativeDecoder(target, _served_drafter(recipe)[0], recipe.runtime)
+        run = StreamRun(
+            decoder, items, method, config, asked.sampling, asked.max_new_tokens, folder / method, asked.seed, batch_size, mark
+        )
+        results[method] = run.run(lambda position, method=method: _tell_position(method, position, len(items)))  # type: ignore[misc]
+    return results, folder
+
+
+def learn_from_log(recipe: Recipe, log: str) -> dict[str, int]:
+    """Each of `online.methods` learns from a log of decoding (`online.keep_log`); how many updates each made."""
+    alone("online")
+    config, sampling = recipe.online, recipe.evaluation.sampling
+    check_online(config, recipe.runtime, sampling, DRAFTERS[recipe.drafter.name])
+    store = Store.open(log)
+    store.check_target(Origin.of_config(recipe.target))
+    options = recipe.target
+    head = TargetHead.from_folder(resolve(options), dtype=options.torch_dtype(), trust_remote_code=options.trust_remote_code)
+    updates = {}
+    for method in config.methods:
+        drafter, folder = _served_drafter(recipe)[0], recipe.folder / "online-replay" / method
+        updates[method] = online.learn_from_log(drafter, head, store, method, config, sampling, recipe.runtime.shape.depth, folder).updates
+        console.print(f"{method}: {updates[method]} updates from {len(store):,} requests; the drafter is in {folder / 'drafter'}")
+    return updates
+
+
+def _served_drafter(recipe: Recipe) -> tuple[Drafter, str]:
+    """The recipe's trained drafter, and its fingerprint."""
+    folder = recipe.folder / "drafter"
+    return load_drafter(folder, target_fingerprint(resolve(recipe.target))), folder_fingerprint(folder)
+
+
+def _tell_position(method: str, position: Position, requests: int) -> None:
+    recent = pooled_tau(position.rows[-8:])
+    console.print(f"{method}: {position.place} of {requests} requests, tau of the last {min(8, len(position.rows))}: {recent:.2f}")
 
 
 def refuse_unfit_questions(recipe: Recipe, questions: str, asked: Suite) -> None:

@@ -257,6 +257,37 @@ def judge(
 
 
 @app.command()
+def online(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stream: Annotated[
+        str | None, typer.Option(help="Prompts in their order: a JSONL file, a suite, or a store's folder.", show_default=False)
+    ] = None,
+    replay: Annotated[str | None, typer.Option(metavar="LOG", help="Learn from a log of an earlier stream instead.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests decoded at a time.")] = 8,
+) -> None:
+    """Decode a stream of prompts in order, and let the drafter learn from it on the way. What was cut off goes on.
+
+    [dim]drafttrain online runs/quickstart --stream prompts.jsonl 'online.methods=\\[frozen, osd]'[/dim]
+    [dim]drafttrain online runs/quickstart --stream runs/quickstart/data online.pattern=blocks 'online.tasks=\\[chat, code]'[/dim]
+    [dim]drafttrain online runs/quickstart --replay runs/quickstart/online/osd/log 'online.methods=\\[replay]'[/dim]
+    """
+    from drafttrain import stages
+    from drafttrain.report.stream_plots import stream_table, write_stream_plot
+
+    if (stream is None) == (replay is None):
+        raise UserError("give --stream (prompts to decode) or --replay (a log of an earlier stream), one of the two")
+    resolved = _load(recipe, overrides)
+    if replay is not None:
+        stages.learn_from_log(resolved, replay)
+        return
+    assert stream is not None
+    results, folder = stages.learn_online(resolved, stream, batch_size)
+    _print_cells(*stream_table(results))
+    print(*write_stream_plot(results, folder / "stream"), sep="\n")
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="What to say to the target; `-` reads it from stdin.", show_default=False)],

@@ -87,6 +87,18 @@ def reverse_kl(p: Tensor, log_q: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - p.clamp_min(1e-12).log())).sum(-1)
 
 
+def jsd(p: Tensor, log_q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence: the mean of KL(p || m) and KL(q || m), m = (p + q) / 2. Symmetric: [..., V] -> [...]."""
+    q = log_q.exp()
+    log_m = (0.5 * (p + q)).clamp_min(1e-30).log()
+    return 0.5 * (forward_kl(p, log_m) + (q * (log_q - log_m)).sum(-1))
+
+
+def tempered(p: Tensor, log_q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """p and log q at another temperature: what a softmax of their logits over `temperature` gives."""
+    return (p.clamp_min(1e-30).log() / temperature).softmax(-1), (log_q / temperature).log_softmax(-1)
+
+
 def tv(p: Tensor, log_q: Tensor) -> Tensor:
     """Total variation, 1 - sum min(p, q): one minus the acceptance probability: [..., V] -> [...]."""
     return 1 - torch.minimum(p, log_q.exp()).sum(-1)
@@ -204,6 +216,25 @@ class LossMix(Config):
             leaf = logits.detach().requires_grad_()
             total = (self.of(leaf, teacher, labels, vocab) * weight).sum()  # autocast would take a product of vectors in bf16
             return total.detach(), torch.autograd.grad(total, leaf)[0]
+
+
+class OnlineMix(LossMix):
+    """The distances that a drafter learns by while it serves, at the temperature it serves at."""
+
+    jsd: float = Field(default=0.0, ge=0)
+    """Jensen-Shannon divergence."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both distributions."""
+
+    @property
+    def only_forward_kl(self) -> bool:
+        return self.temperature == 1 and not self.jsd and not any(self.model_dump(exclude={"forward_kl", "jsd", "temperature"}).values())
+
+    def between(self, p: Tensor, log_q: Tensor, labels: Tensor, vocab: Tensor | None) -> Tensor:
+        if self.temperature != 1:
+            p, log_q = tempered(p, log_q, self.temperature)
+        loss = super().between(p, log_q, labels, vocab)
+        return loss + self.jsd * jsd(p, log_q) if self.jsd else loss
 
 
 def forward_kl_with_gradient(logits: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

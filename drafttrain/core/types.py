@@ -128,13 +128,16 @@ class TrainingBatch:
     features: Features = field(default_factory=dict)  # name -> [B, T, ...]
     progress: float = 1.0
     """How much of the training is done, 0 to 1: losses with a curriculum read it."""
+    learns: Tensor | None = None
+    """[B, T] bool: the labels that are learnt, where these are not all of them (online learning: what was rejected)."""
 
     def to(self, device: torch.device) -> TrainingBatch:
         move = {name: value.to(device, non_blocking=True) for name, value in self.features.items()}
         tokens, mask, document, position = (
             value.to(device, non_blocking=True) for value in (self.tokens, self.mask, self.document, self.position)
         )
-        return TrainingBatch(tokens, mask, document, position, move, self.progress)
+        learns = None if self.learns is None else self.learns.to(device, non_blocking=True)
+        return TrainingBatch(tokens, mask, document, position, move, self.progress, learns)
 
     def ahead(self, offset: int) -> tuple[Tensor, Tensor]:
         """The tokens `offset` positions later, [B, T], and where they are labels, [B, T] bool.
@@ -158,7 +161,7 @@ class TrainingBatch:
         """[B, T] bool: labels, by their own place."""
         drafted = torch.zeros_like(self.mask)
         drafted[:, 1:] = self.mask[:, 1:] & self.mask[:, :-1] & (self.document[:, 1:] == self.document[:, :-1])
-        return drafted
+        return drafted if self.learns is None else drafted & self.learns
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from drafttrain.core.plan import Plan
 from drafttrain.core.tree import Tree
@@ -40,14 +41,8 @@ class Accounting:
         return self.target.forwards, self.proposer.calls
 
     def count(self, rows: Rows, tree: Tree, cut: CutVerdict) -> None:
-        """One round. alpha's attempts: every depth reached, and one more where the last node had a child that could have been accepted."""
-        accepted = cut.verdict.length
-        tip = cut.verdict.path.gather(1, (accepted - 1).clamp_min(0)[:, None])
-        tip = torch.where(accepted[:, None] > 0, tip, 0)
-        below = (tree.parents == tip) & tree.live
-        below[:, 0] = False
-        uncut = cut.count > accepted if cut.verdict.next is not None else cut.alive
-        tried = accepted + (below.any(1) & uncut)
+        """One round."""
+        accepted, tried = cut.verdict.length, tried_depths(tree, cut)
         numbers = torch.tensor(rows.numbers, device=accepted.device)
         arms = torch.tensor(rows.arms, device=accepted.device)
         self.tally.add(numbers, rows.alive, cut.count, accepted, tried, tree.max_depth, tree.from_target, arms)
@@ -68,3 +63,15 @@ class Accounting:
         if out:
             out[0] = out[0] + shared
         return out
+
+
+def tried_depths(tree: Tree, cut: CutVerdict) -> Tensor:
+    """[B] alpha's attempts in a round: every depth reached, and one more where the last node had a child that could have been accepted,
+    and was not."""
+    accepted = cut.verdict.length
+    tip = cut.verdict.path.gather(1, (accepted - 1).clamp_min(0)[:, None])
+    tip = torch.where(accepted[:, None] > 0, tip, 0)
+    below = (tree.parents == tip) & tree.live
+    below[:, 0] = False
+    uncut = cut.count > accepted if cut.verdict.next is not None else cut.alive
+    return accepted + (below.any(1) & uncut)

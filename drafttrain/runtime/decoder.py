@@ -456,7 +456,7 @@ class SpeculativeDecoder:
         sampling, processing = self._drawing(Sampling(temperature, top_k, top_p), options)
         _check_count("batch_size", batch_size, "at least one row is decoded at a time")
         stops = self._stops(stop)
-        requests = self._requests(_as_list(prompts), max_new_tokens, n)
+        requests = self.requests(_as_list(prompts), max_new_tokens, n)
         loop = self.batch(sampling, seed, stops, on_round, processing)
         origins: list[list[int]] = [[] for _ in requests]
         for gained in chain.from_iterable(served(loop, requests, batch_size)):
@@ -471,7 +471,7 @@ class SpeculativeDecoder:
     ) -> Stream:
         """One sample as it is written: what may yet become a stop string, or half a character, waits."""
         sampling, processing = self._drawing(Sampling(temperature, top_k, top_p), options)
-        stops, request = self._stops(stop), self._requests([prompt], max_new_tokens, 1)
+        stops, request = self._stops(stop), self.requests([prompt], max_new_tokens, 1)
         loop = self.batch(sampling, seed, stops, on_round, processing)
         return Stream(self._written(loop, request, stops), loop)
 
@@ -515,7 +515,8 @@ class SpeculativeDecoder:
         special = special_tokens(self.target.tokenizer)
         return {special[word] for word in stops if word in special}
 
-    def _requests(self, prompts: Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:
+    def requests(self, prompts: Sequence[Prompt], max_new_tokens: int, n: int) -> list[Request]:
+        """`n` rows for each prompt. Raises `UserError` for one that is empty, too long, or no prompt."""
         _check_count("max_new_tokens", max_new_tokens, "an answer has at least one token")
         _check_count("n", n, "at least one sample is drawn of a prompt")
         tokenized = [self.tokenize(prompt) for prompt in prompts]

@@ -945,3 +945,40 @@ def test_a_drafter_that_cannot_be_built_is_refused_before_any_data_is_written() 
     assert "drafter.hidden_size" in line
     assert "drafter.layers 9: the target has 3 layers" in complaint("run", "tiny.yaml", TRUSTED, "drafter={name: small_lm, layers: 9}")
     assert not Path("runs/tiny/data").exists()
+
+
+def test_online_decodes_a_stream_learns_from_it_and_from_its_log(workplace: Path) -> None:
+    write_lines("stream.jsonl", [{"id": str(i), "task": "ab"[i // 3], "prompt": f"w{i + 3} w{i * 2} w5"} for i in range(6)])
+    words = ("online.methods=[frozen,osd]", "online.every=3", "online.least=1", "online.keep_log=true", "evaluation.max_new_tokens=8")
+    result = drafttrain("online", "runs/tiny", "--stream", "stream.jsonl", *words)
+    assert result.exit_code == 0, result.output
+    assert "a 0-2" in result.stdout
+    folder = Path("runs/tiny/online")
+    rows = [json.loads(line) for line in (folder / "osd" / "rows.jsonl").read_text().splitlines()]
+    assert [row["version"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert "w5" not in (folder / "osd" / "rows.jsonl").read_text()
+    assert (folder / "stream.svg").exists()
+    assert load_drafter(folder / "osd" / "drafter").config == load_drafter(Path("runs/tiny/drafter")).config
+    before = snapshot("runs/tiny/online/osd")
+    assert drafttrain("online", "runs/tiny", "--stream", "stream.jsonl", *words).exit_code == 0
+    assert snapshot("runs/tiny/online/osd") == before  # what is done is read
+    replayed = drafttrain("online", "runs/tiny", "--replay", "runs/tiny/online/osd/log", "online.methods=[replay]", "online.least=1")
+    assert replayed.exit_code == 0, replayed.output
+    assert load_drafter(Path("runs/tiny/online-replay/replay/drafter"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "one of the two"),
+        (("--stream", "suite.jsonl", "online.temperature=0"), "online.temperature 0"),
+        (("--stream", "twice.jsonl"), "two items have the id '1'"),
+        (("--replay", "runs/tiny/data"), "no feature"),
+        (("--replay", "runs/tiny/features"), "no log of decoding"),
+        (("--replay", "other"), "its target is"),
+    ],
+)
+def test_a_stream_or_log_that_cannot_be_learnt_from_is_one_line(workplace: Path, words: tuple[str, ...], said: str) -> None:
+    write_lines("twice.jsonl", [{"id": "1", "task": "a", "prompt": "x"}] * 2)
+    make_store(Path("other"), make_target(fingerprint="other"))
+    assert said in complaint("online", "runs/tiny", *words)
