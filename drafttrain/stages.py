@@ -350,7 +350,7 @@ def learn_from_log(recipe: Recipe, log: str) -> dict[str, int]:
     store.check_target(Origin.of_config(recipe.target))
     options = recipe.target
     head = TargetHead.from_folder(resolve(options), dtype=options.torch_dtype(), trust_remote_code=options.trust_remote_code)
-    updates = {}
+    updates = dict[str, int]()
     for method in config.methods:
         drafter, folder = _served_drafter(recipe)[0], recipe.folder / "online-replay" / method
         updates[method] = online.learn_from_log(drafter, head, store, method, config, sampling, recipe.runtime.shape.depth, folder).updates
