@@ -447,10 +447,8 @@ class StreamRun:
             "mark": self.mark, "place": self.position.place, "done": self.position.done, "rows": rows,
             "learner": self.learner.state(texts=not self.position.done),
         }  # fmt: skip
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
         with writable(self.folder):
-            write_whole(self.folder / CHECKPOINT, lambda path: path.write_bytes(buffer.getvalue()))
+            write_whole(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
             write_text(self.folder / ROWS, "".join(row.model_dump_json() + "\n" for row in self.position.rows))
 
     def _resume(self) -> None:

@@ -115,6 +115,7 @@ class Recording(Drafting):
         self.drafter.observe(self.state, committed.only(self.drafter.needs))
         refused = tried_depths(tree, cut) > cut.verdict.length
         told = torch.stack([committed.count, refused.long()], 1).tolist()
+        self.counts.syncs += 1  # what is recorded goes to the host
         features = {name: value.cpu() for name, value in committed.features.items() if name in self.needs}
         for row, (place, (count, wrong)) in enumerate(zip(self.places, told, strict=True)):
             text = self.texts[place]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.plan import Plan
+from drafttrain.core.processing import Processing
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
 from drafttrain.core.types import Committed, Scored, Verdict
@@ -51,6 +52,9 @@ class TableTarget:
 
     def p(self, context: Sequence[int]) -> np.ndarray:
         return probs(self.seed, context, self.vocab)
+
+    def processing(self) -> Processing:
+        return Processing()  # its logits are as they are
 
     def new_cache(self, batch: int, capacity: int) -> TableCache:
         return TableCache([[] for _ in range(batch)])

@@ -18,6 +18,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from drafttrain.core.plan import Chain, Plan, Shape, Static
+from drafttrain.core.processing import Processing
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Layout, Tree
@@ -123,6 +124,9 @@ class Markov(Stateless):
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits  # [V, V]
+
+    def processing(self) -> Processing:
+        return Processing()  # its logits are as they are
 
     def new_cache(self, batch: int, capacity: int) -> Markov:
         return self
