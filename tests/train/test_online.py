@@ -17,7 +17,7 @@ from drafttrain.core.plan import Chain, Plan, Static
 from drafttrain.core.rng import branches
 from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.base import Drafter
-from drafttrain.evaluation.streams import StreamItem, StreamRow
+from drafttrain.evaluation.streams import StreamItem, StreamRow, pooled_tau
 from drafttrain.runtime import generate
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.runtime.generate import DecodingLoop
@@ -29,7 +29,7 @@ from drafttrain.train.transcripts import Recording, Transcript, training_batch
 from tests.contract.tables import TableDrafter, TableTarget
 from tests.contract.test_rules import made, target_law
 from tests.families import REPRESENTATIVES, TRAINABLE, slow_beyond, tiny_drafter
-from tests.tiny import greedy_text, tiny_target
+from tests.tiny import fitted, greedy_text, tiny_target
 
 PROMPTS = [[5, 9, 11], [1, 2, 3], [40, 41], [7, 7, 8], [12, 3], [50, 2, 9]]
 NEW = 10
@@ -276,6 +276,36 @@ def test_learning_from_its_rejections_a_drafter_is_accepted_more(tmp_path: Path)
     rows = StreamRun(decoder, asked, "osd", config, Sampling(), NEW, tmp_path, batch_size=3).run()
     first, second = sum(row.rounds for row in rows[:6]), sum(row.rounds for row in rows[6:])
     assert second < 0.8 * first
+
+
+SHIFTED = [[20, 21], [33, 4, 18], [60, 1], [14, 15, 16], [27, 28], [9, 55, 3]]
+
+
+@lru_cache
+def drafter_of(first: bool) -> Drafter:
+    """Trained offline on the target's texts of one kind of prompts."""
+    return fitted(tiny_drafter("eagle3", target()), target(), PROMPTS if first else SHIFTED, NEW, 40)
+
+
+def tau_at_the_end(folder: Path, method: str, drafter: Drafter, **options: Any) -> float:
+    """Accepted length of the last pass over the second kind, in a stream of the first kind once and then the second five times."""
+    turns = [("a", PROMPTS), *[("b", SHIFTED)] * 5]
+    asked = [
+        StreamItem(f"{turn}-{place}", task, prompt) for turn, (task, prompts) in enumerate(turns) for place, prompt in enumerate(prompts)
+    ]
+    config = OnlineConfig(**{"every": 6, "least": 1, "rows": 2, "lr": 5e-3, "epochs": 3, "replay_share": 0.0, **options})
+    decoder = SpeculativeDecoder(target(), copy.deepcopy(drafter), {"shape": Chain(length=3)})
+    return pooled_tau(StreamRun(decoder, asked, method, config, Sampling(), NEW, folder, batch_size=6).run()[-6:])
+
+
+@pytest.mark.slow
+def test_after_a_shift_half_of_the_gap_to_offline_training_is_recovered(tmp_path: Path) -> None:
+    frozen = tau_at_the_end(tmp_path / "frozen", "frozen", drafter_of(True))
+    offline = tau_at_the_end(tmp_path / "offline", "frozen", drafter_of(False))
+    for method in ("osd", "replay", "plain", "ensemble", "optimistic"):
+        options = {"optimistic": {"lr": 0.05}, "ensemble": {"lr": 2e-3}}.get(method, {})
+        online = tau_at_the_end(tmp_path / method, method, drafter_of(True), **options)
+        assert online > frozen + 0.5 * (offline - frozen), (method, frozen, online, offline)
 
 
 # -- the mathematics --------------------------------------------------------------------------------------------------------------------
