@@ -13,6 +13,7 @@ import yaml
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.plan import Chain, Dynamic
+from drafttrain.design import study as studying
 from drafttrain.design import tune as tuning
 from drafttrain.design.forecast import ReplayedLength
 from drafttrain.drafters.hybrid import HybridConfig
@@ -362,3 +363,11 @@ def test_what_was_measured_of_other_answers_or_of_another_drafter_is_measured_ag
     (tunable(workplace) / "drafter" / "note").write_text("other weights")
     assert drafttrain(*command).exit_code == 0
     assert made == UNITS[2:]
+
+
+@pytest.mark.slow
+def test_every_cell_of_which_drafter_can_be_decoded_on_the_demo_target(tmp_path: Path) -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "which-drafter.yaml", [f"output={tmp_path}"])
+    made = studying.cells(recipe, tmp_path / "study")
+    studying.check(recipe, made)
+    assert len({cell.recipe.drafter.name for cell in made}) == len(made) > 10
