@@ -336,7 +336,8 @@ def export(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
 ) -> None:
-    """Write the trained drafter in other formats: native, causal_lm, speculators, sglang, gguf, openvino, medusa; the first to the Hub too.
+    """Write the trained drafter in other formats: native, causal_lm, speculators, sglang, gguf, openvino, medusa,
+    mlp_speculator; the first to the Hub too.
 
     [dim]drafttrain export runs/small 'export.formats=\\[native, causal_lm]'[/dim]
     [dim]drafttrain export runs/quickstart 'export.formats=\\[speculators]' --to hub --repo me/my-drafter --dry-run[/dim]

@@ -3,8 +3,9 @@
     s[0] is the target's last state at p;   z = embedding[k](x[p + 1 + k]) * w_e * sqrt(r / 2)
     s[k + 1] = gelu(norm[k](projection[k] s[k] * w_s + z)),   whose head k gives the distribution of x[p + 2 + k]
 
-w_s = 0.5 ** (1 / 2K) and w_e = sqrt(1 - w_s ** 2), so that half of what the last head reads is still the target's state. r inner width,
-K heads, D hidden, Vd draft vocabulary.
+norm is a root-mean-square norm with a scale and a shift, as the published code and vLLM have it, so that of the two weights only their
+ratio counts. w_s = 0.5 ** (1 / 2K) and w_e = sqrt(1 - w_s ** 2), so that half of what the last head reads is still the target's state.
+r inner width, K heads, D hidden, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,9 @@ from drafttrain.core.losses import OutputLayer, ScoringLayer
 from drafttrain.drafters.last_state import LastStateConfig, SequentialHeads
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
+
+EPS = 1e-6
+"""Of the norms, as in the published code."""
 
 
 class MLPSpeculatorConfig(LastStateConfig):
@@ -44,6 +49,17 @@ class MLPSpeculatorConfig(LastStateConfig):
         return self
 
 
+class ShiftedNorm(nn.Module):
+    """Root-mean-square norm with a scale and a shift."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPS) + self.bias.to(x.dtype)
+
+
 class MLPSpeculator(SequentialHeads):
     """Drafts with one small step a level."""
 
@@ -58,7 +74,7 @@ class MLPSpeculator(SequentialHeads):
         self.lm_heads = nn.ModuleList(list(self.lm_heads)[:matrices])
         self.emb = nn.ModuleList(nn.Embedding(target.vocab_size, r) for _ in range(matrices))
         self.proj = nn.ModuleList(nn.Linear(width, r, bias=False) for width in widths)
-        self.ln = nn.ModuleList(nn.LayerNorm(r) for _ in range(matrices))
+        self.ln = nn.ModuleList(ShiftedNorm(r) for _ in range(matrices))
         self.state_weight = 0.5 ** (0.5 / K)
         self.token_weight = math.sqrt((1 - self.state_weight**2) * r / 2)
         for module in (*self.lm_heads, *self.emb, *self.proj):
@@ -71,14 +87,14 @@ class MLPSpeculator(SequentialHeads):
     def handed_first(self, last: Tensor) -> Tensor:
         if not self.config.scale_input:
             return last
-        return F.layer_norm(last, last.shape[-1:]) / math.sqrt(2)
+        return F.rms_norm(last, last.shape[-1:], None, EPS) / math.sqrt(2)
 
     def advance(self, level: int, handed: Tensor, tokens: Tensor, head: TargetHead) -> tuple[Tensor, Tensor]:
         """What is handed on is the state itself, [..., r]."""
         at = 0 if self.config.tie_weights else level
         projection = self.proj[min(level, len(self.proj) - 1)]
-        token = self.emb[at](tokens).to(handed.dtype) * self.token_weight
-        state = F.gelu(self.ln[at](projection(handed) * self.state_weight + token))
+        token = self.emb[at](tokens).to(handed.dtype) * (self.token_weight / self.state_weight)
+        state = F.gelu(self.ln[at](projection(handed) + token))
         return state, state
 
     def _output_layer(self, index: int, head: TargetHead) -> ScoringLayer:

@@ -18,6 +18,7 @@ from drafttrain.export.base import FormatConfig, Source
 from drafttrain.export.causal_lm import CausalLM
 from drafttrain.export.gguf import GGUF
 from drafttrain.export.medusa import MedusaFormat
+from drafttrain.export.mlp_speculator import MLPSpeculatorFormat
 from drafttrain.export.native import Native
 from drafttrain.export.openvino import OpenVINO
 from drafttrain.export.sglang import SGLang
@@ -26,7 +27,7 @@ from drafttrain.target.files import TargetConfig, TargetShape, resolve, target_f
 
 FORMATS: dict[str, type[FormatConfig]] = {
     "native": Native, "causal_lm": CausalLM, "speculators": Speculators, "sglang": SGLang, "gguf": GGUF, "openvino": OpenVINO,
-    "medusa": MedusaFormat,
+    "medusa": MedusaFormat, "mlp_speculator": MLPSpeculatorFormat,
 }  # fmt: skip
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class ExportConfig(Config):
     """What `drafttrain export` writes."""
 
     formats: tuple[AnyFormat, ...] = Field(default=("native",), min_length=1)
-    """Each a name, or `name` with the format's options: native, causal_lm, speculators, sglang, gguf, openvino, medusa."""
+    """Each a name, or `name` with the format's options: native, causal_lm, speculators, sglang, gguf, openvino, medusa, mlp_speculator."""
     folder: str | None = None
     """Where each format gets a folder of its own name; by default OUTPUT/export."""
 

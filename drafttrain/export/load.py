@@ -10,7 +10,7 @@ from typing import Any
 from drafttrain.core.errors import UserError, first_line
 from drafttrain.drafters import files
 from drafttrain.drafters.base import Drafter
-from drafttrain.export import causal_lm, gguf, medusa, openvino, sglang, speculators
+from drafttrain.export import causal_lm, gguf, medusa, mlp_speculator, openvino, sglang, speculators
 from drafttrain.export.reading import ImportTarget
 from drafttrain.export.tensors import CONFIG, read_config
 from drafttrain.target.adapter import Target
@@ -30,6 +30,7 @@ IMPORTS: dict[str, Importer] = {
     "openvino": Importer(openvino.recognises, openvino.read),
     "speculators": Importer(speculators.recognises, speculators.read),
     "medusa": Importer(medusa.recognises, medusa.read),
+    "mlp_speculator": Importer(mlp_speculator.recognises, mlp_speculator.read),
     "sglang": Importer(sglang.recognises, sglang.read),
     "causal_lm": Importer(causal_lm.recognises, causal_lm.read),
 }

@@ -15,6 +15,7 @@ from drafttrain.core.sampling import Sampling
 from drafttrain.drafters.hydra import Hydra
 from drafttrain.drafters.last_state import SequentialHeads
 from drafttrain.drafters.mlp_speculator import MLPSpeculator, MLPSpeculatorConfig
+from drafttrain.export.mlp_speculator import stored_config, stored_key
 from drafttrain.target.adapter import Target
 from tests.families import bare_drafter
 from tests.tiny import packed, tiny_target
@@ -49,13 +50,13 @@ def mlp_plain(drafter: MLPSpeculator, last: Tensor, tokens: list[int], target: T
     K, r = drafter.config.heads, drafter.state_size
     w_s = 0.5 ** (1 / (2 * K))
     w_e = math.sqrt(1 - w_s**2)
-    state = last if not drafter.config.scale_input else (last - last.mean()) / (last.var(unbiased=False) + 1e-5).sqrt() / math.sqrt(2)
+    state = last if not drafter.config.scale_input else last / (last.square().mean() + 1e-6).sqrt() / math.sqrt(2)
     for level, token in enumerate(tokens):
         at = 0 if drafter.config.tie_weights else level
         projection = drafter.proj[min(level, len(drafter.proj) - 1)].weight
         z = drafter.emb[at].weight[token] * w_e * math.sqrt(r / 2)
         mixed = projection @ state * w_s + z
-        normed = (mixed - mixed.mean()) / (mixed.var(unbiased=False) + 1e-5).sqrt() * drafter.ln[at].weight + drafter.ln[at].bias
+        normed = mixed / (mixed.square().mean() + 1e-6).sqrt() * drafter.ln[at].weight + drafter.ln[at].bias
         state = 0.5 * normed * (1 + torch.erf(normed / math.sqrt(2)))
     return state
 
@@ -116,3 +117,26 @@ def test_tied_weights_are_one_of_each() -> None:
 def test_an_mlp_speculator_without_an_output_matrix_of_its_own_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"output matrices of its own|leave own_heads out"):
         MLPSpeculatorConfig.model_validate(options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"inner_size": 24}, {"tie_weights": False, "scale_input": True}], ids=["tied", "untied, scaled"])
+def test_an_exported_mlp_speculator_says_in_the_engines_own_formula_what_it_drafts(options: dict[str, object]) -> None:
+    """vLLM's: the projected state plus the embedding times the weights' ratio, a root-mean-square norm with scale and shift, GELU."""
+    target = tiny_target()
+    drafter = stirred("mlp_speculator", target, heads=3, **options)
+    weights = {stored_key(key): value for key, value in drafter.state_dict().items()}
+    config = stored_config(drafter, "float32")  # type: ignore[arg-type]
+    batch = packed(target, [TEXT], [3])
+    state = batch.features["last_hidden_state"][0, 2]
+    if config["scale_input"]:
+        state = state * torch.rsqrt(state.pow(2).mean() + 1e-6) / 2**0.5
+    w_s = 0.5 ** (0.5 / config["n_predict"])
+    ratio = math.sqrt((1 - w_s**2) * (config["inner_dim"] / 2)) / w_s
+    for level, states in enumerate(drafter.teacher_forced_states(batch, target.head, 3)):
+        at, projection = (0, min(level, 1)) if config["tie_weights"] else (level, level)
+        mixed = weights[f"proj.{projection}.weight"] @ state + ratio * weights[f"emb.{at}.weight"][TEXT[3 + level]]
+        normed = mixed * torch.rsqrt(mixed.pow(2).mean() + 1e-6)
+        state = F.gelu(weights[f"ln.{at}.weight"] * normed + weights[f"ln.{at}.bias"])
+        logits = drafter.readout(states[0, 2], level, target.head)
+        torch.testing.assert_close(logits, weights[f"head.{at}.weight"] @ state, atol=1e-4, rtol=1e-4)  # fp32 in another order

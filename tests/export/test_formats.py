@@ -23,6 +23,7 @@ from drafttrain.export.gguf import GGUF
 from drafttrain.export.gguf_file import llama3_factors, paired, unpaired
 from drafttrain.export.load import IMPORTS, load_drafter
 from drafttrain.export.medusa import MedusaFormat
+from drafttrain.export.mlp_speculator import MLPSpeculatorFormat
 from drafttrain.export.sglang import SGLang
 from drafttrain.export.speculators import Speculators
 from drafttrain.target.files import DTYPES, TargetConfig
@@ -97,6 +98,13 @@ def test_gguf_eagle3_files_come_back(sizes: dict[str, Any], data: st.DataObject,
 def test_medusa_folders_come_back(sizes: dict[str, Any], heads: int, layers: int, own: bool, dtype: Any) -> None:
     form = MedusaFormat(dtype=dtype)
     comes_back(form, sizes, "medusa", dtype, None, heads=heads, layers=layers, own_heads=own)
+
+
+@EXAMPLES
+@given(SIZES, st.integers(2, 3), st.booleans(), st.booleans(), st.sampled_from([None, 24]), st.sampled_from(sorted(DTYPES)))
+def test_mlp_speculator_folders_come_back(sizes: dict[str, Any], heads: int, tie: bool, scale: bool, inner: int | None, dtype: Any) -> None:
+    form = MLPSpeculatorFormat(dtype=dtype)
+    comes_back(form, sizes, "mlp_speculator", dtype, None, heads=heads, tie_weights=tie, scale_input=scale, inner_size=inner)
 
 
 @EXAMPLES
@@ -198,6 +206,9 @@ def test_llama3_factors_are_transformers_scaling() -> None:
         ("medusa", "medusa", {"root": True}, None, "drafter.root"),
         ("medusa", "medusa", {"draft_vocab_size": 20}, None, "drafter.draft_vocab_size 20"),
         ("medusa", "eagle3", {}, None, "holds medusa drafters"),
+        ("mlp_speculator", "mlp_speculator", {"draft_vocab_size": 20}, None, "drafter.draft_vocab_size 20"),
+        ("mlp_speculator", "mlp_speculator", {"heads": 1}, None, "vLLM ties only several heads"),
+        ("mlp_speculator", "medusa", {}, None, "holds mlp_speculator drafters"),
         ("speculators", "medusa", {}, None, "holds eagle3 drafters"),
         ("sglang", "small_lm", {}, None, "holds eagle3 drafters"),
         ("causal_lm", "medusa", {}, None, "is no causal LM of its own"),
