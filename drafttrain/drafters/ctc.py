@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drafttrain.core.losses import decay_weights, overlap
+from drafttrain.core.losses import overlap
 from drafttrain.core.sampling import likeliest
 from drafttrain.core.types import TrainingBatch, gathered
 from drafttrain.drafters.base import bare_forward
@@ -167,10 +167,10 @@ class Ctc(BlockDrafter):
         with torch.no_grad():
             p = head.logits(labels.teacher, vocab).float().softmax(-1)
         each = self.config.loss.between(p, log_q[:, :K], labels.tokens, vocab)
-        decay = decay_weights(K, self.config.decay, each.device) if self.config.decay else torch.ones(K, device=each.device)
-        total = (each * decay * share * (labels.real & inside)).sum()
+        known = labels.real & inside
+        total = (each * self._weights(log_q[:, :K], index, known) * share * known).sum()
         if self.collapses:
-            total = total + self.config.ctc * self._ctc(states, log_q, index, labels.real & inside).sum()
+            total = total + self.config.ctc * self._ctc(states, log_q, index, known).sum()
         with torch.no_grad():
             logits = self._logits_along(states, base, index, inside)
             right = (likeliest(logits) == index) & inside & labels.real

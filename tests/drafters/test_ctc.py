@@ -110,3 +110,15 @@ def test_without_its_term_frames_are_positions_and_nothing_is_blank() -> None:
 def test_frames_that_cannot_spell_a_block_are_refused() -> None:
     with pytest.raises(UserError, match="4 frames cannot spell block = 5"):
         parse(CtcConfig, {"frames": 4}, "recipe")
+
+
+def test_weights_of_positions_reach_the_frames_and_leave_the_alignments_alone() -> None:
+    target = tiny_target()
+    batch = packed(target, [[5, 9, 11, 30, 7, 7, 8, 40]], [1])
+    weighed = {
+        name: [float(tiny_drafter("ctc", target, ctc=share, **options).loss(batch, target.head).sum.detach()) for share in (0.0, 1.0)]
+        for name, options in {"decay": {"decay": 2.0}, "none": {"decay": None}, "dpace": {"dpace": True}}.items()
+    }
+    assert len({round(frames, 4) for frames, _ in weighed.values()}) == 3
+    alignments = [both - frames for frames, both in weighed.values()]
+    torch.testing.assert_close(torch.tensor(alignments), torch.full((3,), alignments[0]), rtol=1e-4, atol=1e-4)
