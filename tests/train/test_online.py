@@ -16,6 +16,7 @@ from drafttrain.core.losses import OnlineMix, forward_kl, jsd, reverse_kl, tempe
 from drafttrain.core.plan import Chain, Plan, Static
 from drafttrain.core.rng import branches
 from drafttrain.core.sampling import Sampling
+from drafttrain.drafters import DRAFTERS
 from drafttrain.drafters.base import Drafter
 from drafttrain.evaluation.streams import StreamItem, StreamRow, pooled_tau
 from drafttrain.runtime import generate
@@ -33,6 +34,8 @@ from tests.tiny import fitted, greedy_text, tiny_target
 
 PROMPTS = [[5, 9, 11], [1, 2, 3], [40, 41], [7, 7, 8], [12, 3], [50, 2, 9]]
 NEW = 10
+LEARNERS = [name for name in TRAINABLE if "loss" in DRAFTERS[name].Config.model_fields]
+"""Families whose loss is a divergence that can be chosen; others are refused by name."""
 
 
 @lru_cache
@@ -64,7 +67,7 @@ def weights(run: StreamRun) -> list[torch.Tensor]:
     return [weight.detach().clone() for weight in run.learner.serving.parameters()]
 
 
-@pytest.mark.parametrize("family", slow_beyond(TRAINABLE, [name for name in REPRESENTATIVES if name in TRAINABLE]))
+@pytest.mark.parametrize("family", slow_beyond(LEARNERS, [name for name in REPRESENTATIVES if name in LEARNERS]))
 @pytest.mark.parametrize("caches", ["rebuild", "age"])
 def test_greedy_texts_are_the_targets_own_while_weights_are_swapped_within_requests(tmp_path: Path, family: str, caches: str) -> None:
     run = stream(tmp_path, "replay", family, rounds=2, caches=caches, every=6)
@@ -371,6 +374,12 @@ def test_what_cannot_be_learnt_online_is_refused(options: dict[str, Any], runtim
     given = {name: ({} if name == "hybrid" else value) for name, value in runtime.items()}
     with pytest.raises(UserError, match=said):
         check_online(OnlineConfig(**options), RuntimeConfig(**given), Sampling(), type(drafter))
+
+
+def test_families_without_a_choice_of_divergence_are_refused() -> None:
+    for name in sorted(set(DRAFTERS) - set(LEARNERS)):
+        with pytest.raises(UserError, match=r"no weights|loss of its own"):
+            check_online(OnlineConfig(), RuntimeConfig(), Sampling(), DRAFTERS[name])
 
 
 def test_a_folder_of_another_stream_is_refused(tmp_path: Path) -> None:
