@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from drafttrain.data import regenerate as regenerating
 from drafttrain.data.licences import licences, of_folder
 from drafttrain.data.origin import Origin
 from drafttrain.data.shards import INDEX, read_index
+from drafttrain.data.share import ALL, Share
 from drafttrain.data.store import Store
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
@@ -48,7 +49,7 @@ from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.rounds import LoggedProbs, log_rounds
 from drafttrain.runtime.stats import alpha_text
 from drafttrain.target.adapter import Target, check_same_tokens, load_tokenizer, read_shape
-from drafttrain.target.files import TargetShape, resolve, target_fingerprint
+from drafttrain.target.files import TargetConfig, TargetShape, resolve, target_fingerprint
 from drafttrain.target.head import TargetHead
 from drafttrain.train import judge as judging
 from drafttrain.train import loop as training
@@ -90,7 +91,15 @@ def perform(stage: str, recipe: Recipe, again: bool = False) -> Record:
         return _perform(stage, recipe, again)
 
 
-def _perform(stage: str, recipe: Recipe, again: bool) -> Record:
+def perform_share(stage: str, recipe: Recipe, share: Share) -> Record:
+    """One process's share of `regenerate` or `capture`; the stage is done once all shares are. Raises `UserError` as `perform` does."""
+    if share.whole:
+        return perform(stage, recipe)
+    with claimed(stage, recipe) if share.waits else nullcontext():  # shares of a job array have a lock each
+        return _perform(stage, recipe, False, share)
+
+
+def _perform(stage: str, recipe: Recipe, again: bool, share: Share | None = None) -> Record:
     record = planned(stage, recipe)
     held = read_record(recipe, stage)
     if held is not None and held.done and held.fingerprint == record.fingerprint and MADE[stage](recipe, held) and not again:
@@ -102,7 +111,10 @@ def _perform(stage: str, recipe: Recipe, again: bool) -> Record:
     console.print(Text.assemble((stage, "bold"), f": {recipe.folder}"))
     write_record(recipe, stage, record)
     begun = time.monotonic()
-    notes = STAGES[stage](recipe)
+    notes = STAGES[stage](recipe) if share is None else SHARED[stage](recipe, share)
+    if notes is None:
+        console.print(f"{stage}: this share is done, others are missing still; the last one to end finishes the stage")
+        return record
     finished = datetime.now(timezone.utc).isoformat(timespec="microseconds")
     seconds = round(time.monotonic() - begun, 1)
     record = record.model_copy(update={"done": True, "seconds": seconds, "finished": finished, "notes": notes})
@@ -113,7 +125,10 @@ def _perform(stage: str, recipe: Recipe, again: bool) -> Record:
 def alone(what: str) -> None:
     """A `UserError` where several processes were launched: all of them would write the same files."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(f"{what} runs in one process, and several were launched; launch `drafttrain train` only, `drafttrain {what}` alone")
+        raise UserError(
+            f"{what} runs in one process, and several were launched; launch `drafttrain train`, `regenerate` and `capture` only, one by "
+            f"one, `drafttrain {what}` alone"
+        )
 
 
 @contextmanager
@@ -172,8 +187,8 @@ def refuse_other_options(held: Record | None, record: Record, recipe: Recipe) ->
             )
 
 
-def regenerate(recipe: Recipe) -> dict[str, Any]:
-    """The target writes the conversations; a finished store that the recipe names is only checked."""
+def regenerate(recipe: Recipe, share: Share | None = None) -> dict[str, Any] | None:
+    """The target writes the conversations; a finished store that the recipe names is only checked. None: other shares are missing still."""
     if not DRAFTERS[recipe.drafter.name].trainable:
         console.print(f"a {recipe.drafter.name} drafter learns nothing: no conversations are needed")
         return {}
@@ -183,13 +198,26 @@ def regenerate(recipe: Recipe) -> dict[str, Any]:
         store.check_target(Origin.of_config(recipe.target))
     else:
         known = licences(recipe.target, recipe.data.sources)
-        store = regenerating.regenerate(Target.load(recipe.target), recipe.data, recipe.folder / "data", licences=known)
+        target, folder = Target.load(placed(recipe.target, share)), recipe.folder / "data"
+        if share is None:
+            store = regenerating.regenerate(target, recipe.data, folder, licences=known)
+        elif (shared := regenerating.regenerate_share(target, recipe.data, folder, share, licences=known)) is None:
+            return None
+        else:
+            store = shared
     console.print(f"{len(store):,} conversations, {store.tokens:,} tokens in {store.folder}")
     return {"conversations": len(store), "tokens": store.tokens}
 
 
-def capture(recipe: Recipe) -> dict[str, Any]:
-    """Features that training needs and the conversations lack, unless training computes them itself."""
+def placed(target: TargetConfig, share: Share | None) -> TargetConfig:
+    """Each process of a launcher has a GPU of its own, where the recipe names no device."""
+    if share is None or not share.waits or target.device != "auto" or not torch.cuda.is_available():
+        return target
+    return target.model_copy(update={"device": f"cuda:{os.environ.get('LOCAL_RANK', '0')}"})
+
+
+def capture(recipe: Recipe, share: Share | None = None) -> dict[str, Any] | None:
+    """Features that training needs and the conversations lack, unless training computes them itself. None: other shares are missing."""
     if not DRAFTERS[recipe.drafter.name].trainable:
         return {}
     source, needs = conversations(recipe), features_of(new_drafter(recipe, read_shape(recipe.target)))
@@ -197,7 +225,9 @@ def capture(recipe: Recipe) -> dict[str, Any]:
     if not missing or recipe.data.online:
         console.print("the conversations have every feature" if not missing else "features will be computed while training (data.online)")
         return {}
-    store = capturing.capture(Target.load(recipe.target), source, recipe.folder / "features", needs)
+    store = capturing.capture(Target.load(placed(recipe.target, share)), source, recipe.folder / "features", needs, share=share or ALL)
+    if store is None:
+        return None
     console.print(f"{', '.join(store.feature_names)} of {store.tokens:,} tokens in {store.folder}")
     return {"tokens": store.tokens, "features": list(store.feature_names)}
 
@@ -408,7 +438,10 @@ def _told(recipe: Recipe) -> str:
     return f"{len(store):,} conversations of {store.tokens:,} tokens, {origin}{stated}"
 
 
-STAGES: dict[str, Callable[[Recipe], dict[str, Any]]] = {
+SHARED: dict[str, Callable[[Recipe, Share], dict[str, Any] | None]] = {"regenerate": regenerate, "capture": capture}
+"""Stages whose work several processes may share."""
+
+STAGES: dict[str, Callable[[Recipe], dict[str, Any] | None]] = {
     "regenerate": regenerate, "capture": capture, "train": train, "eval": evaluate, "export": export,
 }  # fmt: skip
 

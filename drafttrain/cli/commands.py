@@ -134,6 +134,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe; values are YAML.", show_default=False)
 ]
 
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="This process's share of the work, from 0/N on: for job arrays.", show_default=False),
+]
+
 
 def version(show: bool) -> None:
     """Prints it and ends."""
@@ -150,21 +155,22 @@ def common(
 
 
 @app.command()
-def regenerate(recipe: RecipePath, overrides: Overrides = None) -> None:
+def regenerate(recipe: RecipePath, overrides: Overrides = None, shard: Shard = None) -> None:
     """The target writes the training conversations (and the prompts, where you have none).
 
     [dim]drafttrain regenerate recipes/quickstart.yaml data.tokens=20000[/dim]
+    [dim]accelerate launch --num_processes 8 -m drafttrain regenerate recipe.yaml[/dim]
     """
-    _perform("regenerate", recipe, overrides)
+    _perform_share("regenerate", recipe, overrides, shard)
 
 
 @app.command()
-def capture(recipe: RecipePath, overrides: Overrides = None) -> None:
+def capture(recipe: RecipePath, overrides: Overrides = None, shard: Shard = None) -> None:
     """One target pass over the conversations, for the features that training reads.
 
     [dim]drafttrain capture recipes/quickstart.yaml data.existing=my-conversations[/dim]
     """
-    _perform("capture", recipe, overrides)
+    _perform_share("capture", recipe, overrides, shard)
 
 
 @app.command()
@@ -575,6 +581,16 @@ def _perform(stage: str, path: Path, overrides: list[str] | None) -> None:
     recipe = _load(path, overrides)
     with stopped_training_exits():
         stages.perform(stage, recipe)
+
+
+def _perform_share(stage: str, path: Path, overrides: list[str] | None, shard: str | None) -> None:
+    from drafttrain import stages
+    from drafttrain.data.share import Share
+
+    share = Share.of_launcher() if shard is None else Share.parse(shard)
+    recipe = _load(path, overrides)
+    with stopped_training_exits():
+        stages.perform_share(stage, recipe, share)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ answer may differ by the rounding of another batch shape, and is a sample of the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from pydantic import Field, model_validator
 
 from drafttrain.core.config import Config, Seed, fingerprint
 from drafttrain.core.console import SafeConsole
-from drafttrain.core.disk import only_writer
+from drafttrain.core.disk import locked, only_writer, writable
 from drafttrain.core.errors import UserError
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import FeatureName
@@ -25,9 +26,10 @@ from drafttrain.data.journal import FLUSH_SECONDS, StoreJournal
 from drafttrain.data.origin import Origin, take_probe
 from drafttrain.data.prompts import DataPrompt, SelfPrompts, Source, read_prompts
 from drafttrain.data.server import AnswerJournal
+from drafttrain.data.share import Share, completed, joined, part_of, refuse_others, sweep, take_up
 from drafttrain.data.store import Conversation, Store, StoreWriter, feature_widths
 from drafttrain.data.turns import Turn, all_openings, kept_prompts, openings, turn_jobs
-from drafttrain.data.writer import OwnWriter, WriterConfig, open_writer
+from drafttrain.data.writer import OwnWriter, Writer, WriterConfig, open_writer
 from drafttrain.target.adapter import Target
 from drafttrain.target.sample import Finished, Job
 from drafttrain.target.template import check_answer_end
@@ -99,16 +101,63 @@ def regenerate(
         store = Store.open(config.existing)
         store.check_target(Origin.of_target(target))
         return store
+    check_ends(target)
+    with only_writer(folder):
+        left_out: Counter[str] = Counter()
+        prompts = collect(target, config, folder / "prompts", left_out, flush_seconds)
+        run = Regeneration(target, config, prompts, folder, flush_seconds, licences, left_out)
+        refuse_others(folder, Share())
+        take_up(folder, run.writer)
+        store = run.run()
+        sweep(folder)
+        return store
+
+
+def regenerate_share(
+    target: Target, config: DataConfig, folder: Path, share: Share, flush_seconds: float = FLUSH_SECONDS,
+    licences: Mapping[str, str] | None = None,
+) -> Store | None:
+    """One process's share of `regenerate`; None where other shares are missing still and it does not wait for them.
+
+    Prompts that the target writes are written by the first process that comes. Raises `UserError` as `regenerate` does, for a budget of
+    tokens, and while processes of another number of shares are at work.
+    """
+    if config.tokens is not None:
+        raise UserError(
+            f"data.tokens={config.tokens:,} cannot be shared among processes, as each would have to know what the others wrote; give "
+            f"data.conversations"
+        )
+    check_ends(target)
+    left_out: Counter[str] = Counter()
+    with writable(folder):
+        (folder / "prompts").mkdir(parents=True, exist_ok=True)
+    with locked(folder / "prompts" / ".lock", folder, wait=True):
+        prompts = collect(target, config, folder / "prompts", left_out, flush_seconds)
+
+    def opened(place: Path) -> Regeneration:
+        return Regeneration(target, config, prompts, place, flush_seconds, licences, left_out)
+
+    with ExitStack() as held:
+        with joined(folder, share, lambda: opened(folder).writer) as store:
+            done = store.lengths
+            part = held.enter_context(part_of(folder, share))
+        opened(part).write_share(share, done)
+    with joined(folder, share, lambda: opened(folder).writer) as store:
+        limit = Budget(config.count(len(prompts)), None).limit(store.lengths)
+        if limit is not None:
+            store.finish(limit)
+            sweep(folder)
+    return completed(folder, share)
+
+
+def check_ends(target: Target) -> None:
+    """A `UserError` where the target's answers could not end, or would run on behind their end."""
     if not target.eos_ids:
         raise UserError(
             f"target '{target.name}': no end token, so no answer could end; set eos_token_id in generation_config.json"
         )
     if target.tokenizer is not None:
         check_answer_end(target.tokenizer, target.eos_ids, target.name)
-    with only_writer(folder):
-        left_out: Counter[str] = Counter()
-        prompts = collect(target, config, folder / "prompts", left_out, flush_seconds)
-        return Regeneration(target, config, prompts, folder, flush_seconds, licences, left_out).run()
 
 
 def collect(
@@ -258,10 +307,21 @@ class Regeneration:
         source = f"{prompts:,} prompt{'s'[: prompts > 1]} at {temperatures} temperature{'s'[: temperatures > 1]}"
         return f"{asked} not reached: {source} give {most:,} conversations ({written:,} tokens), no more; add prompts or data.temperatures"
 
+    def write_share(self, share: Share, done: Container[int]) -> None:
+        """Writes a share of what is not done, into the part that this was opened on."""
+        missing = [id for id in range(self.budget.conversations) if share.mine(id) and id not in done]
+        jobs = (self.config.job(self.prompts, id) for id in missing)
+        with StoreJournal(self.writer, "answers", len(missing), 0, "conversations", self.flush_seconds) as journal:
+            for one in self._open_writer().run(jobs, self.config.capture):
+                journal.add(_conversation(one, self._meta(one)), one.features, len(one.tokens) - one.prompt_len)
+                journal.show(len(self.writer.lengths))
+
+    def _open_writer(self) -> Writer:
+        config, longest = self.config, max(len(prompt.tokens) for prompt in self.prompts) + self.config.max_new_tokens
+        return open_writer(config.writer, self.target, config.batch_size, longest, config.seed, self.writer.folder)
+
     def _write(self) -> int:
-        longest = max(len(prompt.tokens) for prompt in self.prompts) + self.config.max_new_tokens
-        config = self.config
-        sampler = open_writer(config.writer, self.target, config.batch_size, longest, config.seed, self.writer.folder)
+        sampler = self._open_writer()
         goal = self.config.tokens or self.budget.conversations
         unit = "tokens" if self.config.tokens else "conversations"
         with StoreJournal(self.writer, "answers", goal, self._progress(), unit, self.flush_seconds) as journal:

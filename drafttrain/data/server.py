@@ -32,6 +32,7 @@ from drafttrain.target.sample import Finished, Job, check_job
 if TYPE_CHECKING:
     import httpx
 
+ANSWERS = "answers.jsonl"
 LONGEST_PAUSE = 60.0
 PROBE_TOKENS = 32
 PASSED_ON = ("repetition_penalty", "min_p")
@@ -72,7 +73,7 @@ class AnswerJournal:
     """Answers as they arrived, one line each, by a hash of what was asked. The file goes once the store is finished."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "answers.jsonl"
+        self.path = folder / ANSWERS
         self.known: dict[str, list[int]] = {}
         with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ class AnswerJournal:
     @staticmethod
     def forget(folder: Path) -> None:
         """Removes what the store holds now."""
-        (folder / "answers.jsonl").unlink(missing_ok=True)
+        (folder / ANSWERS).unlink(missing_ok=True)
 
 
 @dataclass

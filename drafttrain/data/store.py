@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +226,26 @@ class StoreWriter:
             self.index = self.index.model_copy(update={"shards": (*self.index.shards, entry)})
             write_index(self.folder, self.index)
         self.pending, self.pending_bytes = [], 0
+
+    def take(self, part: Store) -> None:
+        """Adds the shards of another store of the same stage, as files; those that are here already are left out."""
+        held = {entry.sha256 for entry in self.index.shards}
+        for entry in part.index.shards:
+            if entry.sha256 in held:
+                continue  # a killed process added it, and could not remove the part
+            path = self.folder / f"shard-{len(self.index.shards):05d}.safetensors"
+            with writable(self.folder):
+                path.unlink(missing_ok=True)
+                try:
+                    os.link(part.folder / entry.file, path)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(part.folder / entry.file, path)
+                mine = entry.model_copy(update={"file": path.name})
+                self.index = self.index.model_copy(update={"shards": (*self.index.shards, mine)})
+                write_index(self.folder, self.index)
+        everything = Store(self.folder, self.index.model_copy(update={"limit": None}))
+        self.lengths = {id: stop - start for id, _, start, stop in everything._places}
+        self.tokens = everything.tokens
 
     def finish(self, limit: int | None = None) -> Store:
         """Marks the store complete and opens it. limit: see `Index.limit`."""

@@ -191,10 +191,10 @@ def test_an_existing_drafter_that_reads_ids_as_other_tokens_is_refused(empty: Pa
 
 
 @pytest.mark.parametrize("words", [
-    ["run"], ["regenerate"], ["capture"], ["eval"], ["eval", "--replay-rules"], ["export"], ["decision"],
+    ["run"], ["eval"], ["eval", "--replay-rules"], ["export"], ["decision"],
     ["judge", "--questions", "suite.jsonl"],
 ], ids=" ".join)  # fmt: skip
-def test_only_training_runs_in_several_processes(empty: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+def test_stages_that_share_no_work_run_in_one_process(empty: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs in one process, and several were launched" in complaint(words[0], "tiny.yaml", *words[1:])
     assert not Path("runs").exists()
