@@ -15,6 +15,8 @@ from tests.tiny import fitted
 
 TINY: dict[str, dict[str, Any]] = {
     "eagle3": {"ttt_steps": 3, "draft_vocab_size": 40},
+    "eagle": {"ttt_steps": 2, "output": {"kind": "subset", "size": 40}},
+    "mtp": {"ttt_steps": 2},
     "medusa": {"heads": 4, "root": True},
     "hydra": {"heads": 4, "draft_vocab_size": 40},
     "mlp_speculator": {"heads": 3, "inner_size": 24},

@@ -97,7 +97,7 @@ class BlockLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.query_heads, self.kv_heads = query_heads, kv_heads
-        self.input_layernorm = RMSNorm(size, eps)
+        self.input_layernorm: nn.Module = RMSNorm(size, eps)
         self.self_attn = nn.ModuleDict(
             {
                 "q_proj": nn.Linear(size, query_heads * head_dim, bias=False),

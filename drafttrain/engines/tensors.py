@@ -44,7 +44,7 @@ def tensors_of(drafter: Eagle3, target: Target, tokens: list[int], steps: int) -
     batch = TrainingBatch(ids, torch.ones_like(ids).bool(), document, position, features)
     rows = slice(0, len(tokens) - steps - 1)
     with torch.no_grad():
-        fused = drafter._fuse(features["aux_hidden_states"])
+        fused = drafter.read_feature(features["aux_hidden_states"])
         found = {"features": features["aux_hidden_states"][0, rows], "fused": fused[0, rows]}
         for step, state in enumerate(drafter.teacher_forced_states(batch, target.head, steps)):
             logits = drafter.readout(state, step, target.head)
