@@ -486,7 +486,7 @@ def new_drafter(recipe: Recipe, shape: TargetShape) -> Drafter:
         torch.manual_seed(recipe.train.seed)
         drafter = build(recipe.drafter, shape)
     if drafter.origin is not None:
-        check_same_tokens(load_tokenizer(resolve(recipe.target), recipe.target.trust_remote_code), drafter.origin)
+        check_same_tokens(load_tokenizer(resolve(recipe.target), recipe.target.trust_remote_code), drafter.origin, drafter.origin_rows)
     return drafter
 
 

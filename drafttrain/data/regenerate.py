@@ -30,7 +30,7 @@ from drafttrain.data.share import Share, completed, joined, part_of, refuse_othe
 from drafttrain.data.store import Conversation, Store, StoreWriter, feature_widths
 from drafttrain.data.turns import Turn, all_openings, kept_prompts, openings, turn_jobs
 from drafttrain.data.writer import OwnWriter, Writer, WriterConfig, open_writer
-from drafttrain.target.adapter import Target
+from drafttrain.target.adapter import Target, check_prompt_ids
 from drafttrain.target.sample import Finished, Job
 from drafttrain.target.template import check_answer_end
 
@@ -176,6 +176,7 @@ def collect(
             made = read_prompts(source, target.tokenizer, left_out)
         before = len(found)
         for prompt in made:
+            check_prompt_ids(prompt.tokens, target.vocab_size, f"a prompt of source {number + 1}")
             found.setdefault(tuple(prompt.tokens), prompt)
         _say_left_out(left_out, "equal prompts", before + len(made) - len(found))
     limit = config.max_prompt_tokens

@@ -136,6 +136,7 @@ class Drafter(nn.Module, ABC):
     draws: ClassVar[frozenset[str]] = frozenset({"deterministic", "iid", "without_replacement"})  # how it can draw siblings
     watcher: Callable[[Callable[[], object]], None] | None = None  # see `bare_forward`
     origin: str | None = None  # an existing model (folder or Hub id) that it begins as, which must have the target's tokenizer
+    origin_rows: int = 0  # of that model's vocabulary
     weight_version = 0  # whoever changes the weights while decoding counts it up: the records of rounds name it
     files: Path | None = None  # the folder it was loaded from; `drafters.files.folder_fingerprint` tells drafters apart by it
 

@@ -35,8 +35,11 @@ from drafttrain.target.rope import rope_parameters
 PREFILL_CHUNK = 512
 """Prompt tokens read in one forward."""
 
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Entries of transformers configurations that hold one value a layer."""
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "per_layer_config")
+"""Entries of transformers configurations that hold one value a layer, in a list or by its number."""
+
+NO_TOKEN = -1e4
+"""Logit of tokens that an existing model has no row for; finite, as a target's own padding rows have a little probability each."""
 
 
 class SmallLMConfig(DrafterConfig):
@@ -103,11 +106,26 @@ class SmallLM(Drafter):
     def __init__(self, config: SmallLMConfig, target: TargetShape) -> None:
         super().__init__(config, target)
         self.borrows = config.path is None and config.hidden_size is None
+        try:
+            self._assemble()
+        except UserError:
+            raise
+        except Exception as error:  # a model's own code fails in its own ways
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"drafter small_lm: no drafter of {config.layers} layers can be made of the architecture "
+                f"'{config.path or target.text_config['model_type']}' ({reason}); set drafter.hidden_size (a Llama-shaped one), or another "
+                f"drafter.path"
+            ) from error
+
+    def _assemble(self) -> None:
+        config = self.config
         model = self._build()
         self.lm_config = text_config(model.config)
         self._check(model)
         if config.path is not None:
             self.origin = config.path if config.architecture is None else None
+            self.origin_rows = model.get_output_embeddings().weight.shape[0]
             self.config = config.model_copy(update={"architecture": model.config.to_dict()})
         self.embedding_scale = 1.0
         if self.borrows:
@@ -141,12 +159,7 @@ class SmallLM(Drafter):
 
     def _check(self, model: PreTrainedModel) -> None:
         """A `UserError` where the model cannot draft for this target."""
-        origin, vocab_size = self.config.path or "(new)", model.get_output_embeddings().weight.shape[0]
-        if vocab_size < self.target.vocab_size:
-            raise UserError(
-                f"drafter.path '{origin}' has a vocabulary of {vocab_size}, the target {self.target.vocab_size}; "
-                f"a drafter needs the target's own tokenizer"
-            )
+        origin = self.config.path or "(new)"
         try:
             self.windows, self.last_position = mask_windows(self.lm_config), context_of(self.lm_config) - 1
         except UserError as error:
@@ -337,7 +350,8 @@ class SmallLM(Drafter):
 
     def _embed(self, tokens: Tensor, head: TargetHead) -> Tensor:
         if not self.borrows:
-            return self._own().get_input_embeddings()(tokens)
+            table = self._own().get_input_embeddings()
+            return table(tokens.clamp_max(len(table.weight) - 1))  # rows beyond pad the target's table, and are no text's
         embedded = head.embed(tokens).to(self._dtype)
         return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
@@ -345,7 +359,9 @@ class SmallLM(Drafter):
         if self.borrows:
             return OutputLayer(head.output, head.bias, head.finish)
         output, V = self._own().get_output_embeddings(), self.target.vocab_size  # it may be padded with rows that no token has
-        return OutputLayer(output.weight[:V], None if output.bias is None else output.bias[:V], finisher(self.lm_config))
+        finish, missing = finisher(self.lm_config), V - len(output.weight)
+        widened = (lambda logits: nn.functional.pad(finish(logits), (0, missing), value=NO_TOKEN)) if missing > 0 else finish
+        return OutputLayer(output.weight[:V], None if output.bias is None else output.bias[:V], widened)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -388,7 +404,10 @@ def shallow_config(target: TargetShape, sources: list[int]) -> PretrainedConfig:
         )
     known = {**target.text_config, "num_hidden_layers": len(sources)}
     for key in PER_LAYER:
-        if known.get(key):
+        if isinstance(known.get(key), dict):
+            values = {int(layer): value for layer, value in known[key].items()}
+            known[key] = {str(place): values[index] for place, index in enumerate(sources) if index in values}
+        elif known.get(key):
             known[key] = [known[key][index] for index in sources]
     return AutoConfig.for_model(**known)
 

@@ -40,7 +40,7 @@ from drafttrain.runtime.proposer import Drafting, Plain, Prefetching, Proposer
 from drafttrain.runtime.router import ROUTERS, Router, RouterConfig, load_scores, save_scores
 from drafttrain.runtime.rows import Request
 from drafttrain.runtime.stats import Statistics
-from drafttrain.target.adapter import Target
+from drafttrain.target.adapter import Target, check_prompt_ids
 from drafttrain.target.files import TargetConfig
 from drafttrain.target.template import plain_ids, render, special_tokens
 from drafttrain.verify import RULES, build
@@ -539,9 +539,7 @@ class SpeculativeDecoder:
         if isinstance(given, (str, list, tuple)) and not (given.strip() if isinstance(given, str) else given):
             raise UserError("an empty prompt: give a message, a conversation or token ids")
         if _all_are(Integral, given):
-            for token in given:
-                if not 0 <= token < vocab_size:
-                    raise UserError(f"token id {token} in a prompt: the target's ids are 0 to {vocab_size - 1}")
+            check_prompt_ids(given, vocab_size, "a prompt")
             return [int(token) for token in given]
         if not isinstance(given, str) and not _all_are(dict, given):
             raise UserError(
@@ -552,9 +550,12 @@ class SpeculativeDecoder:
             raise UserError("this target has no tokenizer: give prompts as token ids")
         refuse_halves(given, "prompt")
         if isinstance(given, str) and not tokenizer.chat_template:
-            return plain_ids(tokenizer, given)
-        messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
-        return list(tokenizer(render(tokenizer, messages, "prompt"), add_special_tokens=False)["input_ids"])
+            ids = plain_ids(tokenizer, given)
+        else:
+            messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+            ids = list(tokenizer(render(tokenizer, messages, "prompt"), add_special_tokens=False)["input_ids"])
+        check_prompt_ids(ids, vocab_size, "a prompt")
+        return ids
 
     def _drawing(self, sampling: Sampling, options: Options) -> tuple[Sampling, Processing]:
         """How tokens are drawn, and how logits are changed before; a `UserError` for an option out of range or unknown."""

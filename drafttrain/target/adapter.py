@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from drafttrain.core.counts import ThreadCount
 from drafttrain.core.errors import UserError, first_line
@@ -36,7 +36,8 @@ from drafttrain.target.files import (
     text_config,
     weight_files,
 )
-from drafttrain.target.head import TargetHead
+from drafttrain.target.head import TargetHead, layer_list
+from drafttrain.target.language import auto_class, language_model, skeleton
 from drafttrain.target.promises import check_end_ids, own_options, processing_of, refuse_generation_options, served_context
 
 
@@ -236,8 +237,9 @@ class Target:
 def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """A causal LM from a local folder, or a `UserError`."""
     weight_files(folder)
+    chosen = auto_class(load_config(folder, trust_remote_code), trust_remote_code)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        whole, report = chosen.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # corrupt shards raise errors of several libraries
@@ -249,7 +251,7 @@ def load_model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
             f"target '{folder}': tensor '{missing[0]}'{more} is missing from its safetensors, though config.json asks for it; the model is "
             f"incomplete or its config.json is another model's: fetch it again"
         )
-    return model
+    return language_model(whole)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -261,16 +263,26 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """A `UserError` where the tokenizer knows tokens that the model, of `rows` in its vocabulary, does not."""
+    """A `UserError` where the tokenizer's own tokens are more than the model's `rows`. Tokens that were added behind them may be: prompts
+    that hold one are refused (`check_prompt_ids`)."""
     size = len(tokenizer)
-    if size > rows:
+    beyond = [id for id in tokenizer.get_vocab().values() if id >= rows and id not in tokenizer.added_tokens_decoder] if size > rows else []
+    if beyond:
         raise UserError(
             f"the tokenizer knows {size:,} tokens, the model {rows:,}; this tokenizer belongs to another model: put its own beside it"
         )
 
 
-def check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """A `UserError` unless the model in `path` (folder or Hub id) reads token ids as `tokenizer` does, as far as both know them."""
+def check_prompt_ids(tokens: Iterable[int], rows: int, where: str) -> None:
+    """A `UserError` where a prompt holds a token that the model, of `rows` in its vocabulary, has no row for."""
+    beyond = next((token for token in tokens if not 0 <= token < rows), None)
+    if beyond is not None:
+        raise UserError(f"token id {beyond} in {where}: the target's ids are 0 to {rows - 1}; take that token out of the text")
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, rows: int) -> None:
+    """A `UserError` unless the model in `path` (folder or Hub id) reads token ids as `tokenizer` does, as far as both know them, and its
+    `rows` hold every token: tables that are padded to other sizes are no matter."""
     try:
         other = AutoTokenizer.from_pretrained(path)
     except Exception as error:
@@ -278,6 +290,10 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
             f"drafter.path '{path}': no usable tokenizer beside it to compare with the target's ({first_line(error)}); if it reads the "
             f"same token ids, copy the target's there"
         ) from error
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"drafter.path '{path}' has a vocabulary of {rows}, the target's tokenizer {len(tokenizer)}; a drafter needs the target's own"
+        )
     ours, theirs = ({id: token for token, id in one.get_vocab().items()} for one in (tokenizer, other))
     for id in sorted(ours.keys() & theirs.keys()):
         if ours[id] != theirs[id]:
@@ -293,6 +309,7 @@ def read_shape(config: TargetConfig) -> TargetShape:
     whole = load_config(folder, config.trust_remote_code)
     text = text_config(whole)
     mask_windows(text)  # refuses layers that cannot roll back
+    layer_list(skeleton(whole, config.trust_remote_code).base_model)  # refuses models whose layers are elsewhere, and sizes that make none
     served_context(text, context_of(text), config.max_context, config.model)
     try:
         generation = GenerationConfig.from_pretrained(folder)

@@ -148,7 +148,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> AutoConfig:
     """The model's configuration, or a `UserError`."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configurations check themselves, each in its own way
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise UserError(f"target '{folder}' brings its own code; read it, and set target.trust_remote_code=true to run it") from error
         raise UserError(f"target '{folder}': config.json cannot be read ({first_line(error)})") from error

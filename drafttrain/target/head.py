@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from drafttrain.core.errors import UserError
 from drafttrain.core.packed import linear
 from drafttrain.target.files import load_config, text_config, weight_files
+from drafttrain.target.language import parameter_name, skeleton
 
 
 class TargetHead:
@@ -88,27 +88,32 @@ class TargetHead:
         Raises `UserError` where a file is truncated or a tensor is missing.
         """
         config = load_config(folder, trust_remote_code)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        names = {id(p): name for name, p in skeleton.named_parameters()}
-        output, norm = skeleton.get_output_embeddings(), final_norm(skeleton.base_model)
+        model = skeleton(config, trust_remote_code)
+        names = {id(p): name for name, p in model.named_parameters()}
+        output, norm = model.get_output_embeddings(), final_norm(model.base_model)
         files = SafetensorsFolder(folder)
 
         def read(parameter: Tensor) -> Tensor:
             return files.read(names[id(parameter)]).to(device, dtype)
 
-        path, layers = layer_list(skeleton.base_model)
-        prefix = f"{skeleton.base_model_prefix}.{path}"
+        path, layers = layer_list(model.base_model)
+        prefix = f"{model.base_model_prefix}.{path}"
 
         def layer(index: int) -> dict[str, Tensor]:  # experts are stored under other names than the model's, and left out
             stored = {name: f"{prefix}.{index % len(layers)}.{name}" for name, _ in layers[index].named_parameters()}
-            return {name: files.read(there) for name, there in stored.items() if there in files.where}
+            return {name: files.read(there) for name, there in stored.items() if files.has(there)}
 
-        embedding = read(skeleton.get_input_embeddings().weight)
-        tied = output.weight is skeleton.get_input_embeddings().weight
+        embedding = read(model.get_input_embeddings().weight)
+        tied = output.weight is model.get_input_embeddings().weight
+        own = parameter_name(model, output)
+        if tied and files.has(own):  # tuned apart under a flag that says tied: transformers keeps two that differ
+            stored = files.read(own).to(device, dtype)
+            output_weight = embedding if torch.equal(stored, embedding) else stored
+        else:
+            output_weight = embedding if tied else read(output.weight)
         return cls(
             embedding,
-            embedding if tied else read(output.weight),
+            output_weight,
             None if output.bias is None else read(output.bias),
             None if norm is None else read(norm.weight),
             text_config(config),
@@ -118,6 +123,10 @@ class TargetHead:
 
 OLDER_NAMES = {"lm_head.weight": "embed_out.weight"}
 """Tensors that files still keep under a name that the model class has given up (GPT-NeoX)."""
+
+
+TEXT_PARTS = ("language_model", "text_model")
+"""What vision-language models call the language model within them."""
 
 
 class SafetensorsFolder:
@@ -133,8 +142,22 @@ class SafetensorsFolder:
             except SafetensorError as error:
                 raise UserError(f"{shard}: truncated or corrupt ({error}); download or write it again") from error
 
+    def has(self, name: str) -> bool:
+        """Whether a language model's tensor is there."""
+        return self._stored(name) in self.where
+
+    def _stored(self, name: str) -> str:
+        """The name in the files: vision-language checkpoints keep their text model below another one."""
+        if name in self.where:
+            return name
+        if OLDER_NAMES.get(name) in self.where:
+            return OLDER_NAMES[name]
+        inner = "." + name.partition(".")[2] if not name.startswith("lm_head.") else "." + name
+        below = [known for known in self.where if known.endswith(inner) and any(part in TEXT_PARTS for part in known.split("."))]
+        return below[0] if len(below) == 1 else name
+
     def read(self, name: str) -> Tensor:
-        name = name if name in self.where else OLDER_NAMES.get(name, name)
+        name = self._stored(name)
         if name not in self.where:
             raise UserError(f"target '{self.folder}': tensor '{name}' is missing from its safetensors; is the model complete?")
         with safe_open(self.where[name], "pt") as file:

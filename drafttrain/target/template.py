@@ -27,6 +27,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], where: s
     what they are, which opens the `UserError` that says what the template refuses or drops. Content goes in as text; where the template
     reads parts only, as one part of type `text`.
     """
+    _refuse_images(messages, where)
     text = _applied(tokenizer, messages, where, tools)
     if not _holds_words(text, messages):
         in_parts = [_with_parts(message) for message in messages]
@@ -96,6 +97,16 @@ def _holds_words(text: str, messages: Sequence[Any]) -> bool:
         if isinstance(content, str) and content.strip() not in text:
             return False
     return True
+
+
+def _refuse_images(messages: Sequence[Any], where: str) -> None:
+    """A `UserError` for a part of a message that is no text: of a vision-language model the text model alone is served."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                raise UserError(f"{where}: a message holds a part of type {kind!r}; only text is served: give parts of type 'text'")
 
 
 def _with_parts(message: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from drafttrain.core.types import Committed
 from drafttrain.drafters.base import Drafter
 from drafttrain.drafters.corrupt import Corrupt
 from drafttrain.drafters.files import load_drafter, save_drafter
-from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig, SmallLMState
+from drafttrain.drafters.small_lm import SmallLM, SmallLMConfig, SmallLMState, shallow_config
 from drafttrain.runtime.decoder import RuntimeConfig, SpeculativeDecoder
 from drafttrain.target.adapter import Target
 from drafttrain.target.head import final_norm
@@ -432,7 +433,6 @@ def test_models_that_cannot_draft_for_the_target_are_refused_with_what_to_do(tmp
     AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "bloom")
     refusals = [
         ({"path": str(tmp_path / "bloom")}, "bloom' cannot draft a tree, as it could not be a target: .*ALiBi"),
-        ({"path": narrow_path(tmp_path, vocab_size=50)}, "has a vocabulary of 50, the target 64"),
         ({"path": str(tmp_path / "nothing")}, "not a causal LM that can be loaded"),
         ({"layers": 4}, "drafter.layers 4: the target has 3 layers"),
     ]
@@ -442,6 +442,28 @@ def test_models_that_cannot_draft_for_the_target_are_refused_with_what_to_do(tmp
     for options, message in (({"lora_rank": 4}, "give its `path`"), ({"hidden_size": 16, "path": "x"}, "give one of them")):
         with pytest.raises(ValueError, match=message):
             SmallLMConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [VOCAB - 14, VOCAB + 14])
+def test_a_model_whose_table_is_padded_to_another_size_drafts_the_targets_own_text(rows: int, tmp_path: Path) -> None:
+    target = tiny_target()
+    drafter = SmallLM(SmallLMConfig(path=narrow_path(tmp_path, vocab_size=rows)), target.shape)
+    prompts = [[3, 1, 4], [VOCAB - 1, 5]]
+    drafted = SpeculativeDecoder(target, drafter).generate(prompts, max_new_tokens=12)
+    assert [one.tokens for one in drafted] == [one.tokens for one in SpeculativeDecoder(target).generate(prompts, max_new_tokens=12)]
+    loss = drafter.loss(packed(target, [[3, 1, 4, 1, 5, 9, 2, 6]], [2]), target.head)
+    assert torch.isfinite(loss.sum)
+
+
+def test_settings_by_layer_follow_the_layers_that_are_taken() -> None:
+    shape = tiny_target().shape
+    by_layer: dict[str, Any] = {}
+    by_layer["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    by_layer["per_layer_config"] = {"2": {"head_dim": 4}, "1": {"head_dim": 8}}
+    known = dataclasses.replace(shape, text_config={**shape.text_config, **by_layer})
+    shallow = shallow_config(known, [0, 2])
+    assert shallow.to_dict()["layer_types"] == ["full_attention", "full_attention"]
+    assert {int(layer): value for layer, value in shallow.to_dict()["per_layer_config"].items()} == {1: {"head_dim": 4}}
 
 
 # -- the context's end ----------------------------------------------------------------------------------------------------------------
