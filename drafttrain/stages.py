@@ -22,17 +22,20 @@ from rich.text import Text
 from drafttrain import legality
 from drafttrain.core.config import Config, fingerprint, parse
 from drafttrain.core.console import SafeConsole
-from drafttrain.core.disk import folder_fingerprint, locked, read_json, writable, write_text
+from drafttrain.core.disk import check_file_name, folder_fingerprint, locked, read_json, writable, write_text
 from drafttrain.core.errors import UserError
 from drafttrain.data import capture as capturing
 from drafttrain.data import regenerate as regenerating
 from drafttrain.data.licences import licences, of_folder
 from drafttrain.data.origin import Origin
+from drafttrain.data.outputs import past_outputs
 from drafttrain.data.shards import INDEX, read_index
 from drafttrain.data.share import ALL, Share
 from drafttrain.data.store import Store
+from drafttrain.data.tables import json_rows
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter
+from drafttrain.drafters.datastore import save_datastore
 from drafttrain.drafters.files import load_drafter, save_drafter
 from drafttrain.evaluation import bench
 from drafttrain.evaluation.check import right
@@ -45,6 +48,7 @@ from drafttrain.evaluation.suites import Suite, load_suite
 from drafttrain.export import export as export_drafter
 from drafttrain.recipe import RESOLVED, Recipe, stage_fingerprint, stage_values, versions, write_resolved
 from drafttrain.report.card import Story, write_card
+from drafttrain.runtime.classifier import PromptClassifier, fit_classifier, held_out_accuracy, prompt_states
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.rounds import LoggedProbs, log_rounds
 from drafttrain.runtime.stats import alpha_text
@@ -282,6 +286,40 @@ def compare_rules(recipe: Recipe, chances: int) -> list[RuleRow]:
     for note in left_out:
         console.print(f"left out: {note}")
     return rows
+
+
+def make_datastore(recipe: Recipe, source: Path, output: Path) -> int:
+    """Writes the target's past outputs in `source` as a lookup's datastore; how many tokens it holds."""
+    alone("datastore")
+    check_file_name(output)
+    origin = Origin.of_config(recipe.target)
+    tokenizer = load_tokenizer(resolve(recipe.target), recipe.target.trust_remote_code)
+    texts = past_outputs(source, origin, tokenizer)
+    return save_datastore(texts, output, origin.target, origin.tokenizer, origin.vocab_size)
+
+
+def train_router(recipe: Recipe, prompts: Path, output: Path) -> tuple[PromptClassifier, float]:
+    """A prompt classifier for the router `task`, and its accuracy on held-out prompts.
+
+    prompts: JSONL of `prompt` or `messages`, and `drafter`: the number of the drafter that suits it, 0 for the recipe's own.
+    """
+    alone("router")
+    check_file_name(output)
+    records = list(json_rows(prompts))
+    arms = 1 + len(recipe.runtime.drafters)
+    for where, record in records:
+        arm = record.get("drafter")
+        if not isinstance(arm, int) or isinstance(arm, bool) or not 0 <= arm < arms:
+            raise UserError(f"{where}: `drafter` is {arm!r}; expected a number from 0 to {arms - 1}, as runtime.drafters lists them")
+    if not records:
+        raise UserError(f"prompts '{prompts}': no prompt in this file; give some of each drafter")
+    target = Target.load(recipe.target)
+    reader = SpeculativeDecoder(target)
+    states = prompt_states(target, [reader.tokenize(record.get("messages") or record.get("prompt", "")) for _, record in records])
+    suited = torch.tensor([record["drafter"] for _, record in records])
+    fitted = fit_classifier(states, suited, target.fingerprint)
+    fitted.save(output)
+    return fitted, held_out_accuracy(states, suited, target.fingerprint)
 
 
 def train_decision(recipe: Recipe, config: DecisionTraining, prompts: int) -> tuple[Fitted, Path]:

@@ -22,6 +22,7 @@ TINY: dict[str, dict[str, Any]] = {
     "mlp_speculator": {"heads": 3, "inner_size": 24},
     "small_lm": {"layers": 1},
     "ngram": {"branches": 2},
+    "consensus": {"branches": 2},
     "dflash": {"block": 4, "layers": 1},
     "dspark": {"block": 4, "layers": 1, "markov_rank": 8, "output": {"kind": "subset", "size": 40}},
     "domino": {"block": 4, "layers": 1, "gru_size": 8, "inner_size": 8},

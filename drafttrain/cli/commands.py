@@ -208,6 +208,42 @@ def evaluate(
 
 
 @app.command()
+def datastore(
+    recipe: RecipePath,
+    source: Annotated[Path, typer.Option(help="A store, the folder of a run, or JSONL with `text` or `tokens`.", show_default=False)],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The datastore to write.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Index past outputs of the target, for lookups to draft from.
+
+    [dim]drafttrain datastore recipes/smollm2-ngram.yaml --source conversations --output past.safetensors[/dim]
+    [dim]drafttrain eval recipes/smollm2-ngram.yaml drafter.datastore=past.safetensors[/dim]
+    """
+    from drafttrain import stages
+
+    tokens = stages.make_datastore(_load(recipe, overrides), source, output)
+    print(f"{tokens:,} tokens in '{output}'; use it: drafter.datastore={output}")
+
+
+@app.command()
+def router(
+    recipe: RecipePath,
+    prompts: Annotated[Path, typer.Option(help="JSONL of `prompt` (or `messages`) and `drafter`, its number.", show_default=False)],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The classifier to write.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Train the prompt classifier of the router `task`, which picks one of the pool's drafters a request.
+
+    [dim]drafttrain router runs/chat 'runtime.drafters=\\[runs/code]' --prompts labelled.jsonl --output tasks.safetensors[/dim]
+    """
+    from drafttrain import stages
+
+    fitted, accuracy = stages.train_router(_load(recipe, overrides), prompts, output)
+    print(f"tells {len(fitted.arms)} drafters apart; {accuracy:.1%} right on held-out prompts")
+    print(f"use it: 'runtime.router={{name: task, classifier: {output}}}'")
+
+
+@app.command()
 def decision(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -154,5 +154,7 @@ class Plan:
     target_candidates: Tensor | None = None
     """[B, w] tokens that the target named for the first level of a fixed shape; the drafter goes on below them (`Tree.from_target`). Where
     the shape is wider the rest is dead, where it is narrower the first ones count."""
+    left: Tensor | None = None
+    """[B] tokens that each row may still write. Lookups draft no node past them."""
     keep_states: bool = False
     """Trees keep the drafter's states that their distributions were read from (`Tree.draft_states`)."""

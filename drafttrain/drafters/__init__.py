@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from drafttrain.drafters.base import Drafter, DrafterConfig
+from drafttrain.drafters.consensus import Consensus
 from drafttrain.drafters.ctc import Ctc
 from drafttrain.drafters.dflash import DFlash
 from drafttrain.drafters.dflash2 import DFlash2
@@ -27,6 +28,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "domino": Domino, "dflash2": DFlash2, "specdiff": SpecDiff,
     "eagle": Eagle, "mtp": MTP, "hydra": Hydra, "mlp_speculator": MLPSpeculator,
     "ctc": Ctc, "hidden_ar": HiddenAr, "p_eagle": PEagle,
+    "consensus": Consensus,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from drafttrain.core.plan import Plan
 from drafttrain.core.rng import Rng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
-from drafttrain.core.types import Committed, Features
+from drafttrain.core.types import Committed, Features, Groups
 from drafttrain.drafters import DRAFTERS, build
 from drafttrain.drafters.base import Drafter, DrafterConfig, DrafterState, WrappedDrafter
 from drafttrain.drafters.ngram import NgramConfig
@@ -121,6 +121,10 @@ class HybridState(DrafterState):
 
     def set_lengths(self, lengths: list[int]) -> None:
         self.trained.set_lengths(lengths)
+
+    def set_groups(self, groups: Groups) -> None:
+        self.trained.set_groups(groups)
+        self.free.set_groups(groups)
 
 
 class Hybrid(WrappedDrafter):

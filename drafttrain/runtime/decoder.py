@@ -134,7 +134,7 @@ class RuntimeConfig(Config):
     """Further drafters beside the recipe's own, which is the first: folders of trained ones (a run, or the drafter inside) for the same
     target, or the name of a family without weights (`ngram`). A router chooses among them, row by row and round by round."""
     router: AnyRouter = "fixed"
-    """What chooses: `fixed` (the first drafter), `ucb`, `exp3`, `halving` or `hedge`, as a name or `name` with its options."""
+    """What chooses: `fixed` (the first drafter), `task`, `ucb`, `exp3`, `halving` or `hedge`, as a name or `name` with its options."""
     prefill_chunk: int = Field(default=512, ge=1)
     """Prompt tokens read in one forward."""
 
@@ -145,7 +145,12 @@ class RuntimeConfig(Config):
     @property
     def router_config(self) -> RouterConfig:
         """The router's options; a name alone leaves them at their defaults."""
-        return ROUTERS[self.router].Config(name=self.router) if isinstance(self.router, str) else self.router
+        if not isinstance(self.router, str):
+            return self.router
+        kind = ROUTERS[self.router].Config
+        if any(field.is_required() for field in kind.model_fields.values()):
+            raise UserError(f"runtime.router '{self.router}' has options without a default; give them: {{name: {self.router}, ...}}")
+        return kind(name=self.router)
 
     @property
     def pooled(self) -> bool:
@@ -347,6 +352,7 @@ class SpeculativeDecoder:
             raise UserError(f"runtime.router '{name}': there is no drafter to choose; name some in runtime.drafters")
         self.runtime.check_pool(len(members))
         pool = DrafterPool(members)
+        self.runtime.router_config.check_target(self.target.fingerprint)
         pool.check_layers(self.target.aux_layers)
         return pool
 
@@ -629,7 +635,8 @@ class SpeculativeDecoder:
         if drafter is None:
             return Plain()
         if isinstance(drafter, DrafterPool):
-            return Routed(drafter, lambda stream: self._shared_router or self._new_router(seed, stream), runtime.treat_as)
+            reads = ROUTERS[runtime.router_config.name].reads_prompt
+            return Routed(drafter, lambda stream: self._shared_router or self._new_router(seed, stream), runtime.treat_as, reads)
         if runtime.prefetch:
             return Prefetching(drafter, self.target.head, runtime.prefetch, runtime.treat_as)
         return Drafting(drafter, runtime.treat_as, rule.leaves_next_open)

@@ -36,12 +36,16 @@ PLAIN = "plain"
 class Routed(Proposer):
     """A pool of drafters and each row's router."""
 
-    def __init__(self, pool: DrafterPool, router_of: Callable[[int], Router], treat_as: Draws | None = None) -> None:
-        """router_of: the router of a fresh row, by the number of its random stream; rows may share one."""
+    def __init__(
+        self, pool: DrafterPool, router_of: Callable[[int], Router], treat_as: Draws | None = None, reads_prompt: bool = False
+    ) -> None:
+        """router_of: the router of a fresh row, by the number of its random stream; rows may share one. reads_prompt: routers see each
+        row's prompt."""
         super().__init__()
+        self.reads_prompt = reads_prompt
         self.pool, self.router_of, self.treat_as = pool, router_of, treat_as
         self.members = pool.members
-        self.needs = pool.needs
+        self.needs = pool.needs | {"last_hidden_state"} if reads_prompt else pool.needs
         self.labels = (*pool.labels, PLAIN)
         self.states: list[DrafterState] = []  # of each drafter
         self.routers: list[Router] = []  # [B]
@@ -71,7 +75,7 @@ class Routed(Proposer):
         """It counts in `by_drafter`."""
 
     def fresh(self) -> Routed:
-        return Routed(self.pool, self.router_of, self.treat_as)
+        return Routed(self.pool, self.router_of, self.treat_as, self.reads_prompt)
 
     def begin(self, prompts: Prompts) -> None:
         self.states = []
@@ -79,6 +83,9 @@ class Routed(Proposer):
             with self._counting(place):
                 self.states.append(begun(drafter, prompts))
         self.routers = [self.router_of(stream) for stream in prompts.streams]
+        if self.reads_prompt:
+            for router, state in zip(self.routers, mean_states(prompts.features["last_hidden_state"], prompts.lengths), strict=True):
+                router.read(state)
         self.trails = [Trail() for _ in prompts.streams]
         self.missed = [0] * len(self.members)
         self._weigh()
@@ -97,7 +104,8 @@ class Routed(Proposer):
         for place in sorted({*self.arms} - {self.plain}):
             with self._counting(place):
                 rng = rows.rng.select(everyone)  # each from the same place: only one of a row's trees is used
-                trees[place] = self.members[place].propose(self.states[place], rows.roots, plan, sampling, rng)
+                limited = replace(plan, left=rows.left)
+                trees[place] = self.members[place].propose(self.states[place], rows.roots, limited, sampling, rng)
             self._caught_up(place)
         tree = picked(trees, self.arms, rows.roots)
         return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
@@ -187,6 +195,12 @@ class Routed(Proposer):
 
     def slots(self, shape: Shape) -> int:
         return shape.depth + 1  # what an idle drafter notes is read behind the text's end
+
+
+def mean_states(states: Tensor, lengths: Tensor) -> Tensor:
+    """[B, P, D] of right-padded prompts -> [B, D] fp32, the mean over each prompt's own tokens."""
+    real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]  # [B, P]
+    return (states.float() * real[..., None]).sum(1) / lengths[:, None]
 
 
 class CallCounter:

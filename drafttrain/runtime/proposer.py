@@ -144,7 +144,7 @@ class Drafting(Proposer):
     def propose(self, rows: Rows, plan: Plan, sampling: Sampling) -> Tree:
         if not plan.draft:
             return root_only(rows.roots, self.target_candidates)
-        tree = self._drafted(rows, replace(plan, target_candidates=self.target_candidates), sampling)
+        tree = self._drafted(rows, replace(plan, target_candidates=self.target_candidates, left=rows.left), sampling)
         return tree if self.treat_as is None else replace(tree, draws=self.treat_as)
 
     def _drafted(self, rows: Rows, plan: Plan, sampling: Sampling) -> Tree:

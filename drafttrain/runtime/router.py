@@ -22,9 +22,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from drafttrain.core.config import Config
 from drafttrain.core.errors import UserError, first_line
+from drafttrain.runtime.classifier import load_classifier
 
 
 class RouterConfig(Config):
@@ -58,6 +60,10 @@ class RouterConfig(Config):
             raise UserError(f"runtime.router.costs {list(self.costs)}: give one number above 0 for each of the {drafters} drafters")
 
 
+    def check_target(self, fingerprint: str) -> None:
+        """A `UserError` where what the router reads was made for another target."""
+
+
 @dataclass(frozen=True)
 class RoundOutcome:
     """What a round of the arm that was chosen showed."""
@@ -81,6 +87,7 @@ class Router(ABC):
 
     Config: ClassVar[type[RouterConfig]]
     counterfactual: ClassVar[bool] = False  # every drafter is scored on every committed token
+    reads_prompt: ClassVar[bool] = False  # `read` is called with each row's prompt
 
     def __init__(self, config: RouterConfig, costs: Sequence[float], depth: int, rng: np.random.Generator) -> None:
         """costs: of a round with each arm; depth: K."""
@@ -93,6 +100,9 @@ class Router(ABC):
     @abstractmethod
     def choose(self) -> int:
         """The next round's arm."""
+
+    def read(self, state: Tensor) -> None:  # noqa: B027
+        """The row's prompt: the target's mean last hidden state over it, [D]."""
 
     def learn(self, outcome: RoundOutcome) -> None:  # noqa: B027
         """A round of one's own choice is over."""
@@ -132,6 +142,60 @@ class FixedRouter(Router):
 
     def choose(self) -> int:
         return self.config.arm
+
+
+class TaskRouterConfig(RouterConfig):
+    """A prompt classifier that picks once a request (TaskSpec: Ge et al., 2025, arXiv:2505.08600)."""
+
+    name: Literal["task"] = "task"
+    classifier: str = Field(min_length=1)
+    """File that `drafttrain router` wrote."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Where the likeliest drafter is less likely than this, the first one drafts."""
+
+    @model_validator(mode="after")
+    def _chooses_by_prompt(self) -> TaskRouterConfig:
+        if self.remember:
+            raise ValueError("router 'task' learns nothing while decoding; leave remember and scores out (classifier is what it learnt)")
+        return self
+
+    def check_arms(self, drafters: int) -> None:
+        super().check_arms(drafters)
+        arms = load_classifier(Path(self.classifier)).arms
+        if max(arms) >= drafters + self.plain:
+            raise UserError(
+                f"runtime.router.classifier '{self.classifier}' chooses arm {max(arms)}, but the pool's arms are 0 to "
+                f"{drafters + self.plain - 1}; name all its drafters in runtime.drafters, in its order"
+            )
+
+    def check_target(self, fingerprint: str) -> None:
+        made_for = load_classifier(Path(self.classifier)).target
+        if made_for != fingerprint:
+            raise UserError(
+                f"runtime.router.classifier '{self.classifier}' was trained on states of target {made_for}, but this target is "
+                f"{fingerprint}; train it again with `drafttrain router`"
+            )
+
+
+class TaskRouter(Router):
+    """One drafter for a whole request, chosen by its prompt."""
+
+    Config = TaskRouterConfig
+    config: TaskRouterConfig
+    reads_prompt = True
+
+    def __init__(self, config: RouterConfig, costs: Sequence[float], depth: int, rng: np.random.Generator) -> None:
+        super().__init__(config, costs, depth, rng)
+        self.classifier = load_classifier(Path(self.config.classifier))
+        self.chosen = 0
+
+    def read(self, state: Tensor) -> None:
+        probabilities = self.classifier.probabilities(state[None])[0]
+        sure, place = probabilities.max(0)
+        self.chosen = self.classifier.arms[int(place)] if float(sure) >= self.config.threshold else 0
+
+    def choose(self) -> int:
+        return self.chosen
 
 
 class BanditConfig(RouterConfig):
@@ -381,7 +445,7 @@ def normal_hedge(regrets: Sequence[float]) -> list[float]:
     return shares
 
 
-ROUTERS: dict[str, type[Router]] = {"fixed": FixedRouter, "ucb": Ucb, "exp3": Exp3, "halving": Halving, "hedge": Hedge}
+ROUTERS: dict[str, type[Router]] = {"fixed": FixedRouter, "task": TaskRouter, "ucb": Ucb, "exp3": Exp3, "halving": Halving, "hedge": Hedge}
 
 
 def save_scores(router: Router, labels: Sequence[str], path: Path) -> None:

@@ -12,7 +12,8 @@ from drafttrain.core.plan import Chain, Plan
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.types import Groups
 from drafttrain.drafters.base import Drafter, DrafterState
-from drafttrain.drafters.ngram import Ngram, NgramConfig, NgramState
+from drafttrain.drafters.lookup import LookupState
+from drafttrain.drafters.ngram import Ngram, NgramConfig
 from drafttrain.runtime.decoder import SpeculativeDecoder
 from drafttrain.runtime.generate import DecodingLoop, RoundRecord, served
 from drafttrain.runtime.policy import Fixed
@@ -94,7 +95,7 @@ class Reading(Ngram):
 
     seen: list[list[int]]
 
-    def begin(self, *given: Any) -> NgramState:
+    def begin(self, *given: Any) -> LookupState:
         state = super().begin(*given)
         return Sibling(state.rows)
 
@@ -104,7 +105,7 @@ class Reading(Ngram):
         return super().propose(state, *given)
 
 
-class Sibling(NgramState):
+class Sibling(LookupState):
     groups: Groups | None = None
 
     def set_groups(self, groups: Groups) -> None:
