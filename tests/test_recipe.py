@@ -56,7 +56,7 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_nearest_known_one(tmp_
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"drafter": {"name": "eagle4"}}, "drafter: name 'eagle4' is unknown (did you mean 'eagle3'?); known: small_lm, medusa, eagle3"),
+        ({"drafter": {"name": "eagel3"}}, "drafter: name 'eagel3' is unknown (did you mean 'eagle3'?); known: small_lm, medusa, eagle3"),
         ({"runtime": {"rule": "gredy"}}, "(did you mean 'greedy'?)"),
         ({"runtime": {"rule": {"name": "recursiv"}}}, "(did you mean 'recursive'?)"),
         ({"runtime": {"shape": {"shape": "chian"}}}, "shape 'chian' is unknown (did you mean 'chain'?)"),
