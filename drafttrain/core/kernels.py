@@ -36,6 +36,7 @@ SMALLEST = 1 << 16  # elements of a matrix: smaller ones stay in the processor's
 PIECE, POOL, SAMPLE = 4 << 20, 64 << 20, 2 << 20  # bytes: of a slice at most; of all slices, more than caches hold; of one sample
 PASSES, ENOUGH = 9, 3  # samples of each kernel; fewer than ENOUGH are used, but not remembered
 CALM = 1.5  # times of a busy machine, whose median is as much above the fastest sample, are used, but not remembered
+BUSY = 1.25  # runnable processes for each processor, beyond which nothing is remembered either
 SECONDS = 2.0  # that measuring the shapes of a model may take
 WORTH = 0.9  # of the time of the kernel that is best in all: what changes the kernel, and so the rounding, with the number of rows
 
@@ -174,7 +175,12 @@ def measured(weights: Sequence[Tensor], end: float) -> tuple[Times, bool]:
             break
     times = {name: _fastest(taken, width) for name, taken in samples.items()}
     delay = median(median(some) / min(some) for taken in samples.values() for some in taken if some)
-    return times, len(samples["linear"][-1]) >= ENOUGH and delay < CALM
+    return times, len(samples["linear"][-1]) >= ENOUGH and delay < CALM and not busy()
+
+
+def busy() -> bool:
+    """Whether other processes want the processors too: the last minute's load, where the system tells it."""
+    return psutil.getloadavg()[0] > BUSY * (psutil.cpu_count() or 1)
 
 
 def _fastest(taken: Sequence[Sequence[float]], width: int) -> list[float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -198,6 +199,7 @@ def test_blocks_are_not_chosen_without_memory_for_them() -> None:
 
 def test_what_was_measured_is_remembered_and_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CALM", float("inf"))
+    monkeypatch.setattr(kernels, "busy", lambda: False)
     weight = matrix().weight
     first = KernelTable("some")
     first.measure([[weight]])
@@ -211,6 +213,7 @@ def test_what_was_measured_is_remembered_and_not_measured_again(monkeypatch: pyt
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"40x24 float32": {"linear": [1.0]}}', '{"40x24 float32": 3}'])
 def test_a_damaged_table_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
     monkeypatch.setattr(kernels, "CALM", float("inf"))
+    monkeypatch.setattr(kernels, "busy", lambda: False)
     (tmp_path / "measured").mkdir()
     (tmp_path / "measured" / "some.json").write_text(text)
     table = KernelTable("some")
@@ -224,6 +227,16 @@ def test_times_that_say_little_are_used_but_not_remembered(monkeypatch: pytest.M
     table, weight = KernelTable("some"), matrix().weight
     table.measure([[weight]], seconds=time)
     assert table.kernels(weight, True) and not KernelTable("some").times
+
+
+def test_times_of_a_machine_on_which_others_work_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CALM", float("inf"))
+    for load, remembered in ((100.0 * (psutil.cpu_count() or 1), False), (0.0, True)):
+        monkeypatch.setattr(psutil, "getloadavg", lambda load=load: (load, load, load))
+        table = KernelTable("some")
+        table.measure([[matrix().weight]])
+        assert table.times
+        assert bool(KernelTable("some").times) == remembered
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
