@@ -9,7 +9,7 @@ B rows, T time, N nodes, D depth.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -72,7 +72,8 @@ def _retrace(drafter: Drafter, head: TargetHead, texts: ReplayTexts, plan: Plan)
     rng, tally = SeededRng(0, row), Tally(B, tokens.device)
     while bool((at + 1 < texts.stops).any()):
         alive = at + 1 < texts.stops
-        tree = drafter.propose(state, tokens[row, at].clamp_min(0), plan, Sampling(), rng)
+        limited = replace(plan, left=(texts.stops - 1 - at).clamp_min(0))  # lookups draft nothing beyond a text's end
+        tree = drafter.propose(state, tokens[row, at].clamp_min(0), limited, Sampling(), rng)
         D = max(1, tree.max_depth)  # where nothing was drafted, a path is still one node long
         place = at[:, None] + torch.arange(D + 1, device=at.device)  # [B, D + 1] the root, and what the text says below
         written = torch.where(place < T, tokens.gather(1, place.clamp_max(T - 1)), PAD)

@@ -370,7 +370,7 @@ def test_a_wrong_model_id_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatc
     assert all(part in line for part in ("'no-such/model'", "check the name", "nobody there"))
 
 
-@pytest.mark.parametrize("record", [{"prompt": "  "}, {"messages": []}, {"text": "w1"}])
+@pytest.mark.parametrize("record", [{"prompt": "  "}, {"messages": []}, {"nothing": "w1"}])
 def test_an_empty_prompt_is_refused_with_its_line(empty: Path, record: dict[str, Any]) -> None:
     write_lines("prompts.jsonl", [*PROMPTS[:2], record])
     assert "line 3" in complaint("regenerate", "tiny.yaml")

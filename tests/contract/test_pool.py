@@ -32,7 +32,7 @@ from drafttrain.runtime.rows import Request
 from drafttrain.target.adapter import Target
 from drafttrain.verify import RULES
 from tests.contract.tables import TableDrafter, TableTarget, probs
-from tests.families import TRAINABLE, tiny_drafter, trained_drafter
+from tests.families import REPRESENTATIVES, TRAINABLE, tiny_drafter, trained_drafter
 from tests.tiny import greedy_text, tiny_target
 
 PROMPTS = [[5, 9, 11, 30, 5, 9, 11, 30, 5, 9], [1, 2, 3], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
@@ -70,23 +70,27 @@ def rule(name: str) -> Any:
     return RULES[name](RULES[name].Config(name=name))
 
 
+@pytest.mark.parametrize("families", [REPRESENTATIVES, pytest.param(tuple(DRAFTERS), marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("counterfactual", [False, True], ids=["observing", "scoring"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.shape)
-def test_greedy_text_is_the_targets_own_whatever_is_chosen_row_by_row(shape: Any, counterfactual: bool) -> None:
-    drafters = pool()
+def test_greedy_text_is_the_targets_own_whatever_is_chosen_row_by_row(
+    shape: Any, counterfactual: bool, families: tuple[str, ...]
+) -> None:
+    drafters, length = pool(*families), 6 * len(families)  # long enough for each to have its turn
+    trainable = [family for family in families if family in TRAINABLE]
     arms = len(drafters.members) + 1
     routed = Routed(drafters, lambda stream: Scheduled(arms, stream, counterfactual=counterfactual))
     loop = DecodingLoop(target(), routed, rule("greedy"), Fixed(Plan(shape)), Sampling(), seed=0)
-    loop.start([Request(prompt, number, 24) for number, prompt in enumerate(PROMPTS)])
+    loop.start([Request(prompt, number, length) for number, prompt in enumerate(PROMPTS)])
     while not loop.done:
         loop.step()
-    assert loop.written == [greedy_text(target().model, prompt, 24) for prompt in PROMPTS]
+    assert loop.written == [greedy_text(target().model, prompt, length) for prompt in PROMPTS]
     total = loop.statistics()[0] + loop.statistics()[1] + loop.statistics()[2]
     assert {label for label, counts in total.by_drafter.items() if counts["rounds"]} == {*drafters.labels, "plain"}
     assert sum(counts["rounds"] for counts in total.by_drafter.values()) == total.rounds
     assert sum(counts.get("calls", 0) for counts in total.by_drafter.values()) == total.drafter_calls
-    assert all(total.by_drafter[label]["bytes"] > 0 for label in TRAINABLE)
-    assert counterfactual or any(total.by_drafter[label]["catch_ups"] for label in TRAINABLE)
+    assert all(total.by_drafter[label]["bytes"] > 0 for label in trainable)
+    assert counterfactual or any(total.by_drafter[label]["catch_ups"] for label in trainable)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_a_state_is_what_the_formula_says_of_the_state_and_the_tokens_after_it(n
 
 
 @pytest.mark.parametrize("name", PLAIN)
+@torch.no_grad()
 def test_drafting_token_by_token_gives_the_states_of_training(name: str) -> None:
     family, options, _ = PLAIN[name]
     target = tiny_target()

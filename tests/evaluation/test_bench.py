@@ -342,8 +342,8 @@ def test_efficiency_is_measured_once_and_kept_over_an_interruption(
 
 
 def test_two_lookups_with_other_options_are_told_apart_and_equal_ones_are_not() -> None:
-    def mark(longest: int) -> str | None:
-        lookup = build(NgramConfig(longest=longest), target().shape)
+    def mark(shortest: int) -> str | None:
+        lookup = build(NgramConfig(shortest=shortest), target().shape)
         return Contender("lookup", SpeculativeDecoder(target(), lookup)).facts(Sampling()).drafter_fingerprint
 
     assert mark(3) == mark(3) != mark(1)

@@ -32,7 +32,7 @@ def test_a_round_of_a_chain_of_k_replays_k_layers_k_heads_and_one_fusion(length:
     with replay:
         batch.step()
     names.update(again.func.__name__ for again in replay.calls)  # type: ignore[attr-defined]
-    assert names == {"_run": length, "_logits": length, "_fuse": 1}
+    assert names == {"_run": length, "_logits": length, "_read_feature": 1}
     assert replay.drafter_seconds > 0
 
 

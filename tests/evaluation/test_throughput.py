@@ -158,7 +158,8 @@ def test_nodes_and_calls_of_real_rounds_are_counted() -> None:
     decoders = [SpeculativeDecoder(target(), drafter, RuntimeConfig(shape=shape)) for shape in (Chain(length=3), few)]
     plain, three, tree = round_costs([SpeculativeDecoder(target()), *decoders], PROMPTS[:2], 12, rounds=4)
     assert (set(plain.nodes), set(three.nodes), set(tree.nodes)) == ({0}, {3}, {6})
-    runtime = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=6), hybrid=HybridConfig(draft_cost=50.0))  # never worth it
+    dear = HybridConfig(draft_cost=50.0, lookup=NgramConfig(shortest=6))  # never worth it
+    runtime = RuntimeConfig(shape=Dynamic(depth=2, beam=2, top_k=2, nodes=6), hybrid=dear)
     (lone,) = round_costs([SpeculativeDecoder(target(), drafter, runtime)], PROMPTS[:2], 12, rounds=4)
     assert lone.nodes.count(0) > len(lone.nodes) / 2  # nothing was looked up, and the trained drafter is too dear
 

@@ -360,7 +360,7 @@ def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
     [
         ("<!-- results:quick -->\n", "no matching '<!-- /results:quick -->'"),
         ("<!-- results:quick -->\n<!-- /results:quack -->\n", "no matching"),
-        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "summary, tasks, brief, lengths, rules, figures, study, plots"),
+        ("<!-- results:quick graphs -->\n<!-- /results:quick -->\n", "summary, tasks, brief, lengths, rules, figures, study, engines"),
         ("<!-- results:gone -->\n<!-- /results:gone -->\n", "gone.jsonl': no such file"),
     ],
 )
