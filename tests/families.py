@@ -77,6 +77,15 @@ def bare_drafter(family: str, target: Target, seed: int = 0, **options: Any) -> 
     return DRAFTERS[family](DRAFTERS[family].Config(name=family, **options), target.shape)
 
 
+def stirred_drafter(family: str, target: Target, **options: Any) -> Drafter:
+    """A random one none of whose weights is at its start, for formulas written out; in eval mode."""
+    drafter = bare_drafter(family, target, 1, **options)
+    torch.manual_seed(2)
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return drafter.eval()
+
+
 def trained_drafter(family: str, target: Target, prompts: list[list[int]], new_tokens: int = 24, steps: int = 40) -> Drafter:
     """The same after some steps on the target's own greedy texts, so that something is accepted."""
     drafter = tiny_drafter(family, target)

@@ -339,6 +339,13 @@ def open_tensors(path: Path, what: str, mend: str) -> Any:
         raise read_refusal(what, error, mend) from error
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all, and the folders to it; a `UserError` where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writable(path.parent):
+        write_whole(path, lambda partial: save_file(dict(tensors), partial, about))
+
+
 def load_tensors(path: Path, what: str, mend: str) -> dict[str, Tensor]:
     """All tensors of a safetensors file, or a `UserError`."""
     try:

@@ -1,8 +1,8 @@
-"""Where the newest tokens stood before: a suffix automaton for texts that grow, a suffix array for texts that do not.
+"""Where the newest tokens occurred before: a suffix automaton for texts that grow, a suffix array for texts that do not.
 
 The automaton (Blumer et al., 1985) has one state for each set of substrings that end at the same places. A state's link leads to the
-longest of its suffixes that stood at further places: the chain of links is the back-off from long contexts to short ones. Several texts may
-grow in one automaton; each has its own end. Everything is plain Python on the host, and depends on the tokens alone.
+longest of its suffixes that occurred at further places: the chain of links is the back-off from long contexts to short ones. Several texts
+may grow in one automaton; each has its own end. Everything is plain Python on the host, and depends on the tokens alone.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class SuffixAutomaton:
     following: list[dict[int, int]] = field(default_factory=lambda: [{}])  # of each state: token -> state
     link: list[int] = field(default_factory=lambda: [-1])
     length: list[int] = field(default_factory=lambda: [0])  # tokens of the state's longest substring
-    count: list[int] = field(default_factory=lambda: [0])  # how often it stood
-    newest: list[int] = field(default_factory=lambda: [-1])  # when it stood last
+    count: list[int] = field(default_factory=lambda: [0])  # how often it occurred
+    newest: list[int] = field(default_factory=lambda: [-1])  # when it occurred last
     time: int = 0  # tokens taken in
 
     def extend(self, end: int, token: int) -> int:
@@ -84,7 +84,7 @@ class SuffixAutomaton:
         return len(self.link) - 1
 
     def step(self, cursor: Cursor, token: int) -> Cursor:
-        """The longest suffix of the cursor's tokens and `token` that stood in a text."""
+        """The longest suffix of the cursor's tokens and `token` that occurred in a text."""
         state, length = cursor.state, cursor.length
         while token not in self.following[state]:
             if state == ROOT:

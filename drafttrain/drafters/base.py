@@ -15,6 +15,7 @@ from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from drafttrain.core.config import Config
 from drafttrain.core.counts import ThreadCount
@@ -75,6 +76,20 @@ def distilled(
     for step, (right, count) in enumerate(zip(hits, counts, strict=True)):
         metrics |= {f"alpha_{step}": right, f"alpha_{step}_count": count}
     return Loss(total, counts[0], metrics)
+
+
+def state_distance(batch: TrainingBatch, labels: Labels, hidden: Sequence[Tensor], first_label: int = 2, decay: float = 1.0) -> Tensor:
+    """Smooth L1 distance between guessed states and the target's last ones, summed over the labels; step k weighs `decay ** k` of it.
+
+    hidden: each step's states [R, D], as `distilled` takes them.
+    """
+    true = labels.before(batch.features["last_hidden_state"], 1).float()  # [R, D]
+    weights = [decay**step for step in range(len(hidden))]
+    total = torch.zeros((), device=true.device)
+    for step, (states, weight) in enumerate(zip(hidden, weights, strict=True)):
+        distance = F.smooth_l1_loss(states.float(), true, reduction="none").mean(-1) * labels.reaches(first_label + step)
+        total = total + weight / sum(weights) * distance.sum()
+    return total
 
 
 class DrafterState(ABC):

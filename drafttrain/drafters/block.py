@@ -25,9 +25,10 @@ from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling, likeliest
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch
-from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward
+from drafttrain.drafters.base import CATCH_UP, DrafterConfig, DrafterState, Loss, bare_forward
 from drafttrain.drafters.grow import Parallel, Step, grow
-from drafttrain.drafters.output import FullHead, OutputConfig, OutputHead
+from drafttrain.drafters.output import FullHead, OutputConfig, OutputDrafter, OutputHead
+from drafttrain.drafters.sizes import LayerSizes
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 from drafttrain.target.rope import target_rotary
@@ -223,7 +224,7 @@ class BlockState(DrafterState):
         self.max_length = max(lengths, default=0)
 
 
-class BlockDrafter(Drafter):
+class BlockDrafter(OutputDrafter):
     """Drafts a block in one pass. A family adds numbers to a position's state where its distribution depends on the tokens before it."""
 
     config: BlockConfig
@@ -234,17 +235,8 @@ class BlockDrafter(Drafter):
 
     def __init__(self, config: BlockConfig, target: TargetShape) -> None:
         super().__init__(config, target)
-        size, known = target.hidden_size, target.text_config
-        eps = float(known.get("rms_norm_eps") or 1e-5)
-        query_heads = config.num_attention_heads or int(known["num_attention_heads"])
-        kv_heads = config.num_key_value_heads or int(known.get("num_key_value_heads") or query_heads)
-        self.head_dim = int(known.get("head_dim") or size // query_heads)
-        if query_heads % kv_heads or self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(
-                f"drafter.num_attention_heads {query_heads}, num_key_value_heads {kv_heads}, {self.head_dim} numbers a head: queries must "
-                f"be a multiple of keys, and a head's numbers even; set both so that they fit the hidden size {size}, or leave both out"
-            )
-        inner = config.intermediate_size or int(known.get("intermediate_size") or 4 * size)
+        size = target.hidden_size
+        query_heads, kv_heads, self.head_dim, inner, eps = LayerSizes.of(config, target)
         self.kv_heads, self.groups = kv_heads, query_heads // kv_heads
         self.fc = nn.Linear(size * len(target.aux_layers), size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
@@ -262,36 +254,20 @@ class BlockDrafter(Drafter):
         self.slots = config.block + self.first_slot
 
     @property
-    def draft_ids(self) -> Tensor | None:
-        """[Vd] target ids of the draft vocabulary; None where it is the target's own."""
-        return self.output.draft_ids
-
-    @property
     def _decoder_layers(self) -> list[BlockLayer]:
         return [layer for layer in self.layers if isinstance(layer, BlockLayer)]
-
-    @property
-    def reads_start_states(self) -> bool:
-        return self.output.reads_start_states
 
     @torch.no_grad()
     def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """Norm, output and layers from the target's last ones, where they fit; the highest captured layer as the context."""
         self.output.start_from(head, counts)
-        if head.norm is not None and head.norm.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(head.norm)
+        head.start_norm(self.norm)
         size, first = self.target.hidden_size, self.target.num_layers - len(self.layers)
         self.mask_embedding.copy_(head.embedding.float().mean(0))
         self.fc.weight.zero_()
         self.fc.weight[:, -size:].copy_(torch.eye(size))
         for index, layer in enumerate(self.layers):
-            borrowed = head.layer_weights(max(first + index, 0))
-            for name, parameter in layer.named_parameters():
-                if name in borrowed and borrowed[name].shape == parameter.shape:
-                    parameter.copy_(borrowed[name])
-
-    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
-        self.output.start_from(head, counts, states)
+            head.start_layer(layer, max(first + index, 0))
 
     # -- what families add ------------------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from drafttrain.core.disk import open_tensors, writable, write_whole
+from drafttrain.core.disk import open_tensors, write_tensors
 from drafttrain.core.errors import UserError
 from drafttrain.core.suffix import SuffixArray, suffix_order
 from drafttrain.target.files import TargetShape
@@ -30,9 +29,7 @@ def save_datastore(texts: Sequence[np.ndarray], path: Path, target: str, tokeniz
     tokens = np.concatenate(ended).astype(np.int32)
     tensors = {"tokens": torch.from_numpy(tokens), "order": torch.from_numpy(suffix_order(tokens))}
     about = {"datastore": FORMAT, "target": target, "tokenizer": tokenizer, "vocab_size": str(vocab_size), "texts": str(len(ended))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writable(path.parent):
-        write_whole(path, lambda partial: save_file(tensors, partial, about))
+    write_tensors(path, tensors, about)
     return len(tokens) - len(ended)
 
 

@@ -8,17 +8,17 @@ distance between the two states, and a little of the distributions'. EAGLE-2 (20
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from drafttrain.core.losses import LossMix
 from drafttrain.core.rng import SeededRng
 from drafttrain.core.types import TrainingBatch
-from drafttrain.drafters.base import Loss
+from drafttrain.drafters.base import Loss, state_distance
 from drafttrain.drafters.feature import LastFeatureConfig, LastFeatureDrafter
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -60,13 +60,8 @@ class Eagle(LastFeatureDrafter):
         labels = batch.labels()
         hidden = self.unrolled_at(batch, labels, head)
         loss = self.distilled_steps(batch, labels, hidden, head)
-        true = labels.before(batch.features["last_hidden_state"], 1).float()  # [R, D]
-        share = self.config.step_decay ** torch.arange(len(hidden), device=true.device, dtype=torch.float32)
-        share = share / share.sum()
-        for step, predicted in enumerate(hidden):
-            distance = F.smooth_l1_loss(predicted.float(), true, reduction="none").mean(-1)  # [R]
-            loss.sum = loss.sum + self.config.regression * share[step] * distance[labels.reaches(step + 2)].sum()
-        return loss
+        distance = state_distance(batch, labels, hidden, decay=self.config.step_decay)
+        return replace(loss, sum=loss.sum + self.config.regression * distance)
 
     def join(self, embedded: Tensor, feature: Tensor) -> Tensor:
         return self.fc(torch.cat([embedded, feature], -1))

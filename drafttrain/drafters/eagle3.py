@@ -118,8 +118,7 @@ class Eagle3(FeatureDrafter):
             self.lm_head.weight.copy_(head.output[self.vocab])
         else:
             self.output.start_from(head, counts)
-        if head.norm is not None and head.norm.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(head.norm)
+        head.start_norm(self.norm)
         size = self.target.hidden_size
         self.fc.weight.zero_()
         self.fc.weight[:, -size:].copy_(torch.eye(size))  # the highest captured layer, as it is

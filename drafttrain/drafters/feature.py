@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.errors import UserError
 from drafttrain.core.layers import document_bias, repeat_heads, unrolled_attention
 from drafttrain.core.losses import LossMix, ScoringLayer
 from drafttrain.core.plan import Plan
@@ -29,7 +28,8 @@ from drafttrain.core.types import Committed, Features, Labels, TrainingBatch, ga
 from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
 from drafttrain.drafters.block import BlockLayer
 from drafttrain.drafters.grow import Frontier, grow, widen_logits
-from drafttrain.drafters.output import FullHead, OutputConfig, OutputHead
+from drafttrain.drafters.output import FullHead, OutputConfig, OutputDrafter, OutputHead
+from drafttrain.drafters.sizes import LayerSizes
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 from drafttrain.target.rope import target_rotary
@@ -99,18 +99,7 @@ class FeatureDrafter(Drafter):
 
     def __init__(self, config: FeatureConfig, target: TargetShape) -> None:
         super().__init__(config, target)
-        size, known = target.hidden_size, target.text_config
-        self.eps = float(known.get("rms_norm_eps") or 1e-5)
-        self.query_heads = config.num_attention_heads or int(known["num_attention_heads"])
-        self.kv_heads = config.num_key_value_heads or int(known.get("num_key_value_heads") or self.query_heads)
-        self.head_dim = int(known.get("head_dim") or size // self.query_heads)
-        if self.query_heads % self.kv_heads or self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(
-                f"drafter.num_attention_heads {self.query_heads}, num_key_value_heads {self.kv_heads}, {self.head_dim} numbers a head: "
-                f"queries must be a multiple of keys, and a head's numbers even; set both so that they fit the hidden size {size}, or "
-                "leave both out"
-            )
-        self.inner = config.intermediate_size or int(known.get("intermediate_size") or 4 * size)
+        self.query_heads, self.kv_heads, self.head_dim, self.inner, self.eps = LayerSizes.of(config, target)
         self.rotary = target_rotary(target, self.head_dim)
 
     @property
@@ -321,7 +310,7 @@ class LastFeatureConfig(FeatureConfig):
     """The target's own head, some rows of it, or one of low rank."""
 
 
-class LastFeatureDrafter(FeatureDrafter):
+class LastFeatureDrafter(OutputDrafter, FeatureDrafter):
     """A decoder layer over what `join` makes of the embedding and the target's last state, read by the target's head."""
 
     config: LastFeatureConfig
@@ -335,26 +324,11 @@ class LastFeatureDrafter(FeatureDrafter):
         )
         self.output = OutputHead(config.output, target)
 
-    @property
-    def draft_ids(self) -> Tensor | None:
-        """[Vd] target ids of the draft vocabulary; None where it is the target's own."""
-        return self.output.draft_ids
-
     @torch.no_grad()
     def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """The layer from the target's last one, where shapes fit."""
         self.output.start_from(head, counts)
-        borrowed = head.layer_weights(self.target.num_layers - 1)
-        for name, parameter in self.layer.named_parameters():
-            if name in borrowed and borrowed[name].shape == parameter.shape:
-                parameter.copy_(borrowed[name])
-
-    @property
-    def reads_start_states(self) -> bool:
-        return self.output.reads_start_states
-
-    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
-        self.output.start_from(head, counts, states)
+        head.start_layer(self.layer, self.target.num_layers - 1)
 
     @abstractmethod
     def join(self, embedded: Tensor, feature: Tensor) -> Tensor:

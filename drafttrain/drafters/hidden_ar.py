@@ -28,10 +28,10 @@ from drafttrain.core.rng import Rng, SeededRng
 from drafttrain.core.sampling import Sampling
 from drafttrain.core.tree import Tree
 from drafttrain.core.types import Committed, Features, TrainingBatch
-from drafttrain.drafters.base import CATCH_UP, Drafter, DrafterConfig, DrafterState, Loss, bare_forward, distilled
+from drafttrain.drafters.base import CATCH_UP, DrafterConfig, DrafterState, Loss, bare_forward, distilled, state_distance
 from drafttrain.drafters.block import BlockLayer
 from drafttrain.drafters.grow import Frontier, grow
-from drafttrain.drafters.output import FullHead, OutputConfig, OutputHead
+from drafttrain.drafters.output import FullHead, OutputConfig, OutputDrafter, OutputHead
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 from drafttrain.target.rope import target_rotary
@@ -150,7 +150,7 @@ class HiddenArState(DrafterState):
         return HiddenArState(self.head, keys, values, lengths, following, self.kept.join(other.kept))
 
 
-class HiddenAr(Drafter):
+class HiddenAr(OutputDrafter):
     """Drafts on hidden states; see the module."""
 
     Config = HiddenArConfig
@@ -180,28 +180,12 @@ class HiddenAr(Drafter):
         nn.init.zeros_(self.token_up.weight)  # a fresh one adds nothing
         self.rotary = target_rotary(target, self.head_dim)
 
-    @property
-    def draft_ids(self) -> Tensor | None:
-        """[Vd] target ids of the draft vocabulary; None where it is the target's own."""
-        return self.output.draft_ids
-
-    @property
-    def reads_start_states(self) -> bool:
-        return self.output.reads_start_states
-
     @torch.no_grad()
     def start_from(self, head: TargetHead, counts: Tensor) -> None:
         """Layer, norm and output from the target's last ones, where they fit."""
         self.output.start_from(head, counts)
-        if head.norm is not None and head.norm.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(head.norm)
-        borrowed = head.layer_weights(self.target.num_layers - 1)
-        for name, parameter in self.layer.named_parameters():
-            if name in borrowed and borrowed[name].shape == parameter.shape:
-                parameter.copy_(borrowed[name])
-
-    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
-        self.output.start_from(head, counts, states)
+        head.start_norm(self.norm)
+        head.start_layer(self.layer, self.target.num_layers - 1)
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
@@ -216,12 +200,7 @@ class HiddenAr(Drafter):
         )
         if not config.regression:
             return loss
-        true = labels.before(batch.features["last_hidden_state"], 1).float()
-        weights = [config.step_decay**step for step in range(config.steps)]
-        distance = torch.zeros((), device=true.device)
-        for step, (state, weight) in enumerate(zip(hidden, weights, strict=True)):
-            each = F.smooth_l1_loss(state.float(), true, reduction="none").mean(-1) * labels.reaches(step + 2)
-            distance = distance + weight / sum(weights) * each.sum()
+        distance = state_distance(batch, labels, hidden, decay=config.step_decay)
         return replace(loss, sum=loss.sum + config.regression * distance)
 
     def _unrolled(self, batch: TrainingBatch, steps: int) -> Iterator[Tensor]:

@@ -84,7 +84,7 @@ class LastStateDrafter(Drafter):
         draft_size = min(config.draft_vocab_size or target.vocab_size, target.vocab_size)
         self.register_buffer("vocab", torch.arange(draft_size))
         if config.own_heads:
-            self.lm_heads = nn.ModuleList(nn.Linear(self.state_size, draft_size, bias=False) for _ in range(config.heads))
+            self.lm_heads = nn.ModuleList(nn.Linear(self.state_size, draft_size, bias=False) for _ in range(self.matrices))
         if config.output is not None:
             self.output = OutputHead(config.output, target)
         self._borrowed: tuple[TargetHead, OutputLayer] | None = None  # the target's head, cut to the draft vocabulary
@@ -93,6 +93,11 @@ class LastStateDrafter(Drafter):
     def state_size(self) -> int:
         """Numbers of a head's state."""
         return self.target.hidden_size
+
+    @property
+    def matrices(self) -> int:
+        """Output matrices of its own, where it has any; heads beyond the last one share it."""
+        return self.config.heads
 
     @property
     def draft_ids(self) -> Tensor | None:
@@ -129,7 +134,7 @@ class LastStateDrafter(Drafter):
         return self._distilled(batch, labels, hidden, head)
 
     def _distilled(self, batch: TrainingBatch, labels: Labels, hidden: list[Tensor], head: TargetHead) -> Loss:
-        output_layers = [self._output_layer(index, head) for index in range(len(hidden) if self.config.own_heads else 1)]
+        output_layers = [self._output_layer(index, head) for index in range(len(self.lm_heads) if self.config.own_heads else 1)]
         return distilled(
             batch, labels, hidden, output_layers, head, self.config.loss, self.draft_ids, self.config.loss_chunk,
             decay=self.config.head_decay,
@@ -172,7 +177,7 @@ class LastStateDrafter(Drafter):
     def _output_layer(self, index: int, head: TargetHead) -> ScoringLayer:
         """Head `index`'s."""
         if self.config.own_heads:
-            return OutputLayer(self.lm_heads[index].get_parameter("weight"))
+            return OutputLayer(self.lm_heads[min(index, len(self.lm_heads) - 1)].get_parameter("weight"))
         if self.config.output is not None:
             return self.output.layer(head)
         if self._borrowed is None or self._borrowed[0] is not head:

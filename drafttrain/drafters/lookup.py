@@ -1,4 +1,4 @@
-"""What families that look up share: where the newest tokens stood before, what followed there, and a tree of it.
+"""What families that look up share: where the newest tokens occurred before, what followed there, and a tree of it.
 
 Contexts back off: what followed the longest match counts first, then what followed the next shorter one, and so on (as in prediction by
 partial matching, Cleary and Witten, 1984). How far a context is trusted is learnt in each row from every committed token, by the length of
@@ -42,7 +42,7 @@ NEWEST = 0.3
 CANDIDATES = 32
 """Continuations of one context at most."""
 ANYWHERE = 0.3
-"""Probability that a token stood before at all, where no context matches."""
+"""Probability that a token occurred before at all, where no context matches."""
 STORED = 4
 """Tokens of a match in the datastore that count."""
 
@@ -78,7 +78,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Context:
-    """A suffix of the text that stood before."""
+    """A suffix of the text that occurred before."""
 
     length: int  # tokens that match
     weights: dict[int, float]  # of what followed
@@ -148,7 +148,7 @@ class Text:
         return out
 
     def contexts(self, position: Position) -> list[Context]:
-        """What the position's suffixes stood before, the longest first, the row's own text before the datastore."""
+        """Where the position's suffixes occurred before, the longest first, the row's own text before the datastore."""
         found = [*self._own(position.cursor), *self._stored(position.spans)]
         return sorted(found, key=lambda context: -context.length)[:CONTEXTS]
 
@@ -270,7 +270,7 @@ class LookupState(DrafterState):
 
 
 class Lookup(Drafter):
-    """Drafts what followed the newest tokens where they stood before; nothing is trained."""
+    """Drafts what followed the newest tokens where they occurred before; nothing is trained."""
 
     config: LookupConfig
     trainable = False

@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drafttrain.core.losses import OutputLayer, ScoringLayer
 from drafttrain.drafters.last_state import LastStateConfig, SequentialHeads
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
@@ -69,9 +68,8 @@ class MLPSpeculator(SequentialHeads):
     def __init__(self, config: MLPSpeculatorConfig, target: TargetShape) -> None:
         super().__init__(config, target)
         K, r, D = config.heads, self.state_size, target.hidden_size
-        matrices = 1 if config.tie_weights else K
+        matrices = self.matrices
         widths = [D, *[r] * (K - 1)][: 2 if config.tie_weights else K]
-        self.lm_heads = nn.ModuleList(list(self.lm_heads)[:matrices])
         self.emb = nn.ModuleList(nn.Embedding(target.vocab_size, r) for _ in range(matrices))
         self.proj = nn.ModuleList(nn.Linear(width, r, bias=False) for width in widths)
         self.ln = nn.ModuleList(ShiftedNorm(r) for _ in range(matrices))
@@ -79,6 +77,10 @@ class MLPSpeculator(SequentialHeads):
         self.token_weight = math.sqrt((1 - self.state_weight**2) * r / 2)
         for module in (*self.lm_heads, *self.emb, *self.proj):
             nn.init.trunc_normal_(module.get_parameter("weight"), std=1 / math.sqrt(r))
+
+    @property
+    def matrices(self) -> int:
+        return 1 if self.config.tie_weights else self.config.heads
 
     @property
     def state_size(self) -> int:
@@ -96,6 +98,3 @@ class MLPSpeculator(SequentialHeads):
         token = self.emb[at](tokens).to(handed.dtype) * (self.token_weight / self.state_weight)
         state = F.gelu(self.ln[at](projection(handed) + token))
         return state, state
-
-    def _output_layer(self, index: int, head: TargetHead) -> ScoringLayer:
-        return OutputLayer(self.lm_heads[0 if self.config.tie_weights else index].get_parameter("weight"))

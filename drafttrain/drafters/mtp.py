@@ -48,8 +48,7 @@ class MTP(LastFeatureDrafter):
         size = self.target.hidden_size
         self.eh_proj.weight[:, :size].mul_(0.5)
         self.eh_proj.weight[:, size:].copy_(torch.eye(size))
-        if head.norm is not None and head.norm.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(head.norm)
+        head.start_norm(self.norm)
 
     def join(self, embedded: Tensor, feature: Tensor) -> Tensor:
         return self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(feature)], -1))

@@ -1,5 +1,5 @@
-"""N-gram lookup: what followed when the newest tokens stood in the prompt or the output before (prompt lookup decoding, Saxena, 2023), and
-in past outputs where a datastore is named (REST, He et al., 2023, arXiv:2311.08252).
+"""N-gram lookup: what followed when the newest tokens occurred in the prompt or the output before (prompt lookup decoding, Saxena,
+2023), and in past outputs where a datastore is named (REST, He et al., 2023, arXiv:2311.08252).
 
 Nothing to train and nothing to run on the device. Longest match first, then shorter ones: see `lookup.py`.
 """
@@ -18,7 +18,7 @@ class NgramConfig(LookupConfig):
 
 
 class Ngram(Lookup):
-    """Drafts what followed the newest tokens where they stood before in the prompt or the output."""
+    """Drafts what followed the newest tokens where they occurred before in the prompt or the output."""
 
     Config = NgramConfig
     config: NgramConfig

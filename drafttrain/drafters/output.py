@@ -19,6 +19,7 @@ from drafttrain.core.errors import UserError
 from drafttrain.core.losses import OutputLayer, ScoringLayer, guesses
 from drafttrain.core.packed import linear
 from drafttrain.core.vocab import draft_index, draft_vocab
+from drafttrain.drafters.base import Drafter
 from drafttrain.target.files import TargetShape
 from drafttrain.target.head import TargetHead
 
@@ -111,6 +112,23 @@ class OutputHead(nn.Module):
             bias = None if head.bias is None else head.bias[rows]
             self._rows = head, OutputLayer(head.output[rows], bias, head.finish)
         return self._rows[1]
+
+
+class OutputDrafter(Drafter):
+    """A drafter whose states are read through an `OutputHead`, `self.output`."""
+
+    output: OutputHead
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        return self.output.draft_ids
+
+    @property
+    def reads_start_states(self) -> bool:
+        return self.output.reads_start_states
+
+    def start_output(self, head: TargetHead, counts: Tensor, states: Tensor) -> None:
+        self.output.start_from(head, counts, states)
 
 
 class LowRankLayer(NamedTuple):

@@ -9,11 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from drafttrain.core.disk import open_tensors, writable, write_whole
+from drafttrain.core.disk import open_tensors, write_tensors
 from drafttrain.core.errors import UserError
 from drafttrain.target.adapter import Target
 
@@ -33,8 +32,14 @@ def prompt_states(target: Target, prompts: Iterable[Sequence[int]]) -> Tensor:
         tokens = torch.tensor([list(prompt)], device=target.device)
         position = torch.arange(tokens.shape[1], device=target.device)[None]
         features = target.encode(tokens, position, torch.zeros_like(tokens), {"last_hidden_state"})
-        states.append(features["last_hidden_state"][0].float().mean(0).cpu())
-    return torch.stack(states)
+        states.append(mean_states(features["last_hidden_state"], torch.tensor([tokens.shape[1]], device=target.device)).cpu())
+    return torch.cat(states)
+
+
+def mean_states(states: Tensor, lengths: Tensor) -> Tensor:
+    """[B, P, D] of right-padded prompts -> [B, D] fp32, the mean over each prompt's own tokens."""
+    real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]  # [B, P]
+    return (states.float() * real[..., None]).sum(1) / lengths[:, None]
 
 
 class PromptClassifier:
@@ -55,9 +60,7 @@ class PromptClassifier:
 
     def save(self, path: Path) -> None:
         about = {"classifier": FORMAT, "target": self.target}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writable(path.parent):
-            write_whole(path, lambda partial: save_file(self.tensors, partial, about))
+        write_tensors(path, self.tensors, about)
 
 
 def fit_classifier(states: Tensor, arms: Tensor, target: str) -> PromptClassifier:

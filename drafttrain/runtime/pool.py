@@ -23,6 +23,7 @@ from drafttrain.core.tree import Draws, Tree, root_only
 from drafttrain.core.types import Committed, Scored
 from drafttrain.drafters.base import Drafter, DrafterState
 from drafttrain.drafters.pool import DrafterPool
+from drafttrain.runtime.classifier import mean_states
 from drafttrain.runtime.proposer import Prompts, Proposer, begun
 from drafttrain.runtime.router import RoundOutcome, Router, Trail
 from drafttrain.runtime.rows import CutVerdict, Rows
@@ -195,12 +196,6 @@ class Routed(Proposer):
 
     def slots(self, shape: Shape) -> int:
         return shape.depth + 1  # what an idle drafter notes is read behind the text's end
-
-
-def mean_states(states: Tensor, lengths: Tensor) -> Tensor:
-    """[B, P, D] of right-padded prompts -> [B, D] fp32, the mean over each prompt's own tokens."""
-    real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]  # [B, P]
-    return (states.float() * real[..., None]).sum(1) / lengths[:, None]
 
 
 class CallCounter:

@@ -53,6 +53,21 @@ class TargetHead:
         bias = None if self.bias is None else (self.bias if rows is None else self.bias[rows])
         return self.finish(linear(last.to(weight.dtype), weight, bias))
 
+    @torch.no_grad()
+    def start_norm(self, norm: nn.Module) -> None:
+        """Copies the final norm's weight, where the target has one of that size."""
+        weight = norm.get_parameter("weight")
+        if self.norm is not None and self.norm.shape == weight.shape:
+            weight.copy_(self.norm)
+
+    @torch.no_grad()
+    def start_layer(self, layer: nn.Module, index: int) -> None:
+        """Copies those of a decoder layer's weights that `layer` has under the same name and of the same size."""
+        borrowed = self.layer_weights(index)
+        for name, parameter in layer.named_parameters():
+            if name in borrowed and borrowed[name].shape == parameter.shape:
+                parameter.copy_(borrowed[name])
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TargetHead:
         """The same head elsewhere; a tied head stays one tensor."""
         embedding = self.embedding.to(device, dtype)

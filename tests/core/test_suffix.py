@@ -45,7 +45,7 @@ def test_a_step_finds_the_longest_suffix_that_stood_before_and_a_copy_goes_its_o
     for token in [1, 2, 3, 9, 2, 3, 1]:
         end = automaton.extend(end, token)
     copy = automaton.copy()
-    cursor = copy.step(Cursor(end, copy.length[end]), 2)  # 1 2 stood before
+    cursor = copy.step(Cursor(end, copy.length[end]), 2)  # 1 2 occurred before
     assert cursor.length == 2
     assert [context.length for context in copy.contexts(cursor)] == [2, 1, 0]
     copy.extend(end, 7)

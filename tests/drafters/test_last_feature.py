@@ -12,20 +12,16 @@ from drafttrain.drafters.eagle import Eagle
 from drafttrain.drafters.feature import LastFeatureDrafter
 from drafttrain.drafters.mtp import MTP
 from drafttrain.target.adapter import Target
-from tests.families import bare_drafter
+from tests.families import stirred_drafter
 from tests.tiny import packed, tiny_target
 
 TEXT = [5, 9, 11, 30, 2, 7, 8, 12]
 
 
 def stirred(family: str, target: Target, **options: object) -> LastFeatureDrafter:
-    """A drafter none of whose weights is at its start."""
-    drafter = bare_drafter(family, target, 1, **options)
-    torch.manual_seed(2)
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    drafter = stirred_drafter(family, target, **options)
     assert isinstance(drafter, LastFeatureDrafter)
-    return drafter.eval()
+    return drafter
 
 
 def layer_plain(drafter: LastFeatureDrafter, pairs: Tensor) -> Tensor:

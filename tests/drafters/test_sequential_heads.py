@@ -17,20 +17,16 @@ from drafttrain.drafters.last_state import SequentialHeads
 from drafttrain.drafters.mlp_speculator import MLPSpeculator, MLPSpeculatorConfig
 from drafttrain.export.mlp_speculator import stored_config, stored_key
 from drafttrain.target.adapter import Target
-from tests.families import bare_drafter
+from tests.families import stirred_drafter
 from tests.tiny import packed, tiny_target
 
 TEXT = [5, 9, 11, 30, 2, 7, 8, 12]
 
 
 def stirred(family: str, target: Target, **options: object) -> SequentialHeads:
-    """A drafter none of whose weights is zero."""
-    drafter = bare_drafter(family, target, 1, **options)
-    torch.manual_seed(2)
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    drafter = stirred_drafter(family, target, **options)
     assert isinstance(drafter, SequentialHeads)
-    return drafter.eval()
+    return drafter
 
 
 def hydra_plain(drafter: Hydra, last: Tensor, tokens: list[int], target: Target) -> Tensor:
